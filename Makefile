@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# command -> Debian package that brings it; tests whose program is missing skip with a reason.
+PACKAGES := gcc libc6-dev criu strace sqlite3 xz-utils perl default-jre-headless python3-venv
+
+.PHONY: all apt venv demo lint test bench clean
+all: venv
+
+# Installs what is missing, and only then touches the network; without root (or apt) it says what is missing.
+apt:
+	@command -v dpkg-query >/dev/null || { echo "no dpkg here; the tests use: $(PACKAGES)"; exit 0; }; \
+	missing=; for p in $(PACKAGES); do \
+	  case "$$(dpkg-query -W -f='$${Status}' $$p 2>/dev/null)" in *"ok installed") ;; *) missing="$$missing $$p";; esac; \
+	done; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" != 0 ]; then echo "missing packages (install them as root):$$missing"; exit 0; fi; \
+	export DEBIAN_FRONTEND=noninteractive; apt-get update -q || true; \
+	for p in $$missing; do \
+	  apt-get install -q -y --no-install-recommends $$p || echo "cannot install $$p; tests that need it will skip"; \
+	done
+
+venv: $(VENV)/.made
+
+$(VENV)/.made: pyproject.toml src/firn/cli/launcher.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) apt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m firn.cli.launcher $(BIN)
+	@touch $@
+
+demo: venv
+	$(BIN)/python demo/demo.py
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: apt venv lint
+	$(BIN)/python -m pytest -q
+
+bench: venv
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests demo bench -name __pycache__ -type d -prune -exec rm -rf {} +

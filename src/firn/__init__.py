@@ -1,0 +1,3 @@
+"""firn: checkpoint and restore of Linux processes."""
+
+__version__ = "0.1.0"

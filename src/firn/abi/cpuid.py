@@ -1,0 +1,45 @@
+"""The CPUID instruction, and what it says about the XSAVE area (Intel SDM vol. 1, 13.2: leaf 0xD).
+
+The offsets of the XSAVE components differ between processors, and no file of the kernel tells them; so the controller asks
+the processor itself, by twenty bytes of machine code in a memfd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from firn.abi import mman, nr
+from firn.abi.libc import syscall
+
+_CODE = bytes.fromhex("5389f089d10fa28907895f04894f0889570c5bc3")
+# push rbx; mov eax, esi; mov ecx, edx; cpuid; mov [rdi], eax; mov [rdi+4], ebx; mov [rdi+8], ecx; mov [rdi+12], edx;
+# pop rbx; ret
+
+_layout: dict[int, tuple[int, int]] = {}
+
+
+def _function() -> ctypes._CFunctionType:
+    fd = os.memfd_create("cpuid", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, _CODE)
+        at = syscall(
+            "mmap", nr.mmap, 0, mman.PAGE, mman.PROT_READ | mman.PROT_EXEC, mman.MAP_PRIVATE, fd, 0
+        )
+    finally:
+        os.close(fd)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(at)
+
+
+def xsave_layout() -> dict[int, tuple[int, int]]:
+    """Component number -> (offset, size) in the standard (not compacted) XSAVE area of this processor."""
+    if not _layout:
+        ask = _function()
+        out = (ctypes.c_uint32 * 4)()
+        for number in range(2, 63):
+            ask(out, 0xD, number)
+            size, offset, kind = out[0], out[1], out[2]
+            if size and not kind & 1:  # bit 0: a supervisor component, not in this area
+                _layout[number] = (offset, size)
+        _layout.setdefault(0, (0, 160))
+    return _layout

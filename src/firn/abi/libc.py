@@ -1,0 +1,35 @@
+"""The way into the kernel from the controller: one raw system call, errors as :class:`OSError`.
+
+Everything goes through libc's ``syscall(2)``, because the calls that matter here (ptrace, clone3, pidfd_getfd,
+process_vm_readv, ...) either have no wrapper or one that does more than the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.restype = ctypes.c_long
+_MASK = (1 << 64) - 1
+_c_ulong = ctypes.c_ulong
+get_errno = ctypes.get_errno
+
+
+def syscall(what: str, number: int, *args: int) -> int:
+    """Make system call *number*; *what* (the call and its object) leads the error's text.
+
+    Integers are passed as 64-bit words (negative ones as two's complement); buffers by address.
+    Raises :class:`OSError` with the kernel's errno.
+    """
+    result: int = _syscall(_c_ulong(number), *[_c_ulong(a & _MASK) for a in args])
+    if result == -1:
+        error = get_errno()
+        if error:
+            raise OSError(error, f"{what}: {os.strerror(error)}")
+    return result
+
+
+def address_of(buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> int:
+    """The address of a writable buffer; the caller keeps the buffer alive while the kernel uses it."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -1,0 +1,36 @@
+"""ptrace(2): requests, options, stops. Source: include/uapi/linux/ptrace.h, include/uapi/linux/elf.h."""
+
+from __future__ import annotations
+
+CONT = 7
+DETACH = 17
+SYSCALL = 24
+GETREGSET = 0x4204
+SETREGSET = 0x4205
+SETOPTIONS = 0x4200
+SEIZE = 0x4206
+INTERRUPT = 0x4207
+LISTEN = 0x4208
+PEEKSIGINFO = 0x4209
+GETSIGMASK = 0x420A
+SETSIGMASK = 0x420B
+SECCOMP_GET_FILTER = 0x420C
+SECCOMP_GET_METADATA = 0x420D
+GET_RSEQ_CONFIGURATION = 0x420F
+
+NT_PRSTATUS = 1
+NT_X86_XSTATE = 0x202
+NT_X86_SHSTK = 0x204
+
+O_TRACESYSGOOD = 0x1
+O_TRACEFORK = 0x2
+O_TRACEVFORK = 0x4
+O_TRACECLONE = 0x8
+O_EXITKILL = 0x100000
+O_SUSPEND_SECCOMP = 0x200000
+
+EVENT_STOP = 128
+PEEKSIGINFO_SHARED = 1
+
+WALL = 0x40000000
+"""waitpid(2) __WALL: also wait for clone children, which is what a traced thread is."""

@@ -1,0 +1,216 @@
+"""Parsers of /proc/PID: text in, plain records out (proc(5), Documentation/filesystems/proc.rst).
+
+Nothing above this module parses text of the kernel. All functions raise :class:`OSError` (ENOENT or ESRCH when the
+process is gone).
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def read(path: str) -> bytes:
+    """The whole of a /proc file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        first = os.read(fd, 65536)
+        if len(first) < 4000:
+            more = os.read(fd, 65536)
+            if not more:
+                return first
+            first += more
+        parts = [first]
+        while True:
+            part = os.read(fd, 1 << 20)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    finally:
+        os.close(fd)
+
+
+class Stat:
+    """/proc/PID/stat, or that of a thread."""
+
+    __slots__ = ("comm", "fields", "pid")
+
+    def __init__(self, text: bytes) -> None:
+        left, right = text.index(b"("), text.rindex(b")")
+        self.pid = int(text[:left])
+        self.comm = text[left + 1 : right]
+        self.fields = text[right + 2 :].split()
+
+    state = property(lambda self: self.fields[0].decode())
+    ppid = property(lambda self: int(self.fields[1]))
+    pgrp = property(lambda self: int(self.fields[2]))
+    session = property(lambda self: int(self.fields[3]))
+    flags = property(lambda self: int(self.fields[6]))
+    num_threads = property(lambda self: int(self.fields[17]))
+    start_time = property(lambda self: int(self.fields[19]))
+    start_code = property(lambda self: int(self.fields[23]))
+    end_code = property(lambda self: int(self.fields[24]))
+    start_stack = property(lambda self: int(self.fields[25]))
+    start_data = property(lambda self: int(self.fields[42]))
+    end_data = property(lambda self: int(self.fields[43]))
+    start_brk = property(lambda self: int(self.fields[44]))
+    arg_start = property(lambda self: int(self.fields[45]))
+    arg_end = property(lambda self: int(self.fields[46]))
+    env_start = property(lambda self: int(self.fields[47]))
+    env_end = property(lambda self: int(self.fields[48]))
+
+
+PF_KTHREAD = 0x00200000
+
+
+def stat(pid: int, tid: int = 0) -> Stat:
+    """The stat record of a process, or of its thread *tid*."""
+    return Stat(read(f"/proc/{pid}/task/{tid}/stat" if tid else f"/proc/{pid}/stat"))
+
+
+def status(pid: int, tid: int = 0) -> dict[str, str]:
+    """/proc/PID/status as a mapping of its lines."""
+    text = read(f"/proc/{pid}/task/{tid}/status" if tid else f"/proc/{pid}/status").decode("utf-8", "surrogateescape")
+    result = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        result[key] = value.strip()
+    return result
+
+
+def threads(pid: int) -> list[int]:
+    """The thread ids of *pid*, the leader first."""
+    tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    if pid in tids:
+        tids.remove(pid)
+        tids.insert(0, pid)
+    return tids
+
+
+class Map:
+    """One line of /proc/PID/maps, with the VmFlags of smaps when those were read (else None)."""
+
+    __slots__ = ("device", "end", "flags", "huge", "inode", "name", "offset", "page_size", "perms", "start")
+
+    def __init__(
+        self, start: int, end: int, perms: str, offset: int, device: tuple[int, int], inode: int, name: str
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.perms = perms
+        self.offset = offset
+        self.device = device
+        self.inode = inode
+        self.name = name
+        self.flags: frozenset[str] | None = None
+        self.page_size = 4096
+        self.huge = 0
+
+    def key(self) -> tuple[int, int, str, int, int]:
+        """What identifies the mapping when two readings are compared."""
+        return self.start, self.end, self.perms, self.offset, self.inode
+
+    @property
+    def prot(self) -> int:
+        """PROT_* bits."""
+        p = self.perms
+        return (p[0] == "r") | (p[1] == "w") << 1 | (p[2] == "x") << 2
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is a MAP_SHARED mapping."""
+        return self.perms[3] == "s"
+
+
+def _map_line(line: str) -> Map:
+    parts = line.split(None, 5)
+    start, _, end = parts[0].partition("-")
+    major, _, minor = parts[3].partition(":")
+    # The name is the rest of the line as it is: it may end in blanks; a newline in it is written as \012.
+    name = ""
+    if len(parts) > 5:
+        name = line[line.index(parts[4], line.index(parts[3]) + len(parts[3])) + len(parts[4]) :].lstrip(" ")
+    return Map(
+        int(start, 16), int(end, 16), parts[1], int(parts[2], 16), (int(major, 16), int(minor, 16)), int(parts[4]), name
+    )
+
+
+def maps(pid: int) -> list[Map]:
+    """The mappings of *pid*, ascending."""
+    text = read(f"/proc/{pid}/maps").decode("utf-8", "surrogateescape")
+    return [_map_line(line) for line in text.split("\n") if line]
+
+
+def smaps(pid: int) -> list[Map]:
+    """The mappings with their VmFlags, page size and amount of huge pages (bytes). Walks page tables: not cheap."""
+    text = read(f"/proc/{pid}/smaps").decode("utf-8", "surrogateescape")
+    found: list[Map] = []
+    current: Map | None = None
+    for line in text.split("\n"):
+        head = line[:1]
+        if not head:
+            continue
+        if head.isupper():
+            assert current is not None
+            if line.startswith("VmFlags:"):
+                current.flags = frozenset(line[8:].split())
+            elif line.startswith("KernelPageSize:"):
+                current.page_size = int(line[15:-2]) * 1024
+            elif line.startswith("AnonHugePages:"):
+                current.huge = int(line[14:-2]) * 1024
+        else:
+            current = _map_line(line)
+            found.append(current)
+    return found
+
+
+def fdinfo(pid: int, fd: int) -> dict[str, str]:
+    """/proc/PID/fdinfo/FD; of repeated keys (epoll, inotify, lock) the last one wins, all are under ``lines``."""
+    text = read(f"/proc/{pid}/fdinfo/{fd}").decode()
+    result = {"lines": text}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        result[key] = value.strip()
+    return result
+
+
+def children(pid: int) -> list[int]:
+    """The pids of the children of all threads of *pid* (needs CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    for tid in threads(pid):
+        try:
+            found += [int(word) for word in read(f"/proc/{pid}/task/{tid}/children").split()]
+        except FileNotFoundError:
+            continue
+    return found
+
+
+class PosixTimer:
+    """One timer of /proc/PID/timers."""
+
+    __slots__ = ("clock", "id", "notify", "signal", "target", "value")
+
+    def __init__(self, lines: dict[str, str]) -> None:
+        self.id = int(lines["ID"])
+        signal, _, value = lines["signal"].partition("/")
+        self.signal = int(signal)
+        self.value = int(value, 16)
+        kind, _, target = lines["notify"].partition("/")
+        how, _, number = target.partition(".")
+        self.notify = {"signal": 0, "none": 1, "thread": 2}[kind] | (4 if how == "tid" else 0)
+        self.target = int(number)
+        self.clock = int(lines["ClockID"])
+
+
+def timers(pid: int) -> list[PosixTimer]:
+    """The POSIX timers of *pid*, by ascending id."""
+    found: list[PosixTimer] = []
+    current: dict[str, str] = {}
+    for line in read(f"/proc/{pid}/timers").decode().splitlines():
+        key, _, value = line.partition(":")
+        if key == "ID" and current:
+            found.append(PosixTimer(current))
+            current = {}
+        current[key] = value.strip()
+    if current:
+        found.append(PosixTimer(current))
+    return sorted(found, key=lambda timer: timer.id)

@@ -1,0 +1,197 @@
+"""Page lists: which pages of a process or memory object are stored, and where.
+
+A page list (pagemap-N.img, pagemap-shmem-N.img) names runs of pages; their contents lie one after the other in
+pages-M.img, or in the page list of the same name of the parent directory.
+"""
+
+from __future__ import annotations
+
+import os
+
+from firn.errors import ImageError
+from firn.images import catalog
+from firn.images.store import ImageDir
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+PAGE = 4096
+PE_PARENT, PE_LAZY, PE_PRESENT = 1, 2, 4
+"""Bits of pagemap_entry.flags: contents are in the parent; may be restored lazily; contents are here."""
+
+MAX_PARENTS = 400
+"""Directories of an incremental chain."""
+
+
+class Run:
+    """*nr_pages* pages from address *vaddr*, whose contents are at *offset* (bytes) of the pages image open at *fd*."""
+
+    __slots__ = ("fd", "flags", "nr_pages", "offset", "vaddr")
+
+    def __init__(self, vaddr: int, nr_pages: int, flags: int, fd: int, offset: int) -> None:
+        self.vaddr = vaddr
+        self.nr_pages = nr_pages
+        self.flags = flags
+        self.fd = fd
+        self.offset = offset
+
+
+def normalise(entry: dict[str, Any]) -> tuple[int, int, int]:
+    """(vaddr, nr_pages, flags) of a pagemap_entry, of the present layout or an old one."""
+    nr_pages = entry.get("nr_pages", entry["compat_nr_pages"])
+    flags = entry.get("flags")
+    if entry.get("in_parent"):
+        flags = (flags or 0) | PE_PARENT
+    return entry["vaddr"], nr_pages, PE_PRESENT if flags is None else flags
+
+
+class _Level:
+    """One page list of an incremental chain, without its parents."""
+
+    __slots__ = ("_runs", "fd", "name")
+
+    def __init__(self, images: ImageDir, kind: str, index: int) -> None:
+        self.fd = -1
+        self.name = f"{images.path}/{catalog.kind(kind).file(index)}"
+        self._runs: list[tuple[int, int, int, int]] = []
+        """(vaddr, address behind it, flags, offset in the pages image)"""
+        entries = images.read_all(kind, index)
+        if not entries:
+            raise ImageError(f"{self.name}: missing, or without its head")
+        size = self._load(entries[1:])
+        if size:
+            self._open(images, catalog.kind("PAGES").file(entries[0]["pages_id"]), size)
+
+    def _load(self, entries: list[dict[str, Any]]) -> int:
+        """Check and take over the runs; returns the bytes that they have in the pages image."""
+        end = size = 0
+        for entry in entries:
+            vaddr, nr_pages, flags = normalise(entry)
+            _check_run(self.name, vaddr, nr_pages, end)
+            end = vaddr + nr_pages * PAGE
+            self._runs.append((vaddr, end, flags, size))
+            if flags & PE_PRESENT:
+                size += nr_pages * PAGE
+            elif not flags & PE_PARENT:
+                raise ImageError(f"{self.name}: the contents of the pages at {vaddr:#x} are not in the images")
+        return size
+
+    def _open(self, images: ImageDir, pages: str, size: int) -> None:
+        self.fd = images.open_raw(pages, os.O_RDONLY)
+        has = os.fstat(self.fd).st_size
+        if has < size:
+            os.close(self.fd)
+            raise ImageError(f"{self.name}: {pages} has {has} bytes of {size}")
+
+    def all(self) -> list[tuple[int, int]]:
+        """(vaddr, address behind it) of every run."""
+        return [(start, end) for start, end, _, _ in self._runs]
+
+    def pick(self, wanted: list[tuple[int, int]], found: list[Run]) -> list[tuple[int, int]]:
+        """Append what is stored here of *wanted*, ascending ranges, to *found*; returns what the parent has to supply.
+
+        Raises :class:`ImageError` for a page that is not in the list.
+        """
+        elsewhere = []
+        runs = iter(self._runs)
+        start = stop = flags = offset = 0
+        for vaddr, end in wanted:
+            while vaddr < end:
+                while stop <= vaddr:
+                    start, stop, flags, offset = next(runs, (end, 1 << 65, 0, 0))
+                if vaddr < start:
+                    raise ImageError(f"{self.name}: the page at {vaddr:#x} is missing")
+                upto = min(end, stop)
+                if flags & PE_PRESENT:
+                    found.append(Run(vaddr, (upto - vaddr) // PAGE, flags, self.fd, offset + vaddr - start))
+                else:
+                    elsewhere.append((vaddr, upto))
+                vaddr = upto
+        return elsewhere
+
+
+class PagemapReader:
+    """The runs of a page list, the contents of parents included: iterate over it for :class:`Run` objects, ascending.
+
+    The descriptors in the runs live until :meth:`close`.
+    """
+
+    def __init__(self, images: ImageDir, kind: str, index: int) -> None:
+        """Read the list and those of the parent directories that it needs; *kind* is PAGEMAP or PAGEMAP_SHMEM.
+
+        Raises :class:`ImageError` for a missing or damaged list: runs that are empty, out of order or overlap, a pages image
+        that is too short, pages that no parent has, a chain of parents that leads back into itself.
+        """
+        self._levels: list[_Level] = []
+        self._runs: list[Run] = []
+        try:
+            self._resolve(images, kind, index)
+        except BaseException:
+            self.close()
+            raise
+        self._runs.sort(key=lambda run: run.vaddr)
+
+    def _resolve(self, images: ImageDir, kind: str, index: int) -> None:
+        wanted: list[tuple[int, int]] | None = None
+        seen = []
+        directory = images
+        try:
+            while True:
+                seen.append(os.fstat(directory.fd)[1:3])
+                level = _Level(directory, kind, index)
+                self._levels.append(level)
+                wanted = level.pick(level.all() if wanted is None else wanted, self._runs)
+                if not wanted:
+                    return
+                parent = directory.parent()
+                if parent is None:
+                    raise ImageError(f"{level.name}: pages are in a parent directory, and there is none")
+                if directory is not images:
+                    directory.close()
+                directory = parent
+                if os.fstat(directory.fd)[1:3] in seen or len(seen) == MAX_PARENTS:
+                    raise ImageError(f"{level.name}: the chain of parent directories does not end")
+        finally:
+            if directory is not images:
+                directory.close()
+
+    def __enter__(self) -> PagemapReader:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the pages images."""
+        while self._levels:
+            level = self._levels.pop()
+            if level.fd >= 0:
+                os.close(level.fd)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+
+def _check_run(name: str, vaddr: int, nr_pages: int, end: int) -> None:
+    """Refuse a run that is empty, crooked, or does not follow the one that ends at *end*."""
+    if nr_pages <= 0 or vaddr % PAGE or vaddr < end or vaddr + nr_pages * PAGE > 1 << 64:
+        raise ImageError(f"{name}: the run of {nr_pages} pages at {vaddr:#x} is empty or out of order")
+
+
+def write_pagemap(images: ImageDir, kind: str, index: int, pages_id: int, runs: Iterable[tuple[int, int, int]]) -> None:
+    """Write a page list of *runs* (vaddr, nr_pages, flags); *kind* is PAGEMAP or PAGEMAP_SHMEM.
+
+    Raises :class:`ImageError` for runs that are empty, out of order or overlap, and for what cannot be written.
+    """
+    end = 0
+    with images.writer(kind, index) as writer:
+        writer.add({"pages_id": pages_id})
+        for vaddr, nr_pages, flags in runs:
+            _check_run(writer.name, vaddr, nr_pages, end)
+            end = vaddr + nr_pages * PAGE
+            writer.add({"vaddr": vaddr, "compat_nr_pages": 0, "flags": flags, "nr_pages": nr_pages})

@@ -1,0 +1,53 @@
+"""firn's own additions to the images: what it saves and CRIU has no field for.
+
+They sit in field numbers from 1000 of CRIU's messages, which CRIU skips as unknown, so an image stays readable by both.
+Nothing outside this module is firn's own. The syntax is described in :mod:`firn.images.schema`; every field is optional
+or repeated, because images that CRIU wrote have none of them.
+"""
+
+from __future__ import annotations
+
+EXTENSIONS = {
+    "thread_core_entry": "1000 firn firn_thread?",
+    "task_core_entry": "1000 firn firn_task?",
+    "mm_entry": "1000 firn firn_mm?",
+    "vma_entry": "1000 firn firn_vma?",
+}
+"""Fields that are added to CRIU's messages."""
+
+MESSAGES = {
+    "firn_thread": """
+        1 affinity bytes?
+        2 timer_slack_ns u64?
+        3 ioprio u32?
+        4 restart firn_restart?
+        5 sched_flags u64?
+        6 sched_runtime u64?
+        7 sched_deadline u64?
+        8 sched_period u64?
+        9 xsave bytes?
+    """,
+    "firn_restart": """
+        1 nr u32?
+        2 remaining_ns u64?
+        3 exact bool?
+    """,
+    "firn_task": """
+        1 personality u32? hex
+        2 coredump_filter u32? hex
+        3 mdwe u32? hex
+        4 io_flusher bool?
+        5 mce_kill u32?
+        6 ksm_merge bool?
+        7 tsc u32?
+    """,
+    "firn_mm": """
+        1 lock_future u32? hex
+    """,
+    "firn_vma": """
+        1 sealed bool?
+        2 anon_name str?
+    """,
+}
+
+ENUMS: dict[str, str] = {}

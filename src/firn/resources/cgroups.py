@@ -1,0 +1,119 @@
+"""Control groups: which ones a process is in (images: cgroup.img, thread_core_entry.cg_set).
+
+State owned: the membership per hierarchy. Kernel: /proc/PID/cgroup. It comes back by writing the pid to cgroup.procs.
+Membership equal to our own is not recorded, as in CRIU: such a process comes back in the restorer's groups. The groups'
+properties belong to whoever made the groups and are not recorded yet.
+"""
+
+from __future__ import annotations
+
+import os
+
+from firn.errors import RestoreError
+from firn.host import procfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.images.store import ImageDir
+    from firn.log import Log
+
+ROOT_SET = 1
+"""The id of the set that we are in ourselves; never stored."""
+
+
+def membership(pid: int | str) -> list[tuple[str, str]]:
+    """(controllers, path) per hierarchy; "" is the unified one."""
+    found = []
+    for line in procfs.read(f"/proc/{pid}/cgroup").decode("utf-8", "surrogateescape").splitlines():
+        _, controllers, path = line.split(":", 2)
+        found.append((controllers, path))
+    return sorted(found)
+
+
+class Cgroups:
+    """The set of a dumped process."""
+
+    __slots__ = ("set_id", "theirs")
+
+    def __init__(self, pid: int) -> None:
+        self.theirs = membership(pid)
+        self.set_id = ROOT_SET if self.theirs == membership("self") else ROOT_SET + 1
+
+    def save(self, images: ImageDir) -> None:
+        """Write cgroup.img if there is something to say."""
+        if self.set_id == ROOT_SET:
+            return
+        controllers = []
+        for names, path in self.theirs:
+            where = mount_point(names)
+            entry: dict[str, Any] = {"cnames": [names]}
+            if path != "/" and where is not None:
+                entry["dirs"] = [_directory(where, path)]
+            controllers.append(entry)
+        ctls = [{"name": names, "path": path} for names, path in self.theirs]
+        images.write_one("CGROUP", {"sets": [{"id": self.set_id, "ctls": ctls}], "controllers": controllers})
+
+
+def _directory(mount: str, path: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"dir_name": path.lstrip("/")}
+    try:
+        st = os.stat(mount + path)
+    except OSError:
+        return entry
+    entry["dir_perms"] = {"mode": st.st_mode & 0o7777, "uid": st.st_uid, "gid": st.st_gid}
+    return entry
+
+
+def mount_point(controllers: str) -> str | None:
+    """Where the hierarchy of *controllers* ("" for cgroup v2) is mounted, seen from its root."""
+    wanted = set(controllers.removeprefix("name=").split(","))
+    for line in procfs.read("/proc/self/mountinfo").decode("utf-8", "surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, (kind, _, options) = left.split(), right.split(" ", 2)
+        if fields[3] != "/":
+            continue
+        if controllers == "" and kind == "cgroup2":
+            return fields[4]
+        given = {word.removeprefix("name=") for word in options.split(",")}
+        if kind == "cgroup" and controllers and wanted <= given:
+            return fields[4]
+    return None
+
+
+def plan(images: ImageDir, set_id: int, mode: str) -> list[tuple[str, str]]:
+    """The (directory, hierarchy) pairs that a process of set *set_id* has to be moved into. Checked, nothing done."""
+    if set_id <= ROOT_SET or mode == "ignore":
+        return []
+    sets = images.read_one("CGROUP").get("sets", []) if images.exists("CGROUP") else []
+    chosen = next((item for item in sets if item["id"] == set_id), None)
+    if chosen is None:
+        raise RestoreError(f"the checkpoint names cgroup set {set_id}, which it does not hold", "--manage-cgroups=ignore")
+    ours = dict(membership("self"))
+    moves = []
+    for ctl in chosen.get("ctls", []):
+        if ours.get(ctl["name"]) == ctl["path"]:
+            continue
+        where = mount_point(ctl["name"])
+        if where is None:
+            raise RestoreError(f"cgroup hierarchy {ctl['name'] or 'v2'!r} is not mounted here", "--manage-cgroups=ignore")
+        path = where + ctl["path"]
+        if not os.path.isdir(path) and mode in ("none", "props"):
+            raise RestoreError(f"cgroup {path} does not exist", "create it, or use --manage-cgroups")
+        moves.append((path, ctl["name"]))
+    return moves
+
+
+def move(pid: int, moves: list[tuple[str, str]], log: Log) -> None:
+    """Put process *pid* where *moves* says; missing groups are made."""
+    for path, _ in moves:
+        os.makedirs(path, exist_ok=True)
+        fd = os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, str(pid).encode())
+        except OSError as error:
+            raise RestoreError(f"process {pid} cannot be put into cgroup {path}: {os.strerror(error.errno or 0)}") from error
+        finally:
+            os.close(fd)
+        log.debug(f"process {pid} is in cgroup {path}")

@@ -1,0 +1,200 @@
+"""Where an open file can be found again: paths, unlinked files, hard links (images: reg entries, remap-fpath, ghost-file).
+
+State owned: the name under which a restore finds the file, and the contents of files that have none any more. Kernel: the
+magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (deleted)`` when its directory entry is gone, but a
+file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to another
+file (replaced), or the file lives on under another hard link only: then a link of our own is needed (``--link-remap``).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from firn.errors import Obstacle
+from firn.resources.files.table import REG, FileTable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.images.store import ImageDir
+
+DELETED = " (deleted)"
+LINKED, GHOST, PROCFS = 0, 1, 2
+"""remap_type of remap_file_path_entry."""
+NO_SEEK = (1 << 64) - 1
+GHOST_CHUNKS_FROM = 12288
+
+
+class Ghost:
+    """An unlinked file whose contents go into the checkpoint; ``link`` leads to it while the task lives."""
+
+    __slots__ = ("fd", "id", "path", "stat")
+
+    def __init__(self, number: int, path: str, st: os.stat_result, fd: int) -> None:
+        self.id = number
+        self.path = path
+        self.stat = st
+        self.fd = fd
+
+
+class PathFinder:
+    """Names files for a checkpoint and collects what has to be kept of the nameless ones."""
+
+    def __init__(self, table: FileTable, obstacles: list[Obstacle], ghost_limit: int, link_remap: bool) -> None:
+        self.table = table
+        self.obstacles = obstacles
+        self.ghost_limit = ghost_limit
+        self.link_remap = link_remap
+        self.ghosts: dict[tuple[int, int], Ghost] = {}
+        self.links: dict[tuple[int, int], tuple[str, int]] = {}
+        self.made_links: list[str] = []
+        self.remaps: list[dict[str, Any]] = []
+
+    def add(self, what: str, link: str, message: dict[str, Any], st: os.stat_result, key: object) -> int:
+        """Add the file behind magic link *link* to the table as REG; *what* names it in obstacles. The file id."""
+        name, found = self._name(link, st)
+        size_known = stat.S_ISREG(st.st_mode)
+        entry = {"flags": 0, "pos": 0, "fown": NO_OWNER, **message, "name": name, "mode": st.st_mode}
+        if size_known:
+            entry["size"] = st.st_size
+        number = self.table.add(REG, entry, key)
+        if not found:
+            self._remap(what, link, name, st, number)
+        return number
+
+    def _name(self, link: str, st: os.stat_result) -> tuple[str, bool]:
+        """(path, whether the path leads to the file)."""
+        target = os.readlink(link)
+        for name in (target, target[: -len(DELETED)] if target.endswith(DELETED) else ""):
+            if not name:
+                continue
+            try:
+                there = os.stat(name)
+            except OSError:
+                continue
+            if (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino):
+                return name, True
+        return (target[: -len(DELETED)] if target.endswith(DELETED) else target), False
+
+    def _remap(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
+        if not name.startswith("/"):
+            self.obstacles.append(Obstacle(what, f"the path {name!r} leads out of its root"))
+        elif stat.S_ISREG(st.st_mode) and st.st_nlink > 0:
+            self._keep_link(what, link, name, st, number)
+        elif stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or stat.S_ISFIFO(st.st_mode):
+            self._keep_ghost(what, link, name, st, number)
+        else:
+            self.obstacles.append(
+                Obstacle(what, f"{name} leads to another file now", "restore its name, or close it before the dump")
+            )
+
+    def _keep_ghost(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
+        key = (st.st_dev, st.st_ino)
+        ghost = self.ghosts.get(key)
+        if ghost is None:
+            if stat.S_ISREG(st.st_mode) and st.st_blocks * 512 > self.ghost_limit:
+                self.obstacles.append(
+                    Obstacle(
+                        what, f"the unlinked file {name} takes {st.st_blocks * 512} bytes, more than the ghost limit"
+                        f" of {self.ghost_limit}", f"raise it: --ghost-limit {st.st_blocks * 512}",
+                    )
+                )  # fmt: skip
+                return
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC) if stat.S_ISREG(st.st_mode) else -1
+            ghost = self.ghosts[key] = Ghost(len(self.ghosts) + 1, name, st, fd)
+        self.remaps.append({"orig_id": number, "remap_id": ghost.id, "remap_type": GHOST})
+
+    def _keep_link(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
+        if not self.link_remap:
+            self.obstacles.append(
+                Obstacle(what, f"{name} is gone, but the file has {st.st_nlink} other name(s)", "use --link-remap")
+            )
+            return
+        key = (st.st_dev, st.st_ino)
+        if key not in self.links:
+            remap_id = self.table.new_id()
+            path = f"{os.path.dirname(name)}/link_remap.{remap_id}"
+            try:
+                os.link(link, path, follow_symlinks=True)
+            except OSError as error:
+                self.obstacles.append(Obstacle(what, f"cannot link {path}: {os.strerror(error.errno or 0)}"))
+                return
+            self.made_links.append(path)
+            message = {"id": remap_id, "flags": 0, "pos": 0, "fown": NO_OWNER, "name": path}
+            self.table.entries.append({"type": REG, "id": remap_id, "reg": message})
+            self.links[key] = (path, remap_id)
+        self.remaps.append({"orig_id": number, "remap_id": self.links[key][1], "remap_type": LINKED})
+
+    def undo(self) -> None:
+        """Take back the links that were made (a failed dump, or one that leaves the target running)."""
+        while self.made_links:
+            path = self.made_links.pop()
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the unlinked files."""
+        for ghost in self.ghosts.values():
+            if ghost.fd >= 0:
+                os.close(ghost.fd)
+                ghost.fd = -1
+
+    def save(self, images: ImageDir) -> None:
+        """Write remap-fpath.img and the ghost files."""
+        if self.remaps:
+            images.write_all("REMAP_FPATH", self.remaps)
+        for ghost in self.ghosts.values():
+            _save_ghost(images, ghost)
+
+
+NO_OWNER: dict[str, int] = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
+
+
+def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
+    st = ghost.stat
+    entry: dict[str, Any] = {
+        "uid": st.st_uid, "gid": st.st_gid, "mode": st.st_mode, "dev": kernel_dev(st.st_dev), "ino": st.st_ino,
+        "atim": _time(st.st_atime_ns), "mtim": _time(st.st_mtime_ns),
+    }  # fmt: skip
+    if not stat.S_ISREG(st.st_mode):
+        images.write_one("GHOST_FILE", entry, ghost.id)
+        return
+    entry |= {"size": st.st_size, "chunks": st.st_size >= GHOST_CHUNKS_FROM}
+    with images.writer("GHOST_FILE", ghost.id) as writer:
+        writer.add(entry)
+        if not entry["chunks"]:
+            writer.payload((ghost.fd, 0, st.st_size))
+            return
+        for start, length in extents(ghost.fd, st.st_size):
+            writer.add({"len": length, "off": start}, "ghost_chunk_entry")
+            writer.payload((ghost.fd, start, length))
+
+
+def extents(fd: int, size: int) -> list[tuple[int, int]]:
+    """(offset, length) of the data of a sparse file (lseek(2) SEEK_DATA); all of it where holes are not reported."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == 6:  # ENXIO: only a hole is left
+                return found
+            return [(0, size)]
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        found.append((start, at - start))
+    return found
+
+
+def kernel_dev(dev: int) -> int:
+    """A device number as the kernel encodes it inside (20 bits of minor)."""
+    return os.major(dev) << 20 | os.minor(dev)
+
+
+def _time(nanoseconds: int) -> dict[str, int]:
+    return {"tv_sec": nanoseconds // 10**9, "tv_usec": nanoseconds % 10**9 // 1000}

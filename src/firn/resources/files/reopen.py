@@ -1,0 +1,286 @@
+"""Opening the files of a checkpoint again (images: reg_file_entry, remap-fpath, ghost-file, memfd entries).
+
+Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is one
+clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task. Unlinked
+files are made under their old name, opened, and unlinked again; hard links that a dump left (link_remap) are taken away
+when the restore has succeeded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from firn.abi import fcntl as fc
+from firn.errors import ImageError, NotBuilt, RestoreError
+from firn.resources.files import memfd
+from firn.resources.files.buildid import read_build_id, to_words
+from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
+from firn.resources.files.table import MEMFD, REG
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.images.store import ImageDir
+
+TMPFILE_BIT = 0o20000000
+_NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | TMPFILE_BIT | fc.FASYNC
+_KIND_NAMES = {
+    2: "pipe", 3: "FIFO", 4: "internet socket", 5: "unix socket", 6: "eventfd", 7: "epoll instance", 8: "inotify instance",
+    9: "signalfd", 10: "packet socket", 11: "terminal", 12: "fanotify group", 13: "netlink socket", 14: "namespace file",
+    15: "tun device", 16: "external file", 17: "timerfd", 19: "BPF map", 20: "pidfd",
+}  # fmt: skip
+
+
+class Opener:
+    """The opened files of a checkpoint, by (type, file id)."""
+
+    def __init__(
+        self,
+        images: ImageDir,
+        files: dict[tuple[int, int], dict[str, Any]],
+        remaps: dict[int, dict[str, Any]],
+        memfds: dict[int, dict[str, Any]],
+        pids: list[int],
+        validation: str,
+        check_mode: bool,
+    ) -> None:
+        self.images = images
+        self.files = files
+        self.remaps = remaps
+        self.memfds = memfds
+        self.own_proc = tuple(f"/proc/{pid}/" for pid in pids)
+        self.validation = validation
+        self.check_mode = check_mode
+        self.fds: dict[tuple[int, int], int] = {}
+        self.objects: dict[int, memfd.RestoredObject] = {}
+        self.remap_links: set[str] = set()
+        self._ghosts: dict[int, str] = {}
+        self._temporary: list[tuple[str, bool]] = []
+
+    def message(self, kind: int, number: int) -> dict[str, Any]:
+        """The message of file *number*; ImageError if it is not there or of another kind."""
+        entry = self.files.get((kind, number))
+        if entry is None:
+            raise ImageError(f"files image: file {number} (type {kind}) is not there")
+        for name in ("reg", "memfd"):
+            if name in entry:
+                message: dict[str, Any] = entry[name]
+                return message
+        raise NotBuilt(f"the checkpoint holds a {_KIND_NAMES.get(kind, f'file of type {kind}')}, which is not supported yet")
+
+    def is_late(self, kind: int, number: int) -> bool:
+        """Whether the file can only be opened when the restored task exists."""
+        if kind != REG:
+            return False
+        name = self.message(kind, number)["name"]
+        return name.startswith(self.own_proc) or name + "/" in self.own_proc
+
+    def open(self, kind: int, number: int) -> int:
+        """Our descriptor of file *number*, opened once."""
+        key = (kind, number)
+        if key not in self.fds:
+            message = self.message(kind, number)
+            if kind == MEMFD:
+                self.fds[key] = self._open_memfd(message)
+            elif kind == REG:
+                self.fds[key] = self._open_reg(number, message)
+            else:
+                raise NotBuilt(f"the checkpoint holds a {_KIND_NAMES.get(kind, f'file of type {kind}')}: not supported yet")
+        return self.fds[key]
+
+    # -- regular files -----------------------------------------------------------------------------------------------
+
+    def _open_reg(self, number: int, message: dict[str, Any]) -> int:
+        name = message["name"]
+        if not name.startswith("/") or "\0" in name:
+            raise ImageError(f"files image: file {number} has no absolute name ({name!r})")
+        remap = self.remaps.get(number)
+        remapped = False
+        if remap is not None:
+            remapped = self._remap(number, name, remap)
+        path = self._ghosts.get(number, name)
+        flags = message["flags"] & ~_NOT_FOR_OPEN | fc.O_CLOEXEC | fc.O_NOCTTY
+        if flags & 0o200000 and not message.get("mode", stat.S_IFDIR) & stat.S_IFDIR:
+            flags &= ~fc.O_DIRECTORY
+        try:
+            fd = os.open(path, flags)
+        except OSError as error:
+            raise RestoreError(f"{name} cannot be opened: {os.strerror(error.errno or 0)}", "put the file back") from None
+        if not remapped:
+            self._validate(fd, message)
+        position = message["pos"]
+        if position != NO_SEEK and position and not flags & fc.O_PATH:
+            try:
+                os.lseek(fd, position, os.SEEK_SET)
+            except (OSError, OverflowError) as error:
+                raise RestoreError(f"{name}: cannot go to position {position}: {error}") from None
+        return fd
+
+    def _validate(self, fd: int, message: dict[str, Any]) -> None:
+        name = message["name"]
+        st = os.fstat(fd)
+        if "mode" in message:
+            there, wanted = st.st_mode, message["mode"]
+            if not self.check_mode:
+                there, wanted = stat.S_IFMT(there), stat.S_IFMT(wanted)
+            if there != wanted:
+                raise RestoreError(
+                    f"{name} was changed since the dump: mode {there:o} instead of {wanted:o}",
+                    "put the file back, or use --skip-file-rwx-check if only its permissions differ",
+                )
+        if "size" not in message or not stat.S_ISREG(st.st_mode) or name.startswith("/proc/"):
+            return
+        if message["flags"] & fc.O_ACCMODE == fc.O_WRONLY and message["flags"] & fc.O_APPEND:
+            return
+        if st.st_size != message["size"]:
+            raise RestoreError(
+                f"{name} was changed since the dump: {st.st_size} bytes instead of {message['size']}", "put the file back"
+            )
+        recorded = message.get("build_id")
+        if recorded and self.validation == "buildid":
+            found = read_build_id(f"/proc/self/fd/{fd}")
+            if found is not None and to_words(found) != recorded:
+                raise RestoreError(f"{name} was changed since the dump: its build-id is another one", "put the file back")
+
+    # -- unlinked files ------------------------------------------------------------------------------------------------
+
+    def _remap(self, number: int, name: str, remap: dict[str, Any]) -> bool:
+        """Make sure that *name* (or what ``_ghosts`` says) leads to the file; True if contents are not to be checked."""
+        kind, target = remap.get("remap_type"), remap["remap_id"]
+        if kind is None:
+            kind, target = (GHOST, target & 0x7FFFFFFF) if target >> 31 else (LINKED, target)
+        if kind == GHOST:
+            self._ghosts[number] = self._make_ghost(name, target)
+            return True
+        if kind == LINKED:
+            link = self.message(REG, target)["name"]
+            self.remap_links.add(link)
+            self._make_parents(name)
+            try:
+                os.link(link, name)
+            except FileExistsError:
+                self._ghosts[number] = link
+                return True
+            except OSError as error:
+                raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
+            self._temporary.append((name, False))
+            return True
+        raise NotBuilt(f"{name} belongs to a dead process, which is not supported yet")
+
+    def _make_parents(self, name: str) -> None:
+        """Directories on the way that are gone too; taken away again with the file."""
+        missing = []
+        parent = os.path.dirname(name)
+        while parent not in ("/", "") and not os.path.lexists(parent):
+            missing.append(parent)
+            parent = os.path.dirname(parent)
+        for path in reversed(missing):
+            os.mkdir(path, 0o700)
+            self._temporary.append((path, True))
+
+    def _make_ghost(self, name: str, number: int) -> str:
+        key = -number
+        if key in self._ghosts:
+            return self._ghosts[key]
+        if not self.images.exists("GHOST_FILE", number):
+            raise ImageError(f"ghost-file-{number:x}.img is not there")
+        self._make_parents(name)
+        path = name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
+        entries = self.images.read_with_payload("GHOST_FILE", number)
+        entry = entries[0][0]
+        try:
+            fill_ghost(self.images, path, entries)
+        except FileExistsError:
+            raise RestoreError(f"{path} is in the way of an unlinked file", "move it away") from None
+        except OSError as error:
+            raise RestoreError(f"unlinked file {path} cannot be made: {os.strerror(error.errno or 0)}") from error
+        self._temporary.append((path, stat.S_ISDIR(entry["mode"])))
+        self._ghosts[key] = path
+        return path
+
+    def remove_temporary(self) -> None:
+        """Unlink what was made only to be opened."""
+        while self._temporary:
+            path, directory = self._temporary.pop()
+            try:
+                os.rmdir(path) if directory else os.unlink(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
+
+    def succeeded(self) -> None:
+        """The restore is complete: hard links made by the dump are no longer needed."""
+        for path in self.remap_links:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+    # -- memory objects ------------------------------------------------------------------------------------------------
+
+    def memory_object(self, inode_id: int) -> memfd.RestoredObject:
+        """The memory object *inode_id*, made and filled once."""
+        found = self.objects.get(inode_id)
+        if found is None:
+            entry = self.memfds.get(inode_id)
+            if entry is None:
+                raise ImageError(f"memfd.img has no inode {inode_id}")
+            found = self.objects[inode_id] = memfd.restore(entry, self.images)
+        return found
+
+    def _open_memfd(self, message: dict[str, Any]) -> int:
+        made = self.memory_object(message["inode_id"])
+        flags = message["flags"] & ~_NOT_FOR_OPEN | fc.O_CLOEXEC
+        try:
+            fd = os.open(f"/proc/self/fd/{made.fd}", flags)
+        except OSError as error:
+            raise RestoreError(f"memfd {made.entry['name']!r}: {error.strerror}") from None
+        if message["pos"] not in (0, NO_SEEK):
+            os.lseek(fd, message["pos"], os.SEEK_SET)
+        return fd
+
+    def seal(self) -> None:
+        """Set the seals, after all mappings are made."""
+        for made in self.objects.values():
+            made.seal()
+
+    def close(self) -> None:
+        """Close everything and remove what is temporary."""
+        self.remove_temporary()
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+        for made in self.objects.values():
+            os.close(made.fd)
+        self.objects.clear()
+
+
+def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], Any]]) -> None:
+    """Make the file of a ghost image at *path*; it must not exist."""
+    entry, payload = entries[0]
+    mode = entry["mode"]
+    if stat.S_ISDIR(mode):
+        os.mkdir(path, 0o700)
+    elif stat.S_ISFIFO(mode):
+        os.mkfifo(path, 0o600)
+    elif stat.S_ISREG(mode):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if entry.get("chunks"):
+                for chunk, part in entries[1:]:
+                    part.copy_to(fd, chunk["off"])
+                os.ftruncate(fd, entry["size"])
+            elif payload is not None:
+                payload.copy_to(fd, 0)
+        finally:
+            os.close(fd)
+    else:
+        raise NotBuilt(f"{path}: an unlinked device or link is not supported yet")
+    os.chown(path, entry["uid"], entry["gid"])
+    os.chmod(path, mode & 0o7777)
+    if "atim" in entry and "mtim" in entry:
+        times = tuple(entry[key]["tv_sec"] * 10**9 + entry[key]["tv_usec"] * 1000 for key in ("atim", "mtim"))
+        os.utime(path, ns=(times[0], times[1]))

@@ -1,0 +1,45 @@
+"""The file table of a checkpoint: every open file description once, under one id (images: files.img).
+
+State: descriptions opened by descriptors, executables, working and root directories, mapped files. Identity comes from the
+kernel: descriptors are compared with kcmp(2); things that are opened anew at restore anyway (mappings, directories, the
+executable) are shared by device, inode, path and mode.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
+FANOTIFY, NETLINKSK, NS, TUNF, EXT, TIMERFD, MEMFD, BPFMAP, PIDFD = range(12, 21)
+"""fd_types of the image format."""
+
+FIELD = {REG: "reg", MEMFD: "memfd"}
+"""The field of file_entry that holds the message of a type."""
+
+
+class FileTable:
+    """The entries of files.img under construction."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._by_key: dict[object, int] = {}
+        self._next = 1
+
+    def new_id(self) -> int:
+        """A fresh file id."""
+        self._next += 1
+        return self._next - 1
+
+    def find(self, key: object) -> int | None:
+        """The id of what was added under *key*."""
+        return self._by_key.get(key)
+
+    def add(self, kind: int, message: dict[str, Any], key: object = None) -> int:
+        """Add a file of *kind*; *message* gets its id. Returns the id."""
+        number = self.new_id()
+        self.entries.append({"type": kind, "id": number, FIELD[kind]: {"id": number, **message}})
+        if key is not None:
+            self._by_key[key] = number
+        return number

@@ -1,0 +1,186 @@
+"""Mappings: what a line of /proc/PID/maps is, and its vma_entry.
+
+State owned: the virtual memory areas with protection, kind and madvise(2) state. Kernel: /proc/PID/smaps (VmFlags) and
+/proc/PID/map_files. It comes back by mmap(2), madvise(2), mlock2(2), mprotect(2) in the restored task
+(:mod:`firn.resources.memory.rebuild`). What goes wrong: mappings of devices and of kernel objects that no mmap of a file
+brings back are refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+
+from firn.abi import mman
+from firn.errors import Obstacle
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.host.procfs import Map
+
+REGULAR, STACK, VSYSCALL, VDSO, HEAP = 1, 2, 4, 8, 0x20
+FILE_PRIVATE, FILE_SHARED, ANON_SHARED, ANON_PRIVATE = 0x40, 0x80, 0x100, 0x200
+SYSVIPC, SOCKET, VVAR, AIORING, MEMFD, SHSTK, GUARD, UPROBES = (1 << n for n in range(10, 18))
+"""Status bits of vma_entry (image format)."""
+
+MADVICE = (
+    ("rr", mman.MADV_RANDOM), ("sr", mman.MADV_SEQUENTIAL), ("dc", mman.MADV_DONTFORK), ("mg", mman.MADV_MERGEABLE),
+    ("hg", mman.MADV_HUGEPAGE), ("nh", mman.MADV_NOHUGEPAGE), ("dd", mman.MADV_DONTDUMP), ("wf", mman.MADV_WIPEONFORK),
+)  # fmt: skip
+"""VmFlags of smaps and the advice that sets them (fs/proc/task_mmu.c, show_smap_vma_flags)."""
+
+
+class Area:
+    """A mapping and what it is.
+
+    ``kind`` is one of anon, heap, file, memfd, shmem, aio, vdso, vvar, vsyscall, hugetlb; ``stat`` is that of the mapped
+    object, ``mode`` its open mode (0 read, 2 read and write) where there is one.
+    """
+
+    __slots__ = ("entry", "kind", "map", "mode", "stat")
+
+    def __init__(self, map: Map, kind: str) -> None:
+        self.map = map
+        self.kind = kind
+        self.mode = 0
+        self.stat: os.stat_result | None = None
+        self.entry: dict[str, Any] = {}
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether its private pages belong in the process's own page image."""
+        m = self.map
+        return not m.shared and self.kind not in ("vvar", "vsyscall", "aio") and "dp" not in (m.flags or ())
+
+    def link(self, pid: int) -> str:
+        """The magic link that leads to the mapped object."""
+        return f"/proc/{pid}/map_files/{self.map.start:x}-{self.map.end:x}"
+
+
+SPECIAL = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar", "[vsyscall]": "vsyscall", "[heap]": "heap"}
+
+
+def _obstacle(pid: int, m: Map, reason: str, help: str = "") -> Obstacle:
+    return Obstacle(f"process {pid}: mapping {m.start:x}-{m.end:x} of {m.name or 'anonymous memory'}", reason, help)
+
+
+def classify(pid: int, maps: list[Map], obstacles: list[Obstacle]) -> list[Area]:
+    """What every mapping is; what cannot be saved is added to *obstacles*. vvar parts are merged into one."""
+    areas: list[Area] = []
+    for m in maps:
+        kind = _kind(pid, m, obstacles)
+        if kind is None:
+            continue
+        if kind == "vvar" and areas and areas[-1].kind == "vvar" and areas[-1].map.end == m.start:
+            areas[-1].map.end = m.end
+            continue
+        areas.append(Area(m, kind))
+    return areas
+
+
+def _kind(pid: int, m: Map, obstacles: list[Obstacle]) -> str | None:
+    name = m.name
+    flags = m.flags or frozenset()
+    if name in SPECIAL:
+        return SPECIAL[name]
+    if "ss" in flags:
+        obstacles.append(_obstacle(pid, m, "is a shadow stack", "run the program without shadow stacks"))
+        return None
+    if name == "[uprobes]":
+        obstacles.append(_obstacle(pid, m, "holds uprobes trampolines", "remove the probes"))
+        return None
+    if name.startswith("/[aio]"):
+        return "aio"
+    if name.startswith("/SYSV") and m.device[0] == 0:
+        obstacles.append(_obstacle(pid, m, "is System V shared memory", "not supported yet; detach it (shmdt) first"))
+        return None
+    if name.startswith(("socket:", "anon_inode:")) or name.startswith("/anon_inode") or name.startswith("/dmabuf"):
+        obstacles.append(_obstacle(pid, m, "is memory of a kernel object that cannot be mapped again", "unmap it first"))
+        return None
+    if name.startswith("/secretmem"):
+        obstacles.append(_obstacle(pid, m, "is secret memory (memfd_secret), which nobody may read", "unmap it first"))
+        return None
+    if name.startswith(("/memfd:", "/dev/zero (deleted)", "/anon_hugepage", "[anon_shmem:")):
+        return "shmem"
+    if m.inode == 0 and (name == "" or name.startswith(("[stack", "[anon:"))):
+        return "anon"
+    if m.inode == 0 and name.startswith("["):
+        obstacles.append(_obstacle(pid, m, "is a special mapping that firn does not know"))
+        return None
+    if "io" in flags or "pf" in flags:
+        obstacles.append(_obstacle(pid, m, "is device memory", "unmap it first"))
+        return None
+    return "file"
+
+
+def find_backing(pid: int, areas: list[Area], obstacles: list[Obstacle]) -> None:
+    """Fill in ``stat`` and ``mode`` of the mappings that have an object behind them (once per object and mode)."""
+    seen: dict[tuple[object, ...], os.stat_result] = {}
+    for area in areas:
+        if area.kind not in ("file", "shmem"):
+            continue
+        link = area.link(pid)
+        m = area.map
+        key = (m.device, m.inode, m.name)
+        try:
+            if m.shared:
+                # The link's permission bits are the mode in which the file was opened (fs/proc/base.c).
+                area.mode = 2 if os.lstat(link).st_mode & 0o200 else 0
+            if key not in seen:
+                seen[key] = os.stat(link)
+        except OSError as error:
+            obstacles.append(_obstacle(pid, m, f"its file cannot be reached: {os.strerror(error.errno or 0)}"))
+            continue
+        area.stat = seen[key]
+
+
+def build_entry(area: Area, shmid: int) -> dict[str, Any]:
+    """The vma_entry of *area*; *shmid* is the file id of what is mapped (0: nothing)."""
+    m = area.map
+    flags = m.flags or frozenset()
+    status, mmap_flags = _status(area)
+    for letter, bit in (("gd", mman.MAP_GROWSDOWN), ("lo", mman.MAP_LOCKED), ("nr", mman.MAP_NORESERVE)):
+        if letter in flags:
+            mmap_flags |= bit
+    if "ht" in flags and area.kind == "anon":
+        mmap_flags |= mman.MAP_HUGETLB | (m.page_size.bit_length() - 1) << mman.MAP_HUGE_SHIFT
+    entry: dict[str, Any] = {
+        "start": m.start, "end": m.end, "pgoff": m.offset if area.kind in ("file", "shmem", "aio") else 0,
+        "shmid": shmid, "prot": m.prot, "flags": mmap_flags, "status": status, "fd": -1,
+    }  # fmt: skip
+    madvice = 0
+    for letter, number in MADVICE:
+        if letter in flags:
+            madvice |= 1 << number
+    if area.kind in ("vdso", "vsyscall"):
+        madvice = 0
+    if madvice:
+        entry["madv"] = madvice
+    if area.kind in ("file", "shmem"):
+        entry["fdflags"] = area.mode
+    elif area.kind == "aio":
+        entry["fdflags"] = 2
+    extra: dict[str, Any] = {}
+    if "sl" in flags:
+        extra["sealed"] = True
+    if m.name.startswith("[anon:") or m.name.startswith("[anon_shmem:"):
+        extra["anon_name"] = m.name[m.name.index(":") + 1 : -1]
+    if extra:
+        entry["firn"] = extra
+    return entry
+
+
+def _status(area: Area) -> tuple[int, int]:
+    m = area.map
+    sharing = mman.MAP_SHARED if m.shared else mman.MAP_PRIVATE
+    if "dp" in (m.flags or ()):
+        sharing = mman.MAP_DROPPABLE
+    if area.kind == "file":
+        return REGULAR | (FILE_SHARED if m.shared else FILE_PRIVATE), sharing
+    if area.kind == "shmem":
+        return REGULAR | MEMFD | (FILE_SHARED if m.shared else FILE_PRIVATE), sharing
+    if area.kind == "aio":
+        return AIORING, mman.MAP_SHARED
+    bits = {"vdso": VDSO | REGULAR, "vvar": VVAR | REGULAR, "vsyscall": VSYSCALL, "heap": HEAP | REGULAR}
+    return bits.get(area.kind, REGULAR) | ANON_PRIVATE, sharing | mman.MAP_ANONYMOUS

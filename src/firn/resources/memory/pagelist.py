@@ -1,0 +1,144 @@
+"""Which pages of a process have to be saved.
+
+Kernel: the PAGEMAP_SCAN ioctl of /proc/PID/pagemap (Linux 6.7), else the words of /proc/PID/pagemap
+(Documentation/admin-guide/mm/pagemap.rst). A page belongs to the process alone, and is saved, if it is present or swapped
+and neither page cache nor the kernel's zero page.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import os
+
+from firn.abi import mman
+from firn.abi.libc import address_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_REGIONS = 16384
+
+
+class Pages:
+    """Ascending, disjoint byte ranges: ``runs`` to be saved, ``guards`` made by MADV_GUARD_INSTALL, ``huge`` in THPs."""
+
+    __slots__ = ("guards", "huge", "runs")
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, int]] = []
+        self.guards: list[tuple[int, int]] = []
+        self.huge: list[tuple[int, int]] = []
+
+    def total(self) -> int:
+        """Bytes to be saved."""
+        return sum(end - start for start, end in self.runs)
+
+
+def _append(runs: list[tuple[int, int]], start: int, end: int) -> None:
+    if runs and runs[-1][1] == start:
+        runs[-1] = (runs[-1][0], end)
+    else:
+        runs.append((start, end))
+
+
+def scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """PAGEMAP_SCAN of [start, end): (start, end, categories) of own pages and guard pages, over all mappings at once."""
+    vector = bytearray(mman.PAGE_REGION.size * _REGIONS)
+    vector_address = address_of(vector)
+    # A guard marker counts as swapped; it is told apart by its own category (Linux 6.15).
+    inverted = mman.PAGE_IS_FILE | mman.PAGE_IS_PFNZERO
+    wanted = mman.PAGE_IS_PRESENT | mman.PAGE_IS_SWAPPED
+    returned = mman.PAGE_IS_PRESENT | mman.PAGE_IS_SWAPPED | mman.PAGE_IS_HUGE | mman.PAGE_IS_GUARD
+    while start < end:
+        arg = bytearray(
+            mman.PM_SCAN_ARG.pack(
+                mman.PM_SCAN_ARG.size, 0, start, end, 0, vector_address, _REGIONS, 0, inverted, inverted, wanted, returned
+            )
+        )
+        try:
+            count = fcntl.ioctl(fd, mman.PAGEMAP_SCAN, arg)
+        except OSError as error:
+            if error.errno != 22 or returned & mman.PAGE_IS_GUARD == 0:
+                raise
+            returned &= ~mman.PAGE_IS_GUARD
+            continue
+        start = mman.PM_SCAN_ARG.unpack(arg)[4]
+        words = (ctypes.c_uint64 * (3 * count)).from_buffer(vector)
+        flat = list(words)
+        del words
+        yield from zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+
+
+def _words(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The same as :func:`scan` for one mapping, from pagemap words; without page frame numbers zero pages count too."""
+    step = 1 << 27
+    for base in range(start, end, step):
+        stop = min(base + step, end)
+        words = array.array("Q", os.pread(fd, (stop - base) // mman.PAGE * 8, base // mman.PAGE * 8))
+        zero = _zero_frame()
+        for index, word in enumerate(words):
+            if not word & (mman.PAGEMAP_PRESENT | mman.PAGEMAP_SWAPPED) or word & mman.PAGEMAP_FILE:
+                continue
+            if word & mman.PAGEMAP_PRESENT and zero and word & mman.PAGEMAP_PFN == zero:
+                continue
+            at = base + index * mman.PAGE
+            guard = mman.PAGE_IS_GUARD if word & mman.PAGEMAP_GUARD else 0
+            yield at, at + mman.PAGE, mman.PAGE_IS_PRESENT | guard
+
+
+_zero: list[int] = []
+
+
+def _zero_frame() -> int:
+    """The frame number of the kernel's zero page (0: page frame numbers are hidden from us)."""
+    if not _zero:
+        import mmap
+
+        probe = mmap.mmap(-1, mman.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        probe[0]  # a read fault maps the zero page
+        address = ctypes.addressof(ctypes.c_char.from_buffer(probe))
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            word = int.from_bytes(os.pread(fd, 8, address // mman.PAGE * 8), "little")
+        finally:
+            os.close(fd)
+        _zero.append(word & mman.PAGEMAP_PFN)
+    return _zero[0]
+
+
+def find(pid: int, ranges: list[tuple[int, int]], use_scan: bool) -> Pages:
+    """The pages of *pid* inside *ranges* (ascending, disjoint) that must be saved."""
+    pages = Pages()
+    if not ranges:
+        return pages
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if use_scan:
+            found = scan(fd, ranges[0][0], ranges[-1][1])
+        else:
+            found = (region for start, end in ranges for region in _words(fd, start, end))
+        _intersect(pages, found, ranges)
+    finally:
+        os.close(fd)
+    return pages
+
+
+def _intersect(pages: Pages, found: Iterator[tuple[int, int, int]], ranges: list[tuple[int, int]]) -> None:
+    """Sort *found* into *pages*, cut to *ranges*."""
+    index, count = 0, len(ranges)
+    for start, end, category in found:
+        while index < count and ranges[index][1] <= start:
+            index += 1
+        at = index
+        while at < count and ranges[at][0] < end:
+            low, high = max(start, ranges[at][0]), min(end, ranges[at][1])
+            if category & mman.PAGE_IS_GUARD:
+                _append(pages.guards, low, high)
+            else:
+                _append(pages.runs, low, high)
+                if category & mman.PAGE_IS_HUGE:
+                    _append(pages.huge, low, high)
+            at += 1

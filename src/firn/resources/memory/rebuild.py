@@ -1,0 +1,204 @@
+"""Rebuilding an address space inside a restored task (the other half of :mod:`firn.resources.memory.areas`).
+
+Order: everything but the scratch area is unmapped; the vdso is mapped where it was (it can only be placed while none is
+mapped); every mapping is made at its place, writable where pages have to be read in; the layout is told to the kernel (it
+checks that the old executable is gone); pages are read straight from the image into place; then protection, madvise(2)
+state, locks, guard regions. Reading precedes madvise and mlock, so that no page appears that was not there.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from firn.abi import mman, nr
+from firn.errors import ImageError
+from firn.resources.memory import areas
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from firn.tracee.program import Program, Scratch
+
+TASK_TOP = (1 << 47) - mman.PAGE
+HUGE = 2 << 20
+_IOV_MAX = 1024
+_IOVEC = struct.Struct("<QQ")
+_KEEP_FLAGS = (
+    mman.MAP_SHARED | mman.MAP_PRIVATE | mman.MAP_DROPPABLE | mman.MAP_ANONYMOUS | mman.MAP_GROWSDOWN | mman.MAP_NORESERVE
+    | mman.MAP_HUGETLB | 0x3F << mman.MAP_HUGE_SHIFT
+)  # fmt: skip
+_FIRST_ADVICE = (mman.MADV_HUGEPAGE, mman.MADV_NOHUGEPAGE)
+PR_SET_VMA = 0x53564D41
+
+
+class Run:
+    """Pages of the image: *size* bytes at *offset* of file *fd* belong at *address*."""
+
+    __slots__ = ("address", "fd", "offset", "size")
+
+    def __init__(self, address: int, size: int, fd: int, offset: int) -> None:
+        self.address = address
+        self.size = size
+        self.fd = fd
+        self.offset = offset
+
+
+def is_special(vma: dict[str, Any]) -> bool:
+    """Mappings that are not made by a plain mmap(2)."""
+    return bool(vma["status"] & (areas.VSYSCALL | areas.VVAR | areas.VDSO | areas.GUARD | areas.AIORING))
+
+
+def with_pages(vmas: list[dict[str, Any]], runs: list[Run]) -> set[int]:
+    """The start addresses of the mappings into which pages have to be read; every run must lie in private mappings."""
+    found: set[int] = set()
+    private = [v for v in vmas if v["flags"] & (mman.MAP_PRIVATE | mman.MAP_DROPPABLE) or v["status"] & areas.AIORING]
+    index = 0
+    for run in runs:
+        at, end = run.address, run.address + run.size
+        while at < end:
+            while index < len(private) and private[index]["end"] <= at:
+                index += 1
+            if index == len(private) or private[index]["start"] > at:
+                raise ImageError(f"pagemap image: pages at {at:#x} lie outside of every private mapping")
+            found.add(private[index]["start"])
+            at = min(end, private[index]["end"])
+    return found
+
+
+def plan_clear(program: Program, scratch: Scratch) -> None:
+    """Unmap everything but the scratch area."""
+    low, high = scratch.code, scratch.data + scratch.size
+    program.call("munmap below", nr.munmap, 0, low)
+    program.call("munmap above", nr.munmap, high, TASK_TOP - high)
+
+
+def plan_maps(program: Program, vmas: list[dict[str, Any]], fds: dict[int, int], writable: set[int]) -> None:
+    """Make all ordinary mappings; *fds* are the task's descriptors by file id."""
+    for vma in vmas:
+        if is_special(vma):
+            continue
+        status, flags = vma["status"], vma["flags"]
+        prot = vma["prot"]
+        if vma["start"] in writable:
+            prot |= mman.PROT_WRITE
+        fd, offset = -1, 0
+        if not flags & mman.MAP_ANONYMOUS or status & (areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED):
+            if vma["shmid"] not in fds:
+                raise ImageError(f"mm image: mapping {vma['start']:#x} is of file {vma['shmid']}, which is not there")
+            fd, offset = fds[vma["shmid"]], vma["pgoff"]
+            flags &= ~mman.MAP_ANONYMOUS
+        start, length = vma["start"], vma["end"] - vma["start"]
+        program.call(
+            _label("mmap", start, length), nr.mmap, start, length, prot, flags & _KEEP_FLAGS | mman.MAP_FIXED, fd, offset
+        )
+        for advice in _FIRST_ADVICE:
+            if vma.get("madv", 0) >> advice & 1:
+                program.call(_label("madvise", start, length), nr.madvise, start, length, advice)
+
+
+def _label(what: str, start: int, length: int) -> Callable[[], str]:
+    return lambda: f"{what} {start:#x}-{start + length:#x}"
+
+
+def plan_pages(program: Program, runs: list[Run], fds: dict[int, int]) -> list[tuple[int, int]]:
+    """Read the pages into place; returns (call, bytes it must have read). *fds*: our descriptor -> the task's."""
+    checks: list[tuple[int, int]] = []
+    batch: list[tuple[int, int]] = []
+    first: Run | None = None
+    following = (-1, -1)
+
+    def flush() -> None:
+        if first is None or not batch:
+            return
+        size = sum(length for _, length in batch)
+        if len(batch) == 1:
+            call = program.call(_label("read pages", first.address, size), nr.pread64, fds[first.fd], batch[0][0], size, first.offset)
+        else:
+            vector = program.data(b"".join(_IOVEC.pack(*part) for part in batch))
+            call = program.call(
+                _label("read pages", first.address, size), nr.preadv, fds[first.fd], vector, len(batch), first.offset, 0
+            )
+        checks.append((call, size))
+        batch.clear()
+
+    total = 0
+    for run in runs:
+        at, size, offset = run.address, run.size, run.offset
+        while size:
+            # One read(2) moves at most 2 GB less a page (MAX_RW_COUNT, include/linux/fs.h).
+            part = min(size, 1 << 30)
+            if (run.fd, offset) != following or len(batch) == _IOV_MAX or total + part > 1 << 30:
+                flush()
+                first, total = Run(at, part, run.fd, offset), 0
+            batch.append((at, part))
+            total += part
+            at, size, offset = at + part, size - part, offset + part
+            following = (run.fd, offset)
+    flush()
+    return checks
+
+
+def plan_finish(program: Program, vmas: list[dict[str, Any]], writable: set[int], present: dict[int, int]) -> None:
+    """Protection, advice, locks, guards, names; *present* are the bytes read in per mapping."""
+    for vma in vmas:
+        start, length = vma["start"], vma["end"] - vma["start"]
+        if vma["status"] & areas.GUARD:
+            program.call(_label("madvise guard", start, length), nr.madvise, start, length, mman.MADV_GUARD_INSTALL)
+            continue
+        if is_special(vma):
+            continue
+        if start in writable:
+            program.call(_label("mprotect", start, length), nr.mprotect, start, length, vma["prot"])
+        _plan_advice(program, vma, start, length)
+        if vma["flags"] & mman.MAP_LOCKED:
+            flags = 0 if present.get(start, 0) == length or vma["flags"] & mman.MAP_SHARED else mman.MLOCK_ONFAULT
+            program.call(_label("mlock", start, length), nr.mlock2, start, length, flags)
+
+
+def _plan_advice(program: Program, vma: dict[str, Any], start: int, length: int) -> None:
+    mask = vma.get("madv", 0)
+    if vma["flags"] & mman.MAP_DROPPABLE:
+        mask &= ~(1 << mman.MADV_DONTDUMP | 1 << mman.MADV_WIPEONFORK)  # come with the mapping, cannot be set
+    for advice in range(64):
+        if mask >> advice & 1 and advice not in _FIRST_ADVICE:
+            program.call(_label(f"madvise {advice} of", start, length), nr.madvise, start, length, advice)
+    own = vma.get("firn", {})
+    if own.get("anon_name"):
+        program.reserve(2, 256)
+        name = program.text(own["anon_name"])
+        program.call("name mapping", nr.prctl, PR_SET_VMA, 0, start, length, name, flags=1)
+
+
+def plan_seal(program: Program, vmas: list[dict[str, Any]]) -> None:
+    """mseal(2) what was sealed: the very last change to a mapping."""
+    for vma in vmas:
+        if vma.get("firn", {}).get("sealed") and not is_special(vma):
+            start, length = vma["start"], vma["end"] - vma["start"]
+            program.call(_label("mseal", start, length), nr.mseal, start, length, 0)
+
+
+def check_reads(program: Program, checks: list[tuple[int, int]]) -> None:
+    """Raise if a read brought less than it should: the pages image is cut."""
+    for call, size in checks:
+        if program.results[call] != size:
+            raise ImageError(f"pages image: only {program.results[call]} of {size} bytes could be read")
+
+
+def present_bytes(vmas: list[dict[str, Any]], runs: list[Run]) -> dict[int, int]:
+    """Start of a mapping -> bytes of the image in it."""
+    found: dict[int, int] = {}
+    index = 0
+    for run in runs:
+        at, end = run.address, run.address + run.size
+        while at < end and index < len(vmas):
+            vma = vmas[index]
+            if vma["end"] <= at:
+                index += 1
+                continue
+            stop = min(end, vma["end"])
+            found[vma["start"]] = found.get(vma["start"], 0) + stop - max(at, vma["start"])
+            at = stop
+    return found
+

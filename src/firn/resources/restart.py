@@ -1,0 +1,231 @@
+"""Interrupted system calls, so that they go on as if nothing had happened (images: gpregs, firn_restart).
+
+State owned: a call in which a thread was waiting when it was frozen. Kernel: the result register then holds a code of
+include/linux/errno.h. 512-514: the same call is simply made again, so the image has the registers stepped back onto the
+instruction. 516 (ERESTART_RESTARTBLOCK: nanosleep, clock_nanosleep, poll, futex with a relative timeout): the deadline is
+in the kernel's restart block, which nobody can read. The remaining time is taken from where the kernel left it (the
+*rmtp* argument), or computed from when the thread went to sleep: just before the freeze, ``se.exec_start`` of
+/proc/PID/task/TID/sched is that moment. When neither is known the call waits its full time again: never too short.
+EINTR from a call that the freeze alone has ended (epoll_wait, rt_sigtimedwait): made again as well.
+
+It comes back by letting the restored thread make the call with the remaining time, interrupting it at once, and then
+giving it its original registers with code 516: the kernel's own restart block is then as it was. CRIU returns EINTR from
+such calls; the image has that in the place where CRIU looks.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+
+from firn.abi import nr
+from firn.abi import ptrace as pt
+from firn.abi import signal as sig
+from firn.abi import x86_64 as cpu
+from firn.host import procfs
+from firn.tracee import memory, ptrace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.tracee.program import Program, Runner
+    from firn.tracee.seize import Thread
+
+EINTR = 4
+RESTART_SAME = (512, 513, 514)
+RESTART_BLOCK = 516
+_WORD = 1 << 64
+_TIMESPEC = struct.Struct("<qq")
+TIMED = {nr.poll: "poll", nr.nanosleep: "nanosleep", nr.clock_nanosleep: "clock_nanosleep", nr.futex: "futex"}
+AGAIN_AFTER_EINTR = frozenset((nr.epoll_wait, nr.epoll_pwait, nr.epoll_pwait2, nr.rt_sigtimedwait))
+_WAITS = {b"hrtimer_nanosleep": nr.nanosleep, b"do_nanosleep": nr.nanosleep, b"common_nsleep": nr.clock_nanosleep}
+_FUTEX_CMD_MASK = 0x7F
+_FUTEX_WAIT_BITSET = 9
+
+
+class Waiting:
+    """What a thread was seen waiting in before the freeze: system call and, if known, since when (CLOCK_MONOTONIC ns)."""
+
+    __slots__ = ("number", "since")
+
+    def __init__(self, number: int, since: int | None) -> None:
+        self.number = number
+        self.since = since
+
+
+def observe(pid: int) -> dict[int, Waiting]:
+    """Look at all threads of running process *pid*; cheap, and only a help: nothing depends on its being complete."""
+    found: dict[int, Waiting] = {}
+    skew: int | None = None
+    for tid in procfs.threads(pid):
+        try:
+            number = int(procfs.read(f"/proc/{pid}/task/{tid}/syscall").split(None, 1)[0])
+            if number == nr.restart_syscall:
+                number = _waiting_in(pid, tid)
+            if number not in TIMED:
+                continue
+            started = _exec_start(f"/proc/{pid}/task/{tid}/sched")
+        except (OSError, ValueError):
+            continue
+        if started is not None and skew is None:
+            skew = _clock_skew()
+        found[tid] = Waiting(number, None if started is None or skew is None else started + skew)
+    return found
+
+
+def _waiting_in(pid: int, tid: int) -> int:
+    wait = procfs.read(f"/proc/{pid}/task/{tid}/wchan")
+    for name, number in _WAITS.items():
+        if wait.startswith(name):
+            return number
+    if b"futex" in wait:
+        return nr.futex
+    return nr.poll if b"poll" in wait or b"select" in wait else -1
+
+
+def _exec_start(path: str) -> int | None:
+    """``se.exec_start`` in ns of the scheduler's clock: when the task last came to or left the processor."""
+    text = procfs.read(path)
+    at = text.find(b"se.exec_start")
+    if at < 0:
+        return None
+    milliseconds, _, fraction = text[text.index(b":", at) + 1 :].split(None, 1)[0].partition(b".")
+    return int(milliseconds) * 1_000_000 + int(fraction.ljust(6, b"0"))
+
+
+def _clock_skew() -> int | None:
+    """CLOCK_MONOTONIC minus the scheduler's clock, in ns: yielding stamps our own exec_start with the present."""
+    os.sched_yield()
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    own = _exec_start("/proc/self/sched")
+    return None if own is None else now - own
+
+
+class Interrupted:
+    """How a thread's registers go into the image: ``regs``, and ``entry`` (firn_restart) if a wait has time left."""
+
+    __slots__ = ("entry", "regs")
+
+    def __init__(self, regs: tuple[int, ...], entry: dict[str, Any] | None = None) -> None:
+        self.regs = regs
+        self.entry = entry
+
+
+def _code(regs: tuple[int, ...]) -> int:
+    """The positive error code in the result register of an interrupted call, else 0."""
+    value = _WORD - regs[cpu.AX]
+    return value if regs[cpu.ORIG_AX] >> 63 == 0 and value <= RESTART_BLOCK else 0
+
+
+def _again(regs: tuple[int, ...], number: int) -> tuple[int, ...]:
+    changed = list(regs)
+    changed[cpu.AX] = number
+    changed[cpu.IP] -= 2
+    return tuple(changed)
+
+
+def resume_registers(regs: tuple[int, ...], deliverable: bool) -> tuple[int, ...]:
+    """The registers for a thread that is let go again here: the kernel restarts what it can by itself; a call that the
+    freeze alone has ended with EINTR is made again, unless a signal (*deliverable*) is about to interrupt it anyway."""
+    if _code(regs) == EINTR and regs[cpu.ORIG_AX] in AGAIN_AFTER_EINTR and not deliverable:
+        changed = list(_again(regs, regs[cpu.ORIG_AX]))
+        changed[cpu.ORIG_AX] = cpu.NO_SYSCALL
+        return tuple(changed)
+    return regs
+
+
+def save(pid: int, thread: Thread, seen: dict[int, Waiting], deliverable: bool, frozen_at: int) -> Interrupted:
+    """What to store for *thread*; *frozen_at* is CLOCK_MONOTONIC in ns at the freeze."""
+    regs = thread.regs
+    code = _code(regs)
+    if code in RESTART_SAME:
+        return Interrupted(_again(regs, regs[cpu.ORIG_AX]))
+    if code == EINTR and regs[cpu.ORIG_AX] in AGAIN_AFTER_EINTR and not deliverable:
+        return Interrupted(_again(regs, regs[cpu.ORIG_AX]))
+    if code != RESTART_BLOCK:
+        return Interrupted(regs)
+    waiting = seen.get(thread.tid)
+    number = regs[cpu.ORIG_AX]
+    if number == nr.restart_syscall:
+        number = _number_in_code(pid, regs) or (waiting.number if waiting else -1)
+    changed = list(regs)
+    changed[cpu.AX] = _WORD - EINTR
+    if number not in TIMED:
+        return Interrupted(tuple(changed))
+    if number == nr.futex and regs[cpu.SI] & _FUTEX_CMD_MASK == _FUTEX_WAIT_BITSET:
+        # Its timeout is absolute: the same call again is exact.
+        return Interrupted(_again(regs, number))
+    since = waiting.since if waiting and waiting.number == number else None
+    remaining, exact = _remaining(pid, number, regs, None if since is None else frozen_at - since)
+    entry = {"nr": number, "remaining_ns": remaining, "exact": exact}
+    return Interrupted(tuple(changed), entry)
+
+
+def _number_in_code(pid: int, regs: tuple[int, ...]) -> int:
+    """The call's number where the code loads it right before the instruction (``mov eax, N; syscall``), else 0."""
+    try:
+        before = memory.read(pid, regs[cpu.IP] - 7, 7)
+    except OSError:
+        return 0
+    return int.from_bytes(before[1:5], "little") if before[:1] == b"\xb8" and before[5:] == b"\x0f\x05" else 0
+
+
+def _remaining(pid: int, number: int, regs: tuple[int, ...], elapsed: int | None) -> tuple[int, bool]:
+    """(ns that the wait still has, whether that is exact rather than computed or the full time)."""
+    if number == nr.poll:
+        whole = (regs[cpu.DX] & 0xFFFFFFFF) * 1_000_000
+    else:
+        asked, left = {
+            nr.nanosleep: (regs[cpu.DI], regs[cpu.SI]),
+            nr.clock_nanosleep: (regs[cpu.DX], regs[cpu.R10]),
+            nr.futex: (regs[cpu.R10], 0),
+        }[number]
+        if left:
+            return _timespec(pid, left), True
+        whole = _timespec(pid, asked)
+    if elapsed is None:
+        return whole, False
+    return min(max(whole - elapsed, 0), whole), False
+
+
+def _timespec(pid: int, address: int) -> int:
+    try:
+        seconds, nanoseconds = _TIMESPEC.unpack(memory.read(pid, address, _TIMESPEC.size))
+    except OSError:
+        return 0
+    return max(int(seconds), 0) * 1_000_000_000 + int(nanoseconds)
+
+
+# -- coming back ---------------------------------------------------------------------------------------------------
+
+
+def prime(runner: Runner, program: Program, site: int, regs: tuple[int, ...], entry: dict[str, Any]) -> tuple[int, ...]:
+    """Put *runner*'s thread back into the wait of *entry* and interrupt it; the registers to let it go with.
+
+    *site* is a system-call instruction. An interrupt that is pending at the entry of the call ends the wait as soon as it
+    begins, with its restart block set; if the wait was over at once, its result stays.
+    """
+    number, remaining = entry["nr"], entry["remaining_ns"]
+    spec = program.area + program.size - 64
+    memory.write(runner.pid, spec, _TIMESPEC.pack(remaining // 10**9, remaining % 10**9))
+    changes = {"ip": site, "ax": number}
+    for name in ("di", "si", "dx", "r10", "r8", "r9"):
+        changes[name] = regs[cpu.REG_NAMES.index(name)]
+    changes[{nr.poll: "dx", nr.nanosleep: "di", nr.clock_nanosleep: "dx", nr.futex: "r10"}[number]] = (
+        min(-(-remaining // 1_000_000), 0x7FFFFFFF) if number == nr.poll else spec
+    )
+    ptrace.set_regs(runner.tid, runner.registers(**changes))
+    ptrace.request("system call", pt.SYSCALL, runner.tid)
+    while ptrace.wait_stop(runner.tid).signal != sig.SIGTRAP | 0x80:
+        ptrace.request("system call", pt.SYSCALL, runner.tid)
+    ptrace.request("interrupt", pt.INTERRUPT, runner.tid)
+    ptrace.request("continue", pt.CONT, runner.tid)
+    while ptrace.wait_stop(runner.tid).event != pt.EVENT_STOP:
+        ptrace.request("continue", pt.CONT, runner.tid)
+    result = ptrace.get_regs(runner.tid)[cpu.AX]
+    final = list(regs)
+    final[cpu.AX] = result
+    final[cpu.ORIG_AX] = number if result == _WORD - RESTART_BLOCK else cpu.NO_SYSCALL
+    return tuple(final)

@@ -1,0 +1,230 @@
+"""Threads: registers and everything the kernel keeps per thread (images: core-TID.img).
+
+State owned: general and extended registers, robust list, rseq registration, clear_child_tid, alternate stack, name,
+scheduling (policy, nice, priority, flags, affinity, io priority, timer slack), parent-death signal. Kernel: ptrace for
+registers, get_robust_list(2), sched_getattr(2), ioprio_get(2) from outside; sigaltstack(2), prctl(2) inside the thread.
+It comes back by clone3(2) with the wanted id and the thread's own calls; registers last, by ptrace.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from firn.abi import nr, prctl, sched
+from firn.abi import signal as sig
+from firn.abi import x86_64 as cpu
+from firn.abi.libc import address_of, syscall
+from firn.errors import ImageError
+from firn.resources import xstate
+from firn.tracee import memory, ptrace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.tracee.program import Program
+    from firn.tracee.seize import Thread
+
+X86_64 = 1
+_GPREGS = tuple(name for name in cpu.REG_NAMES)
+_TLS_EMPTY = {
+    "base_addr": 0, "limit": 0, "seg_32bit": False, "contents_h": False, "contents_l": False, "read_exec_only": True,
+    "limit_in_pages": False, "seg_not_present": True, "usable": False,
+}  # fmt: skip
+_ANSWER = sig.STACK_T.size + 16
+_DEFAULT_SLACK = 50_000
+
+
+class Asked:
+    """Where the answers of one thread lie."""
+
+    __slots__ = ("at", "securebits", "slack", "tsc")
+
+    def __init__(self, at: int, securebits: int, slack: int) -> None:
+        self.at = at
+        self.securebits = securebits
+        self.slack = slack
+
+
+def ask(program: Program) -> Asked:
+    """Add the calls that only the thread itself can make."""
+    program.reserve(5, _ANSWER)
+    at = program.buffer(_ANSWER)
+    program.call("sigaltstack", nr.sigaltstack, 0, at)
+    program.call("prctl parent-death signal", nr.prctl, prctl.GET_PDEATHSIG, at + sig.STACK_T.size, 0, 0, 0)
+    program.call("prctl tid address", nr.prctl, prctl.GET_TID_ADDRESS, at + sig.STACK_T.size + 8, 0, 0, 0)
+    securebits = program.call("prctl securebits", nr.prctl, prctl.GET_SECUREBITS, 0, 0, 0, 0)
+    slack = program.call("prctl timer slack", nr.prctl, prctl.GET_TIMERSLACK, 0, 0, 0, 0)
+    return Asked(at, securebits, slack)
+
+
+class Answers:
+    """What the thread said about itself."""
+
+    __slots__ = ("pdeath_signal", "securebits", "slack", "stack", "tid_address")
+
+    def __init__(self, program: Program, asked: Asked) -> None:
+        raw = program.read(asked.at, _ANSWER)
+        pointer, flags, _, size = sig.STACK_T.unpack_from(raw)
+        self.stack = {"ss_sp": pointer, "ss_size": size, "ss_flags": flags & ~sig.SS_ONSTACK & 0xFFFFFFFF}
+        self.pdeath_signal: int = struct.unpack_from("<i", raw, sig.STACK_T.size)[0]
+        self.tid_address: int = struct.unpack_from("<Q", raw, sig.STACK_T.size + 8)[0]
+        self.securebits = program.results[asked.securebits]
+        self.slack = program.results[asked.slack]
+
+
+def scheduling(tid: int) -> dict[str, int]:
+    """The struct sched_attr of a task by field name."""
+    buffer = bytearray(sched.SCHED_ATTR.size)
+    syscall(f"sched_getattr of task {tid}", nr.sched_getattr, tid, address_of(buffer), len(buffer), 0)
+    names = ("size", "policy", "flags", "nice", "priority", "runtime", "deadline", "period", "util_min", "util_max")
+    return dict(zip(names, sched.SCHED_ATTR.unpack(buffer), strict=True))
+
+
+def robust_list(tid: int) -> tuple[int, int]:
+    """(head, length) of a task's robust futex list."""
+    out = bytearray(16)
+    at = address_of(out)
+    syscall(f"get_robust_list of task {tid}", nr.get_robust_list, tid, at, at + 8)
+    head, length = struct.unpack("<QQ", out)
+    return head, length
+
+
+def save_core(
+    thread: Thread, answers: Answers, creds: dict[str, Any], comm: str
+) -> dict[str, Any]:
+    """The thread_core_entry, with firn's own fields, but without seccomp, signals and restart."""
+    head, length = robust_list(thread.tid)
+    attr = scheduling(thread.tid)
+    core: dict[str, Any] = {
+        "futex_rla": head, "futex_rla_len": length, "sched_nice": attr["nice"], "sched_policy": attr["policy"],
+        "sched_prio": attr["priority"], "sas": answers.stack, "pdeath_sig": answers.pdeath_signal, "creds": creds,
+        "comm": comm, "cg_set": 1,
+    }  # fmt: skip
+    address, size, signature = ptrace.rseq_configuration(thread.tid)
+    if address:
+        core["rseq_entry"] = {"rseq_abi_pointer": address, "rseq_abi_size": size, "signature": signature}
+    own: dict[str, Any] = {
+        "affinity": _affinity(thread.tid),
+        "timer_slack_ns": answers.slack,
+        "ioprio": syscall(f"ioprio_get of task {thread.tid}", nr.ioprio_get, sched.IOPRIO_WHO_PROCESS, thread.tid),
+    }
+    if attr["flags"]:
+        own["sched_flags"] = attr["flags"]
+    if attr["policy"] == sched.SCHED_DEADLINE:
+        own |= {f"sched_{name}": attr[name] for name in ("runtime", "deadline", "period")}
+    core["firn"] = own
+    return core
+
+
+def _affinity(tid: int) -> bytes:
+    mask = 0
+    for number in os.sched_getaffinity(tid):
+        mask |= 1 << number
+    return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
+
+
+def leave_critical_section(pid: int, regs: tuple[int, ...], core: dict[str, Any]) -> tuple[int, ...]:
+    """The registers of a thread that may be inside an rseq critical section: such a thread goes on at the abort address.
+
+    struct rseq: cpu_id_start, cpu_id, rseq_cs (offset 8); struct rseq_cs: version, flags, start, length, abort
+    (include/uapi/linux/rseq.h).
+    """
+    entry = core.get("rseq_entry")
+    if not entry:
+        return regs
+    try:
+        section: int = struct.unpack("<Q", memory.read(pid, entry["rseq_abi_pointer"] + 8, 8))[0]
+        if not section:
+            return regs
+        _, flags, start, length, abort = struct.unpack("<IIQQQ", memory.read(pid, section, 32))
+    except OSError:
+        return regs
+    if not start <= regs[cpu.IP] < start + length:
+        return regs
+    if flags & 2:  # RSEQ_CS_FLAG_NO_RESTART_ON_SIGNAL
+        entry["rseq_cs_pointer"] = section
+        return regs
+    changed = list(regs)
+    changed[cpu.IP] = abort
+    return tuple(changed)
+
+
+def save_info(regs: tuple[int, ...], area: bytes, tid_address: int) -> tuple[dict[str, Any], bytes]:
+    """(thread_info_x86, raw XSAVE area for firn's own field or b"")."""
+    fpregs, raw = xstate.save(area)
+    gpregs = dict(zip(_GPREGS, regs, strict=True))
+    gpregs["mode"] = 1
+    info = {
+        "clear_tid_addr": tid_address, "gpregs": gpregs, "fpregs": fpregs,
+        "tls": [{"entry_number": 12 + n, **_TLS_EMPTY} for n in range(3)],
+    }  # fmt: skip
+    return info, raw
+
+
+# -- coming back ---------------------------------------------------------------------------------------------------
+
+
+def load_registers(info: dict[str, Any]) -> tuple[int, ...]:
+    """The registers to set, from thread_info_x86; segments are those of 64-bit user code whatever the image says."""
+    gpregs = info["gpregs"]
+    if gpregs.get("mode", 1) != 1:
+        raise ImageError("core image: a 32-bit task, which is not supported yet")
+    regs = [gpregs[name] for name in _GPREGS]
+    if regs[cpu.CS] != cpu.USER_CS:
+        raise ImageError(f"core image: code segment {regs[cpu.CS]:#x} is not that of 64-bit user code")
+    regs[cpu.SS] = cpu.USER_SS
+    regs[cpu.DS] = regs[cpu.ES] = regs[cpu.FS] = regs[cpu.GS] = 0
+    regs[cpu.ORIG_AX] = cpu.NO_SYSCALL
+    return tuple(regs)
+
+
+def plan_own(program: Program, core: dict[str, Any], comm: str) -> None:
+    """The calls that a restored thread makes for itself before its credentials change."""
+    program.reserve(6, 128)
+    program.call("set_robust_list", nr.set_robust_list, core["futex_rla"], core["futex_rla_len"], flags=0 if core["futex_rla"] else 1)
+    name = os.fsencode(comm)[:15] + b"\0"
+    program.call("prctl name", nr.prctl, prctl.SET_NAME, program.data(name), 0, 0, 0)
+    stack = core.get("sas")
+    if stack:
+        flags = stack["ss_flags"] & 0xFFFFFFFF
+        pack = sig.STACK_T.pack(stack["ss_sp"], flags - (flags >> 31 << 32), 0, stack["ss_size"])
+        program.call("sigaltstack", nr.sigaltstack, program.data(pack), 0)
+    slack = core.get("firn", {}).get("timer_slack_ns", _DEFAULT_SLACK)
+    if slack:
+        program.call("prctl timer slack", nr.prctl, prctl.SET_TIMERSLACK, slack, 0, 0, 0)
+    rseq = core.get("rseq_entry")
+    if rseq and rseq["rseq_abi_pointer"]:
+        program.call("rseq", nr.rseq, rseq["rseq_abi_pointer"], rseq["rseq_abi_size"], 0, rseq["signature"])
+
+
+def plan_last(program: Program, core: dict[str, Any]) -> None:
+    """What a change of credentials would reset."""
+    if core.get("pdeath_sig"):
+        program.call("prctl parent-death signal", nr.prctl, prctl.SET_PDEATHSIG, core["pdeath_sig"], 0, 0, 0)
+
+
+def set_scheduling(tid: int, core: dict[str, Any]) -> None:
+    """Scheduling, affinity and io priority, set from outside."""
+    own = core.get("firn", {})
+    policy, nice = core.get("sched_policy", 0), core.get("sched_nice", 0)
+    now = scheduling(tid)
+    flags = own.get("sched_flags", 0)
+    wanted = (policy, flags, nice, core.get("sched_prio", 0))
+    if (now["policy"], now["flags"], now["nice"], now["priority"]) != wanted:
+        attr = bytearray(
+            sched.SCHED_ATTR.pack(
+                sched.SCHED_ATTR.size, policy, flags & 1, nice, core.get("sched_prio", 0), own.get("sched_runtime", 0),
+                own.get("sched_deadline", 0), own.get("sched_period", 0), 0, 0,
+            )
+        )  # fmt: skip
+        syscall(f"sched_setattr of task {tid}", nr.sched_setattr, tid, address_of(attr), 0)
+    if own.get("affinity"):
+        mask = int.from_bytes(own["affinity"], "little")
+        wanted_cpus = {n for n in range(mask.bit_length()) if mask >> n & 1}
+        here = os.sched_getaffinity(0)
+        if wanted_cpus & here and wanted_cpus != os.sched_getaffinity(tid):
+            os.sched_setaffinity(tid, wanted_cpus)
+    if own.get("ioprio"):
+        syscall(f"ioprio_set of task {tid}", nr.ioprio_set, sched.IOPRIO_WHO_PROCESS, tid, own["ioprio"])

@@ -1,0 +1,131 @@
+"""Birth: the first restored task, with the pid it had, as a stub under our trace.
+
+The stub is a static executable of a few bytes that waits in pause(2). It is born of us by clone3(2) with set_tid, so its
+pid is the wanted one and nobody else ever had it in between; the clone is a plain fork that does nothing but execute the
+stub from a memfd. It is seized with PTRACE_O_EXITKILL: if we die before the end, so does everything that we made.
+"""
+
+from __future__ import annotations
+
+import _signal
+import errno
+import os
+import struct
+
+from firn.abi import nr, sched
+from firn.abi import ptrace as pt
+from firn.abi import signal as sig
+from firn.abi.libc import address_of, syscall
+from firn.errors import KernelError, RestoreError
+from firn.host import procfs
+from firn.tracee import ptrace
+
+_BASE = 0x10000
+_CODE = bytes.fromhex("b8220000000f05ebf7")  # again: mov eax, 34 (pause); syscall; jmp again
+_HEADERS = 64 + 56
+SYSCALL_SITE = _BASE + _HEADERS + 5
+"""The stub's system-call instruction."""
+
+
+def stub_image() -> bytes:
+    """The stub: an ELF executable with one read-and-execute segment (elf(5))."""
+    size = _HEADERS + len(_CODE)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 62, 1, _BASE + _HEADERS, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _BASE, _BASE, size, size, 0x1000)
+    return header + segment + _CODE
+
+
+def check_pids(pids: list[int]) -> None:
+    """Refuse, before anything is made, pids that are in use or that this kernel cannot give."""
+    maximum = int(procfs.read("/proc/sys/kernel/pid_max"))
+    for pid in pids:
+        if pid >= maximum:
+            raise RestoreError(
+                f"pid {pid} is above this machine's limit of {maximum}", f"sysctl -w kernel.pid_max={pid + 1}"
+            )
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            continue
+        except PermissionError:
+            pass
+        raise _taken(pid)
+
+
+def _taken(pid: int) -> RestoreError:
+    try:
+        who = f" by {procfs.stat(pid).comm.decode(errors='replace')!r}"
+    except OSError:
+        who = ""
+    return RestoreError(f"pid {pid} is taken{who}", "end that process, or restore in another pid namespace")
+
+
+def spawn(pid: int, sibling: bool) -> None:
+    """Make the stub with *pid*, seized and stopped; our child, or with *sibling* our parent's."""
+    memfd = os.memfd_create("stub", os.MFD_CLOEXEC)
+    alive, child_end = os.pipe2(os.O_CLOEXEC)
+    old_mask = _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
+    try:
+        os.write(memfd, stub_image())
+        _clone(pid, sibling, memfd)
+        os.close(child_end)
+        child_end = -1
+        # The pipe closes at the execve(2); what comes before is an errno.
+        failure = os.read(alive, 4)
+        if failure:
+            raise RestoreError(f"the stub cannot be executed: {os.strerror(int.from_bytes(failure, 'little'))}")
+    finally:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, old_mask)
+        for fd in (memfd, alive, child_end):
+            if fd >= 0:
+                os.close(fd)
+    options = pt.O_TRACESYSGOOD | pt.O_TRACECLONE | pt.O_EXITKILL
+    ptrace.request("seize", pt.SEIZE, pid, 0, options)
+    ptrace.request("interrupt", pt.INTERRUPT, pid)
+    while ptrace.wait_stop(pid).event != pt.EVENT_STOP:
+        ptrace.request("continue", pt.CONT, pid)
+
+
+def _clone(pid: int, sibling: bool, memfd: int) -> None:
+    """clone3 with set_tid; the child executes *memfd* and never returns from here."""
+    wanted = bytearray(struct.pack("<i", pid))
+    flags, signal = (sched.CLONE_PARENT, 0) if sibling else (0, sig.SIGCHLD)
+    args = bytearray(sched.CLONE_ARGS.pack(flags, 0, 0, 0, signal, 0, 0, 0, address_of(wanted), 1, 0))
+    arguments, environment = ["firn"], dict[str, str]()
+    try:
+        child = syscall(f"clone3 with pid {pid}", nr.clone3, address_of(args), len(args))
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise _taken(pid) from None
+        if error.errno in (errno.ENOSYS, errno.E2BIG, errno.EINVAL):
+            raise KernelError("this kernel cannot give a chosen pid (clone3 set_tid)", "Linux 5.5 or later") from None
+        if error.errno == errno.EPERM:
+            raise RestoreError(
+                f"pid {pid} may not be chosen: CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE is missing"
+            ) from None
+        raise
+    if child == 0:
+        try:
+            os.execve(memfd, arguments, environment)
+        except OSError as error:
+            os.write(2, f"firn: stub: {error}\n".encode())
+        finally:
+            os._exit(127)
+
+
+def kill(pid: int, sibling: bool) -> None:
+    """End what was made, threads and all, and reap it."""
+    try:
+        os.kill(pid, sig.SIGKILL)
+    except ProcessLookupError:
+        return
+    # As its tracer we are told of every thread's end, the leader's last; as its parent, once more.
+    while True:
+        try:
+            done, status = os.waitpid(-1 if sibling else pid, pt.WALL)
+        except ChildProcessError:
+            return
+        if done == pid and status & 0xFF != 0x7F:
+            return

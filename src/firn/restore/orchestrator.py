@@ -1,0 +1,199 @@
+"""The stages of a restore, one after the other.
+
+load      the images are read and agree with each other
+check     pids are free, capabilities suffice, cgroups are there; nothing has been made
+open      every file that can be opened by name is open; nothing else has been made
+birth     the root task exists as a stub with its old pid, under our trace, and dies with us
+rebuild   its memory is as it was, around a scratch area of ours
+join      its descriptors, directories, session are as they were
+threads   all threads exist and are stopped inside the scratch area
+state     signals, timers, limits, scheduling, credentials, seccomp are as they were
+resume    the scratch area is gone, registers and masks are set; everything is let go at once
+
+Until the end of *state* one failure block kills what was made; afterwards nothing can fail that could be undone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from firn.abi import signal as sig
+from firn.errors import FirnError, RestoreError
+from firn.host import features
+from firn.resources import cgroups, creds
+from firn.resources.files.reopen import Opener
+from firn.restore import birth
+from firn.restore.clocks import TimeNamespace
+from firn.restore.load import Checkpoint, open_images
+from firn.restore.tasks import RestoredTask
+from firn.scripts import run_scripts, write_pidfile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from firn.api import RestoreOptions
+    from firn.log import Log
+
+
+class Result:
+    """What a restore hands back: see :class:`firn.api.RestoreResult`."""
+
+    __slots__ = ("exit_status", "root_pid", "stats")
+
+    def __init__(self, root_pid: int, exit_status: int | None, stats: dict[str, int]) -> None:
+        self.root_pid = root_pid
+        self.exit_status = exit_status
+        self.stats = stats
+
+
+class Restore:
+    """One restore in progress."""
+
+    def __init__(self, options: RestoreOptions, log: Log) -> None:
+        self.options = options
+        self.log = log
+        self.opener: Opener | None = None
+        self.task: RestoredTask | None = None
+        self.born = False
+        self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read the images."""
+        self.images = open_images(self.options.images_dir)
+        self.checkpoint = Checkpoint(self.images)
+
+    def check(self) -> None:
+        """Refuse what cannot come back here."""
+        checkpoint = self.checkpoint
+        birth.check_pids(checkpoint.tids)
+        last, own = features.cap_last_cap(), features.effective_caps()
+        for core in checkpoint.cores:
+            creds.check(core["thread_core"]["creds"], own, last)
+        item, session = checkpoint.item, checkpoint.item["sid"]
+        if session != checkpoint.pid and not self.options.shell_job:
+            raise RestoreError(
+                f"process {checkpoint.pid} belongs to session {session} of another process", "use --shell-job (-j)"
+            )
+        if item["pgid"] not in (checkpoint.pid, item["sid"], 0) and not self.options.shell_job:
+            raise RestoreError(f"process {checkpoint.pid} belongs to the process group of another process")
+        self.moves = cgroups.plan(
+            self.images, checkpoint.cores[0]["thread_core"].get("cg_set", 0), self.options.manage_cgroups
+        )
+
+    def open(self) -> None:
+        """Open all files."""
+        checkpoint = self.checkpoint
+        self.opener = Opener(
+            self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds, [checkpoint.pid],
+            self.options.file_validation, not self.options.skip_file_rwx_check,
+        )  # fmt: skip
+        self.task = RestoredTask(checkpoint, self.opener, self.options, self.log)
+        self.task.open_files()
+        self.opener.remove_temporary()
+
+    def birth(self) -> None:
+        """Make the root task."""
+        started = time.monotonic_ns()
+        with TimeNamespace(self.checkpoint.clocks(), self.log):
+            self.born = True
+            birth.spawn(self.checkpoint.pid, self.options.restore_sibling)
+        self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
+        cgroups.move(self.checkpoint.pid, self.moves, self.log)
+
+    def build(self) -> None:
+        """Everything inside the task: stages rebuild to state."""
+        assert self.task is not None
+        for name, stage in (
+            ("rebuild", self.task.rebuild), ("join", self.task.join), ("threads", self.task.make_threads),
+            ("state", self.task.set_state),
+        ):  # fmt: skip
+            with self.log.step(name):
+                stage()
+        self.stats["pages_restored"] = self.task.pages
+
+    def finish(self) -> None:
+        """What has to succeed before the task runs."""
+        assert self.opener is not None
+        if self.options.pidfile:
+            write_pidfile(os.path.join(self.options.work_dir, self.options.pidfile), self.checkpoint.pid)
+        self.opener.succeeded()
+
+    def resume(self) -> None:
+        """Let the task go."""
+        assert self.task is not None
+        self.task.resume(self.options.leave_stopped)
+
+    def undo(self) -> None:
+        """Kill what was made."""
+        if self.born:
+            birth.kill(self.checkpoint.pid, self.options.restore_sibling)
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self.task is not None:
+            self.task.close()
+        if self.opener is not None:
+            self.opener.close()
+
+
+def restore(options: RestoreOptions, log: Log) -> Result:
+    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it."""
+    started = time.monotonic_ns()
+    work = Restore(options, log)
+    try:
+        _scripts(work, "pre-restore", 0)
+        for name in ("load", "check", "open", "birth"):
+            with log.step(name):
+                getattr(work, name)()
+        work.build()
+        pid = work.checkpoint.pid
+        _scripts(work, "post-restore", pid)
+        work.finish()
+        _scripts(work, "pre-resume", pid)
+        with log.step("resume"):
+            work.resume()
+        _scripts(work, "post-resume", pid)
+    except BaseException:
+        work.undo()
+        raise
+    finally:
+        work.close()
+    work.stats["restore_time"] = (time.monotonic_ns() - started) // 1000
+    _save_stats(work)
+    status = None
+    if not options.restore_detached and not options.exec_cmd:
+        status = wait(pid)
+    return Result(pid, status, work.stats)
+
+
+def _scripts(work: Restore, action: str, pid: int) -> None:
+    if work.options.action_script:
+        run_scripts(work.options, action, pid, work.options.images_dir_fd, work.log)
+
+
+def _save_stats(work: Restore) -> None:
+    from firn.images.store import ImageDir
+
+    try:
+        target = ImageDir.open(work.options.work_dir, create_files=True)
+        target.write_one("STATS_RESTORE", {"restore": {key: min(value, 0xFFFFFFFF) for key, value in work.stats.items()}})
+    except (OSError, FirnError) as error:
+        work.log.warn(f"stats-restore cannot be written: {error}")
+
+
+def wait(pid: int) -> int:
+    """Wait for the restored task; its exit status the shell's way. SIGTERM, SIGINT and SIGHUP are passed on to it."""
+    import _signal
+
+    def forward(number: int, _frame: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+    for number in (sig.SIGTERM, sig.SIGINT, sig.SIGHUP):
+        _signal.signal(number, forward)
+    _, status = os.waitpid(pid, 0)
+    return 128 + (status & 0x7F) if status & 0x7F else status >> 8
