@@ -115,6 +115,7 @@ NETLINK_NETFILTER = 12
 NLMSGHDR = struct.Struct("<IHHII")
 """struct nlmsghdr: len, type, flags, seq, pid."""
 NLM_F_REQUEST = 1
+NLM_F_MULTI = 2
 NLM_F_ACK = 4
 NLM_F_DUMP = 0x300
 NLM_F_CREATE = 0x400
@@ -134,13 +135,14 @@ NETLINK_DIAG_REQ = struct.Struct("<BBHIIQ")
 """struct netlink_diag_req and struct packet_diag_req: family, protocol, pad, ino, show, cookie (20 bytes)."""
 NDIAG_PROTO_ALL = 0xFF
 
-# rtnetlink.h, if_link.h, net_namespace.h, veth.h
+# rtnetlink.h, if_link.h, if.h, net_namespace.h, veth.h
 RTM_NEWLINK = 16
 RTM_GETLINK = 18
 RTM_SETLINK = 19
 RTM_GETNSID = 90
 IFINFOMSG = struct.Struct("<BBHiII")
 """struct ifinfomsg: family, pad, type, index, flags, change."""
+IFF_UP = 1
 IFLA_IFNAME = 3
 IFLA_LINKINFO = 18
 IFLA_NET_NS_FD = 28

@@ -94,6 +94,7 @@ def _show_usage_error(request: commands.Request, error: UsageError) -> None:
     if isinstance(error, ShortUsage) and request.program == "criu":
         commands.out(_short_usage("criu"))
     elif isinstance(error, ShortUsage):
+        request.log.close()  # what was kept goes first
         os.write(2, b"Try: firn --help\n")
 
 

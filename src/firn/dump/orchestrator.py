@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import time
 
+from firn import faults
 from firn.abi import nr
 from firn.abi import signal as sig
 from firn.abi.libc import syscall
@@ -52,6 +53,13 @@ class Dump:
         self.committed = False
         self.stats: dict[str, int] = {}
         self.pages_fd = -1
+
+    def phase(self, name: str) -> None:
+        """Go through the phase called *name*."""
+        with self.log.step(name):
+            faults.point(f"dump.{name}")
+            getattr(self, name)()
+            faults.point(f"dump.{name}.done")
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -168,27 +176,15 @@ def run(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]
     all images are written and the target still stands; it raises to call the dump off."""
     work = Dump(options, log)
     try:
-        with log.step("prepare"):
-            work.prepare()
-        with log.step("observe"):
-            work.observe()
-        with log.step("freeze"):
-            work.freeze()
-        with log.step("collect"):
-            work.collect()
-        with log.step("contents"):
-            work.contents()
+        for name in ("prepare", "observe", "freeze", "collect", "contents"):
+            work.phase(name)
         if options.leave_running and not options.leave_stopped and post_dump is None:
-            with log.step("release"):
-                work.release()
-        with log.step("save"):
-            work.save()
-        with log.step("commit"):
-            work.commit()
+            work.phase("release")
+        work.phase("save")
+        work.phase("commit")
         if post_dump is not None:
             post_dump(work.pid)
-        with log.step("end"):
-            work.end()
+        work.phase("end")
     except BaseException:
         work.undo()
         raise

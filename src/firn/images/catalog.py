@@ -131,8 +131,8 @@ _LENGTHS = {
 class Kind:
     """One kind of image file.
 
-    *message* is that of the first entry, *rest* that of the others; *magic* and *message* are 0 and empty for raw files,
-    which have no framing. *payload*: entries may have bytes behind them.
+    *message* is that of the first entry, *rest* that of the others; *magic* and *message* are 0 and empty for raw
+    files, which have no framing. *payload*: entries may have bytes behind them.
     """
 
     __slots__ = ("_base", "head", "magic", "message", "name", "payload", "prefix", "rest", "shape", "suffix")

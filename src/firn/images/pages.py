@@ -121,8 +121,8 @@ class PagemapReader:
     def __init__(self, images: ImageDir, kind: str, index: int) -> None:
         """Read the list and those of the parent directories that it needs; *kind* is PAGEMAP or PAGEMAP_SHMEM.
 
-        Raises :class:`ImageError` for a missing or damaged list: runs that are empty, out of order or overlap, a pages image
-        that is too short, pages that no parent has, a chain of parents that leads back into itself.
+        Raises :class:`ImageError` for a missing or damaged list: runs that are empty, out of order or overlap, a pages
+        image that is too short, pages that no parent has, a chain of parents that leads back into itself.
         """
         self._levels: list[_Level] = []
         self._runs: list[Run] = []

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 VERSION = 2
 """inventory_entry.img_version of what firn writes: files begin with a head magic and a type magic."""
 
-MAX_ENTRY = 1 << 28
-"""Bytes of one entry: far above what any process needs, far below what would hurt."""
+MAX_ENTRY = 1 << 26
+"""Bytes of one entry: the memory map of a million mappings fits."""
 
 _WINDOW = 1 << 16
 
@@ -41,7 +41,10 @@ class ImageReader:
     __slots__ = ("_base", "_fd", "_kind", "_start", "_window", "name", "size")
 
     def __init__(self, kind: catalog.Kind, fd: int, name: str, version: int) -> None:
-        """Takes over *fd* and checks the magics. *version* is inventory_entry.img_version, 0: either framing will do."""
+        """Takes over *fd* and checks the magics.
+
+        *version* is inventory_entry.img_version; 0: either framing will do.
+        """
         self.name = name
         self._kind = kind
         self._fd = fd

@@ -68,9 +68,7 @@ class ImageDir:
 
         Raises :class:`ImageError` for a link that leads nowhere.
         """
-        try:
-            os.stat("parent", dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
+        if not self._has("parent"):
             return None
         try:
             fd = os.open("parent", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
@@ -82,11 +80,7 @@ class ImageDir:
 
     def exists(self, kind: str, index: int | None = None) -> bool:
         """Whether there is such an image."""
-        try:
-            os.stat(catalog.kind(kind).file(index), dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
+        return self._has(catalog.kind(kind).file(index))
 
     def version(self) -> int:
         """inventory_entry.img_version, 0 without an inventory or in that of a pre-dump.
@@ -175,6 +169,15 @@ class ImageDir:
             raise ImageError(f"{ref.name}: shrank while it was read")
         return data
 
+    def _has(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be looked up: {error.strerror}") from None
+        return True
+
     def _open_regular(self, name: str, flags: int) -> int:
         """open(2) of an existing regular file; FileNotFoundError passes through."""
         if "/" in name or "\0" in name:
@@ -242,11 +245,19 @@ class ImageDir:
         self._created.clear()
 
     def abort(self) -> None:
-        """Remove what has been created since the last commit, the newest first."""
+        """Remove what has been created since the last commit, the newest first.
+
+        Raises :class:`ImageError` naming a file that cannot be removed, after trying them all.
+        """
+        failed: ImageError | None = None
         while self._created:
-            name = next(reversed(self._created))
-            self._remove(name)
-            del self._created[name]
+            name, _ = self._created.popitem()
+            try:
+                self._remove(name)
+            except ImageError as error:
+                failed = error
+        if failed:
+            raise failed
 
     def _create(self, name: str, flags: int) -> int:
         """A new, empty file; what had the name before is unlinked, not overwritten."""
@@ -294,10 +305,10 @@ _OLD_RECORDS = (("EVENTPOLL_TFD", 7, "tfd"), ("INOTIFY_WD", 8, "wd"), ("FANOTIFY
 
 
 def read_files(images: ImageDir) -> dict[tuple[int, int], dict[str, Any]]:
-    """The file_entry messages of a checkpoint by (type, id), from files.img or, without it, from the old images per type.
+    """The file_entry messages of a checkpoint by (type, id), from files.img or, without it, the old images per type.
 
-    Raises :class:`ImageError` for damaged images, an entry that is there twice or lacks its message, a message with another
-    id than its entry, and an old record without an owner.
+    Raises :class:`ImageError` for damaged images, an entry that is there twice or lacks its message, a message with
+    another id than its entry, and an old record without an owner.
     """
     entries = images.read_all("FILES") or _read_old_files(images)
     fields = {type_: field for type_, _, field in _OLD_FILES} | {18: "memfd", 19: "bpf"}

@@ -1,13 +1,13 @@
 """Protocol Buffers (proto2) messages to and from plain dictionaries.
 
-A value is a dict keyed by field name: integers and enumerations are int, ``bool`` is bool, ``bytes`` is bytes, messages are
-dicts, repeated fields are lists. Strings are str in the manner of :func:`os.fsdecode` (bytes that are not UTF-8 survive
-as surrogates), because the format stores paths in them. An absent optional field is an absent key; a repeated field
-without elements is an empty list after decoding and may be left out for encoding.
+A value is a dict keyed by field name: integers and enumerations are int, ``bool`` is bool, ``bytes`` is bytes, messages
+are dicts, repeated fields are lists. Strings are str in the manner of :func:`os.fsdecode` (bytes that are not UTF-8
+survive as surrogates), because the format stores paths in them. An absent optional field is an absent key; a repeated
+field without elements is an empty list after decoding and may be left out for encoding.
 
-Fields are written in ascending field number and repeated scalars one by one, as CRIU does; packed ones are read as well.
-Unknown fields are kept, as raw bytes, in a list under the key ``""`` and written back to their places, so that decoding
-and encoding give the same bytes again.
+Fields are written in ascending field number and repeated scalars one by one, as CRIU does; packed ones are read as
+well. Unknown fields are kept, as raw bytes, in a list under the key ``""`` and written back to their places, so that
+decoding and encoding give the same bytes again.
 
 Source: https://protobuf.dev/programming-guides/encoding/.
 """
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 100
 """Messages inside messages; control groups and security policies nest, but never like this."""
+
+MAX_MESSAGES = 1 << 21
+"""Messages inside one that is decoded: an empty one has two bytes, but takes hundreds in memory."""
+
+MAX_PACKED = 1 << 20
+"""Bytes of a packed field: a byte becomes a number in a list. CRIU writes none, and no field has so many numbers."""
 
 UNKNOWN = ""
 """The key of fields that the schema does not have."""
@@ -93,8 +99,8 @@ def _wire_type(kind: int) -> int:
 def encode(message: str, value: dict[str, Any]) -> bytes:
     """The bytes of *value* as a *message*.
 
-    Raises :class:`ImageError` naming message and field for a missing required field, a key that the message does not have,
-    a value of the wrong type or out of range, and messages nested too deeply.
+    Raises :class:`ImageError` naming message and field for a missing required field, a key that the message does not
+    have, a value of the wrong type or out of range, and messages nested too deeply.
     """
     return _encode(_writing.get(message) or _for_writing(message), value, 0)
 
@@ -227,8 +233,8 @@ def _write_message(tag: bytes, field: schema.Field) -> Write:
 
 
 _WRITERS = (
-    _write_unsigned, _write_signed, _write_signed, _write_zigzag, _write_unsigned, _write_fixed, _write_raw, _write_text,
-    _write_message,
+    _write_unsigned, _write_signed, _write_signed, _write_zigzag, _write_unsigned, _write_fixed,
+    _write_raw, _write_text, _write_message,
 )  # fmt: skip
 """By kind."""
 
@@ -243,12 +249,12 @@ def _does_not_fit(item: int, field: schema.Field) -> str:
 def decode(message: str, data: bytes | memoryview) -> dict[str, Any]:
     """The value of a *message* in *data*, all of which it must fill.
 
-    Raises :class:`ImageError` naming message and field for bytes that are cut short or malformed, a number that does not
-    fit its field, a missing required field, a NUL in a string, and messages nested too deeply.
+    Raises :class:`ImageError` naming message and field for bytes that are cut short or malformed, a number that does
+    not fit its field, a missing required field, a NUL in a string, messages nested too deeply and too many of them.
     """
     raw = bytes(data)
     try:
-        return _decode(_reading.get(message) or _for_reading(message), raw, 0, len(raw), 0)
+        return _decode(_reading.get(message) or _for_reading(message), raw, 0, len(raw), [MAX_MESSAGES, MAX_DEPTH])
     except IndexError:
         raise ImageError(f"{message}: cut short") from None
 
@@ -265,9 +271,8 @@ def _for_reading(name: str) -> _Message:
     return message
 
 
-def _decode(message: _Message, data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
-    if depth > MAX_DEPTH:
-        raise ImageError(f"{message.name}: nested more than {MAX_DEPTH} deep")
+def _decode(message: _Message, data: bytes, at: int, end: int, left: list[int]) -> dict[str, Any]:
+    """The value of *message* in data[at:end]; *left*: how many messages there may still be, and how deep."""
     value: dict[str, Any] = {name: [] for name in message.repeated}
     find = message.rows.get
     item: Any
@@ -298,7 +303,12 @@ def _decode(message: _Message, data: bytes, at: int, end: int, depth: int) -> di
                 if kind == _MESSAGE:
                     if name in value and not repeated:
                         raise ImageError(f"{message.name}.{name}: there twice")
-                    item = _decode(_reading.get(type_) or _for_reading(type_), data, start, at, depth + 1)
+                    left[0] -= 1
+                    left[1] -= 1
+                    if left[0] < 0 or left[1] < 0:
+                        raise ImageError(f"{message.name}.{name}: too many messages inside each other, or too deep")
+                    item = _decode(_reading.get(type_) or _for_reading(type_), data, start, at, left)
+                    left[1] += 1
                 else:
                     item = data[start:at] if kind == _RAW else _text(data[start:at], message.name, name)
             elif kind != _UNSIGNED:
@@ -388,7 +398,9 @@ def _decode_unusual(message: _Message, value: dict[str, Any], data: bytes, start
         raise ImageError(f"{message.name}.{name}: wire type {tag & 7} does not fit")
     _, kind, _, limit, type_ = row
     items = value[name]
-    _, at = _read_varint(data, at, message.name)
+    length, at = _read_varint(data, at, message.name)
+    if length > MAX_PACKED:
+        raise ImageError(f"{message.name}.{name}: {length} bytes of packed numbers")
     while at < stop:
         if kind == _FIXED:
             items.append(int.from_bytes(data[at : at + 8], "little"))

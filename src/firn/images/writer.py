@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from firn.errors import ImageError
 from firn.images import catalog, wire
+from firn.images.reader import MAX_ENTRY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +49,10 @@ class ImageWriter:
                 self._settle()
                 self._flush()
         finally:
-            os.close(self._fd)
+            try:
+                os.close(self._fd)
+            except OSError as failure:  # a network file system may tell only now that the disk is full
+                raise self._unwritable(failure) from None
 
     def add(self, entry: dict[str, Any], message: str = "") -> None:
         """Append an entry; *message* only for those that are framed behind another one (ghost_chunk_entry, ipc_msg)."""
@@ -62,6 +67,8 @@ class ImageWriter:
             data = wire.encode(message, entry)
         except ImageError as error:
             raise ImageError(f"{self.name}: {error.message}") from None
+        if len(data) > MAX_ENTRY:
+            raise ImageError(f"{self.name}: an entry of {len(data)} bytes; at most {MAX_ENTRY} can be read back")
         self._parts += (len(data).to_bytes(4, "little"), data)
         self._held += len(data)
         if kind.payload:
@@ -102,24 +109,40 @@ class ImageWriter:
         elif self._written != padded:
             raise self._mismatch()
 
+    def _unwritable(self, error: OSError) -> ImageError:
+        return ImageError(f"{self.name}: cannot be written: {error.strerror}")
+
     def _flush(self) -> None:
-        data = memoryview(b"".join(self._parts))
+        self._write(b"".join(self._parts))
         self._parts.clear()
         self._held = 0
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
         except OSError as error:
-            raise ImageError(f"{self.name}: cannot be written: {error.strerror}") from None
+            raise self._unwritable(error) from None
 
     def _copy(self, source: int, offset: int, length: int) -> None:
-        """Let the kernel move the bytes."""
+        """Let the kernel move the bytes; read and write them where it cannot (sendfile(2), EINVAL)."""
+        end = offset + length
+        while offset < end:
+            try:
+                sent = os.sendfile(self._fd, source, offset, min(end - offset, _COPY))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise self._unwritable(error) from None
+                sent = self._copy_by_hand(source, offset, min(end - offset, _BUFFER))
+            if not sent:
+                raise ImageError(f"{self.name}: what it is copied from ended {end - offset} bytes early")
+            offset += sent
+
+    def _copy_by_hand(self, source: int, offset: int, length: int) -> int:
         try:
-            while length:
-                sent = os.sendfile(self._fd, source, offset, min(length, _COPY))
-                if not sent:
-                    raise ImageError(f"{self.name}: its source ended {length} bytes early")
-                offset += sent
-                length -= sent
+            data = os.pread(source, length, offset)
         except OSError as error:
-            raise ImageError(f"{self.name}: cannot be written: {error.strerror}") from None
+            raise ImageError(f"{self.name}: what it is copied from cannot be read: {error.strerror}") from None
+        self._write(data)
+        return len(data)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import time
 
+from firn import faults
 from firn.abi import signal as sig
 from firn.errors import FirnError, RestoreError
 from firn.host import features
@@ -56,6 +57,13 @@ class Restore:
         self.task: RestoredTask | None = None
         self.born = False
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
+
+    def stage(self, name: str) -> None:
+        """Go through the stage called *name*."""
+        with self.log.step(name):
+            faults.point(f"restore.{name}")
+            getattr(self, name)()
+            faults.point(f"restore.{name}.done")
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -102,16 +110,26 @@ class Restore:
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
         cgroups.move(self.checkpoint.pid, self.moves, self.log)
 
-    def build(self) -> None:
-        """Everything inside the task: stages rebuild to state."""
+    def rebuild(self) -> None:
+        """Its memory."""
         assert self.task is not None
-        for name, stage in (
-            ("rebuild", self.task.rebuild), ("join", self.task.join), ("threads", self.task.make_threads),
-            ("state", self.task.set_state),
-        ):  # fmt: skip
-            with self.log.step(name):
-                stage()
+        self.task.rebuild()
         self.stats["pages_restored"] = self.task.pages
+
+    def join(self) -> None:
+        """Its descriptors, directories, session."""
+        assert self.task is not None
+        self.task.join()
+
+    def threads(self) -> None:
+        """Its threads."""
+        assert self.task is not None
+        self.task.make_threads()
+
+    def state(self) -> None:
+        """The rest."""
+        assert self.task is not None
+        self.task.set_state()
 
     def finish(self) -> None:
         """What has to succeed before the task runs."""
@@ -124,6 +142,7 @@ class Restore:
         """Let the task go."""
         assert self.task is not None
         self.task.resume(self.options.leave_stopped)
+        self.born = False
 
     def undo(self) -> None:
         """Kill what was made."""
@@ -144,22 +163,19 @@ def restore(options: RestoreOptions, log: Log) -> Result:
     work = Restore(options, log)
     try:
         _scripts(work, "pre-restore", 0)
-        for name in ("load", "check", "open", "birth"):
-            with log.step(name):
-                getattr(work, name)()
-        work.build()
+        for name in ("load", "check", "open", "birth", "rebuild", "join", "threads", "state"):
+            work.stage(name)
         pid = work.checkpoint.pid
         _scripts(work, "post-restore", pid)
-        work.finish()
+        work.stage("finish")
         _scripts(work, "pre-resume", pid)
-        with log.step("resume"):
-            work.resume()
-        _scripts(work, "post-resume", pid)
+        work.stage("resume")
     except BaseException:
         work.undo()
         raise
     finally:
         work.close()
+    _scripts(work, "post-resume", pid)
     work.stats["restore_time"] = (time.monotonic_ns() - started) // 1000
     _save_stats(work)
     status = None

@@ -74,8 +74,8 @@ class RestoredTask:
 
     # -- open --------------------------------------------------------------------------------------------------------
 
-    def _mapped(self) -> dict[int, tuple[int, int]]:
-        """File id -> (type, id) of everything that is mapped."""
+    def _mapped(self) -> dict[tuple[int, int], tuple[int, int, int]]:
+        """(File id, access mode) -> (type, id, mode) of everything that is mapped."""
         found = {}
         for vma in self.vmas:
             status = vma["status"]
@@ -84,9 +84,9 @@ class RestoredTask:
             if status & areas.SYSVIPC or status & areas.SOCKET:
                 raise RestoreError(f"mapping {vma['start']:#x} is of a kind that is not supported yet")
             if status & areas.MEMFD:
-                found[vma["shmid"]] = (MEMFD, vma["shmid"])
+                found[rebuild.file_key(vma)] = (MEMFD, *rebuild.file_key(vma))
             elif status & (areas.FILE_PRIVATE | areas.FILE_SHARED):
-                found[vma["shmid"]] = (REG, vma["shmid"])
+                found[rebuild.file_key(vma)] = (REG, *rebuild.file_key(vma))
             elif status & areas.ANON_SHARED:
                 raise ImageError(f"mapping {vma['start']:#x}: shared memory in the old form is not supported yet")
         return found
@@ -98,11 +98,11 @@ class RestoredTask:
         self.exe = (REG, checkpoint.mm["exe_file_id"])
         self.cwd, self.root = (REG, checkpoint.fs["cwd_id"]), (REG, checkpoint.fs["root_id"])
         self.descriptors = sorted(checkpoint.fdinfo, key=lambda entry: int(entry["fd"]))
-        wanted = [*self.mapped.values(), self.exe, self.cwd, self.root]
+        wanted: list[tuple[int, ...]] = [*self.mapped.values(), self.exe, self.cwd, self.root]
         wanted += [(entry["type"], entry["id"]) for entry in self.descriptors]
-        for kind, number in wanted:
-            if not self.opener.is_late(kind, number):
-                self.opener.open(kind, number)
+        for key in wanted:
+            if not self.opener.is_late(*key[:2]):
+                self.opener.open(*key)
 
     # -- rebuild -----------------------------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class RestoredTask:
 
     # -- taking descriptors of ours ------------------------------------------------------------------------------------
 
-    def _take_files(self, program: Program, keys: list[tuple[int, int]]) -> dict[int, int]:
+    def _take_files(self, program: Program, keys: list[tuple[int, ...]]) -> dict[int, int]:
         """Copies of our descriptors of files *keys* in the task: ours -> the task's. It must have none open."""
         return self._take_fds(program, sorted({self.opener.open(*key) for key in keys}), 0)
 

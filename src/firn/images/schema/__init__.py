@@ -39,7 +39,7 @@ class Field:
 
 
 def _themes() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    """(messages, enumerations) of each theme, those that every checkpoint needs first; the rest is imported on demand."""
+    """(messages, enumerations) of each theme, those that every checkpoint needs first, the rest imported on demand."""
     yield tasks.MESSAGES, tasks.ENUMS
     yield firn.MESSAGES, firn.ENUMS
     from firn.images.schema import registers

@@ -23,9 +23,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from firn.images.store import ImageDir
+    from firn.images.store import ImageDir, PayloadRef
 
 TMPFILE_BIT = 0o20000000
+AS_RECORDED = -1
 _NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | TMPFILE_BIT | fc.FASYNC
 _KIND_NAMES = {
     2: "pipe", 3: "FIFO", 4: "internet socket", 5: "unix socket", 6: "eventfd", 7: "epoll instance", 8: "inotify instance",
@@ -54,7 +55,7 @@ class Opener:
         self.own_proc = tuple(f"/proc/{pid}/" for pid in pids)
         self.validation = validation
         self.check_mode = check_mode
-        self.fds: dict[tuple[int, int], int] = {}
+        self.fds: dict[tuple[int, int, int], int] = {}
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
         self._ghosts: dict[int, str] = {}
@@ -78,11 +79,14 @@ class Opener:
         name = self.message(kind, number)["name"]
         return name.startswith(self.own_proc) or name + "/" in self.own_proc
 
-    def open(self, kind: int, number: int) -> int:
-        """Our descriptor of file *number*, opened once."""
-        key = (kind, number)
+    def open(self, kind: int, number: int, mode: int = AS_RECORDED) -> int:
+        """Our descriptor of file *number*, opened once per access *mode* (O_RDONLY, O_WRONLY, O_RDWR; mappings have one of
+        their own, the descriptions behind descriptors are opened as recorded)."""
+        key = (kind, number, mode)
         if key not in self.fds:
             message = self.message(kind, number)
+            if mode != AS_RECORDED:
+                message = {**message, "flags": message["flags"] & ~fc.O_ACCMODE | mode & fc.O_ACCMODE, "pos": 0}
             if kind == MEMFD:
                 self.fds[key] = self._open_memfd(message)
             elif kind == REG:
@@ -258,7 +262,7 @@ class Opener:
         self.objects.clear()
 
 
-def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], Any]]) -> None:
+def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], PayloadRef]]) -> None:
     """Make the file of a ghost image at *path*; it must not exist."""
     entry, payload = entries[0]
     mode = entry["mode"]
@@ -271,10 +275,10 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
         try:
             if entry.get("chunks"):
                 for chunk, part in entries[1:]:
-                    part.copy_to(fd, chunk["off"])
+                    _copy_payload(images, part, fd, chunk["off"])
                 os.ftruncate(fd, entry["size"])
-            elif payload is not None:
-                payload.copy_to(fd, 0)
+            else:
+                _copy_payload(images, payload, fd, 0)
         finally:
             os.close(fd)
     else:
@@ -284,3 +288,18 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
     if "atim" in entry and "mtim" in entry:
         times = tuple(entry[key]["tv_sec"] * 10**9 + entry[key]["tv_usec"] * 1000 for key in ("atim", "mtim"))
         os.utime(path, ns=(times[0], times[1]))
+
+
+def _copy_payload(images: ImageDir, payload: PayloadRef, target: int, at: int) -> None:
+    """Copy image bytes into file *target* from offset *at* on."""
+    source = images.open_raw(payload.name, os.O_RDONLY)
+    try:
+        os.lseek(target, at, os.SEEK_SET)
+        offset, end = payload.offset, payload.offset + payload.length
+        while offset < end:
+            sent = os.sendfile(target, source, offset, min(end - offset, 1 << 30))
+            if not sent:
+                raise ImageError(f"{payload.name} is cut")
+            offset += sent
+    finally:
+        os.close(source)

@@ -50,6 +50,11 @@ def is_special(vma: dict[str, Any]) -> bool:
     return bool(vma["status"] & (areas.VSYSCALL | areas.VVAR | areas.VDSO | areas.GUARD | areas.AIORING))
 
 
+def file_key(vma: dict[str, Any]) -> tuple[int, int]:
+    """(file id, access mode) of what a mapping is of: the mode is the mapping's own where it has one."""
+    return vma["shmid"], vma.get("fdflags", -1)
+
+
 def with_pages(vmas: list[dict[str, Any]], runs: list[Run]) -> set[int]:
     """The start addresses of the mappings into which pages have to be read; every run must lie in private mappings."""
     found: set[int] = set()
@@ -74,8 +79,8 @@ def plan_clear(program: Program, scratch: Scratch) -> None:
     program.call("munmap above", nr.munmap, high, TASK_TOP - high)
 
 
-def plan_maps(program: Program, vmas: list[dict[str, Any]], fds: dict[int, int], writable: set[int]) -> None:
-    """Make all ordinary mappings; *fds* are the task's descriptors by file id."""
+def plan_maps(program: Program, vmas: list[dict[str, Any]], fds: dict[tuple[int, int], int], writable: set[int]) -> None:
+    """Make all ordinary mappings; *fds* are the task's descriptors by :func:`file_key`."""
     for vma in vmas:
         if is_special(vma):
             continue
@@ -85,9 +90,7 @@ def plan_maps(program: Program, vmas: list[dict[str, Any]], fds: dict[int, int],
             prot |= mman.PROT_WRITE
         fd, offset = -1, 0
         if not flags & mman.MAP_ANONYMOUS or status & (areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED):
-            if vma["shmid"] not in fds:
-                raise ImageError(f"mm image: mapping {vma['start']:#x} is of file {vma['shmid']}, which is not there")
-            fd, offset = fds[vma["shmid"]], vma["pgoff"]
+            fd, offset = fds[file_key(vma)], vma["pgoff"]
             flags &= ~mman.MAP_ANONYMOUS
         start, length = vma["start"], vma["end"] - vma["start"]
         program.call(
