@@ -45,19 +45,20 @@ def main(argv: Sequence[str]) -> int:
     request = commands.Request(program, log)
     _interruptible()
     try:
-        return _run(list(argv), request)
-    except ShowHelp:
-        from firn.cli import usage
+        try:
+            return _run(list(argv), request)
+        except ShowHelp:
+            from firn.cli import usage
 
-        commands.out(usage.full(program))
-        return 0
-    except ShowVersion:
-        commands.out(f"Version: {CRIU_VERSION}\n" if program == "criu" else f"firn {__version__}\n")
-        return 0
-    except UsageError as error:
-        _show_usage_error(request, error)
-        return 1
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
+            commands.out(usage.full(program))
+            return 0
+        except ShowVersion:
+            commands.out(f"Version: {CRIU_VERSION}\n" if program == "criu" else f"firn {__version__}\n")
+            return 0
+        except UsageError as error:
+            _show_usage_error(request, error)
+            return 1
+    except (Exception, SystemExit) as error:
         return _report(request, error)
     finally:
         log.close()
@@ -101,9 +102,9 @@ def _show_usage_error(request: commands.Request, error: UsageError) -> None:
 def _report(request: commands.Request, error: BaseException) -> int:
     """Say what ended the command; its exit status."""
     _maybe_traceback()
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 128 + _SIGINT
-        text = f"interrupted by signal {code - 128}" if code > 128 else f"ended with status {code}"
+    if isinstance(error, SystemExit):  # of _interruptible
+        code = int(error.code or 0)
+        text = f"interrupted by signal {code - 128}"
     elif isinstance(error, ScriptFailed) and error.action == "post-dump":
         code, text = 255, str(error)
     elif isinstance(error, FirnError):

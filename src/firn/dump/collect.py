@@ -49,6 +49,7 @@ class Collected:
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
         self.mm: dict[str, Any] = {}
+        self.areas: list[areas.Area] = []
         self.pstree: dict[str, Any] = {}
         self.ids: dict[str, int] = {}
         self.inventory: dict[str, Any] = {}
@@ -89,10 +90,10 @@ def collect(dump: Dump, obstacles: list[Obstacle]) -> Collected:
         if obstacles:
             return got
         answers = _ask(task, got, statuses, dump)
-        vmas = _vmas(pid, mapped, got, exe_id)
-        got.mm = layout.save(pid, stat, answers, exe_id, vmas)
+        _add_mapped_files(pid, mapped, got)
+        got.areas = mapped
+        got.mm = layout.save(pid, stat, answers, exe_id)
         got.memory = ProcessPages(pid, mapped, features.pagemap_scan())
-        got.mm["vmas"] += got.memory.guard_entries()
         _identity(pid, stat, task, got)
     except BaseException:
         got.close()
@@ -141,7 +142,7 @@ def _collect_maps(dump: Dump, obstacles: list[Obstacle], got: Collected) -> list
     """The mappings, with flags. Flags read before the freeze are taken if the maps are the same and reading is dear."""
     pid = dump.pid
     early = dump.early_maps
-    if early is not None and len(early) > 400:
+    if early is not None and (len(early) > 400 or dump.options.fork_snapshot):
         now = procfs.maps(pid)
         maps = early if [m.key() for m in now] == [m.key() for m in early] else procfs.smaps(pid)
     else:
@@ -176,19 +177,15 @@ def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: 
     return got.finder.add(what, link, message, st, key)
 
 
-def _vmas(pid: int, mapped: list[areas.Area], got: Collected, exe_id: int) -> list[dict[str, Any]]:
-    entries = []
+def _add_mapped_files(pid: int, mapped: list[areas.Area], got: Collected) -> None:
+    """Give every mapping the file id of what it maps."""
     for area in mapped:
-        shmid = 0
         if area.kind == "file":
             assert area.stat is not None
             what = f"process {pid}: mapping {area.map.start:x}-{area.map.end:x}"
-            shmid = _plain_file(got, what, area.link(pid), area.stat, area.mode)
+            area.shmid = _plain_file(got, what, area.link(pid), area.stat, area.mode)
         elif area.kind == "shmem":
-            shmid = _memory_object(pid, area, got)
-        area.entry = areas.build_entry(area, shmid)
-        entries.append(area.entry)
-    return entries
+            area.shmid = _memory_object(pid, area, got)
 
 
 def _memory_object(pid: int, area: areas.Area, got: Collected) -> int:

@@ -29,6 +29,7 @@ from firn.errors import Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
 from firn.resources import restart
+from firn.resources.memory import areas
 from firn.tracee import seize
 
 TYPE_CHECKING = False
@@ -53,6 +54,7 @@ class Dump:
         self.committed = False
         self.stats: dict[str, int] = {}
         self.pages_fd = -1
+        self.held: list[tuple[int, bytes]] = []
 
     def phase(self, name: str) -> None:
         """Go through the phase called *name*."""
@@ -97,18 +99,23 @@ class Dump:
             raise Refused(obstacles)
 
     def contents(self) -> None:
-        """Copy pages and file contents, from the target or from its copy-on-write clone."""
+        """Copy pages and file contents, or make a copy-on-write clone to copy the pages from later."""
         assert self.task is not None and self.collected is not None
+        save_contents(self.images, self.collected)
+        pages = self.collected.memory
+        pages.find(self.pid, early=True)
         if self.options.fork_snapshot:
-            self.snapshot = Snapshot.take(self.task, self.collected)
+            self.held = pages.hold_early()
+            self.snapshot = Snapshot.take(self.task)
         else:
             self._copy_pages(self.pid)
-        save_contents(self.images, self.collected)
 
     def _copy_pages(self, pid: int) -> None:
         assert self.collected is not None
         started = time.monotonic_ns()
-        self.collected.memory.copy_pages(pid, self.pages_fd)
+        pages = self.collected.memory
+        pages.find(pid, early=False)
+        pages.copy_pages(pid, self.pages_fd, self.held)
         self.stats["memdump_time"] = self.stats["memwrite_time"] = (time.monotonic_ns() - started) // 1000
 
     def release(self) -> None:
@@ -126,6 +133,7 @@ class Dump:
         assert self.collected is not None
         if self.snapshot is not None:
             self._copy_pages(self.snapshot.pid)
+            areas.refresh_flags(self.collected.areas, procfs.smaps(self.snapshot.pid))
             self.snapshot.end()
         save_records(self.images, self.collected, self.log)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from firn.resources.files.buildid import add_build_ids
+from firn.resources.memory import areas
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def save_records(images: ImageDir, got: Collected, log: Log) -> None:
     """Everything else; the target may be running again."""
     pid = got.pid
     got.memory.save(images)
+    got.mm["vmas"] = [areas.build_entry(area) for area in got.areas] + got.memory.guard_entries()
     add_build_ids(got.table.entries)
     for tid, core in got.cores:
         images.write_one("CORE", core, tid)

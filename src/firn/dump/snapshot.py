@@ -2,31 +2,33 @@
 
 All inside the freeze: the target clones C1, which shares everything with it (CLONE_VM), C1 clones C2, a real copy, and
 exits; the target reaps C1, so it has no new child; C2, orphaned, belongs to init or a subreaper, and lets go of all files.
-What a fork does not copy is saved from the target itself: shared memory (MAP_SHARED), MADV_DONTFORK and MADV_WIPEONFORK
-areas (:meth:`Snapshot.take` copies the pages of such areas before the target goes on).
+A target that is a subreaper itself stops being one for that moment. What a fork does not copy (shared memory,
+MADV_DONTFORK, MADV_WIPEONFORK) is taken from the target before it goes on. C1 and C2 send no signal when they end, and are
+traced from birth, so none of them runs anything but its program.
 """
 
 from __future__ import annotations
 
 import os
 
-from firn.abi import mman, nr, sched
+from firn.abi import nr, prctl, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
+from firn.abi import x86_64 as cpu
+from firn.errors import TargetError
 from firn.tracee import ptrace
+from firn.tracee.program import Program, Runner, Scratch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from firn.dump.collect import Collected
     from firn.tracee.seize import Task
 
-CLOSE_RANGE_UNSHARE = 2
-_EVENT_CLONE = 3
-_WALL = 0x40000000
+_CLOSE_RANGE_UNSHARE = 2
+_AREA = 1024
 
 
 class Snapshot:
-    """The clone ``pid``, stopped under our trace."""
+    """The clone ``pid``, stopped under our trace (0 after :meth:`end`)."""
 
     __slots__ = ("pid",)
 
@@ -34,19 +36,82 @@ class Snapshot:
         self.pid = pid
 
     @staticmethod
-    def take(task: Task, got: Collected) -> Snapshot:
-        """Make the clone of the frozen *task*."""
-        raise NotImplementedError
+    def take(task: Task) -> Snapshot:
+        """Make the clone of the frozen *task*; OSError if the target may not fork (limits, memory)."""
+        scratch = task.prepare()
+        target = task.program(size=_AREA)
+        reaper = target.buffer(8)
+        target.call("prctl subreaper", nr.prctl, prctl.GET_CHILD_SUBREAPER, reaper, 0, 0, 0)
+        target.run()
+        is_reaper = target.read(reaper, 4) != bytes(4)
+        ptrace.request("options", pt.SETOPTIONS, task.pid, 0, pt.O_TRACESYSGOOD | pt.O_TRACECLONE)
+        try:
+            if is_reaper:
+                target.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+            first = _clone(task, target, sched.CLONE_VM | sched.CLONE_FS | sched.CLONE_FILES)
+            middle = Program(_runner(task, first), scratch, scratch.area(_AREA), _AREA)
+            copy = _clone(task, middle, sched.CLONE_FS | sched.CLONE_FILES)
+            snapshot = Snapshot(copy)
+            try:
+                _close_files(task, copy)
+                _exit(middle, first)
+                target.call("wait4", nr.wait4, first, 0, pt.WALL, 0)
+                if is_reaper:
+                    target.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+                target.run()
+            except BaseException:
+                snapshot.end()
+                raise
+            return snapshot
+        finally:
+            ptrace.request("options", pt.SETOPTIONS, task.pid, 0, pt.O_TRACESYSGOOD)
 
     def end(self) -> None:
-        """Kill the clone."""
+        """Kill the clone and take our notice of its death; whoever adopted it reaps it."""
         if self.pid:
             pid, self.pid = self.pid, 0
             os.kill(pid, sig.SIGKILL)
             while True:
-                _, status = os.waitpid(pid, _WALL)
-                if status & 0xFF != 0x7F:
-                    break
+                try:
+                    ptrace.wait_stop(pid)
+                except TargetError:
+                    return
 
 
-_unused = (mman, nr, sched, pt, ptrace, CLOSE_RANGE_UNSHARE, _EVENT_CLONE)
+def _runner(task: Task, pid: int) -> Runner:
+    leader = task.runner(task.leader)
+    return Runner(pid, pid, leader.base, leader.stop_signal)
+
+
+def _clone(task: Task, program: Program, flags: int) -> int:
+    """Run *program*, ending with a clone(2); the pid of the child, which waits at the end of the interpreter."""
+    call = program.call("clone", nr.clone, flags, 0, 0, 0, 0, flags=cpu.F_CHILD)
+    program.run()
+    child = program.results[call]
+    runner = _runner(task, child)
+    while ptrace.wait_stop(child).event != pt.EVENT_STOP:
+        ptrace.request("continue", pt.CONT, child)
+    ptrace.request("continue", pt.CONT, child)
+    assert task.scratch is not None
+    runner.finish(task.scratch.code)
+    return child
+
+
+def _close_files(task: Task, pid: int) -> None:
+    """The copy holds no file open: the ends of pipes and sockets must not live longer than they would without it."""
+    assert task.scratch is not None
+    own = Scratch(pid, task.scratch.code, task.scratch.data, task.scratch.size)
+    program = Program(_runner(task, pid), own, own.data, _AREA)
+    program.call("close_range", nr.close_range, 0, 0xFFFFFFFF, _CLOSE_RANGE_UNSHARE)
+    program.run()
+
+
+def _exit(program: Program, pid: int) -> None:
+    program.call("exit", nr.exit_group, 0)
+    program.start()
+    while True:
+        try:
+            ptrace.wait_stop(pid)
+            ptrace.request("continue", pt.CONT, pid)
+        except ptrace.Died:
+            return

@@ -265,13 +265,10 @@ class ImageDir:
         if name != _TEMPORARY and catalog.identify(name) is None:
             raise ImageError(f"{name!r} is no name of an image")
         flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._remove(name)
         self._created[name] = None
         try:
-            try:
-                return os.open(name, flags, 0o600, dir_fd=self.fd)
-            except FileExistsError:
-                self._remove(name)
-                return os.open(name, flags, 0o600, dir_fd=self.fd)
+            return os.open(name, flags, 0o600, dir_fd=self.fd)
         except OSError as error:
             del self._created[name]
             raise ImageError(f"{name}: cannot be created: {error.strerror}") from None

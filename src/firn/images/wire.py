@@ -138,7 +138,7 @@ def _encode(message: _Message, value: dict[str, Any], depth: int) -> bytes:
                     parts.append(write(one, depth))
             else:
                 parts.append(write(item, depth))
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise ImageError(f"{message.name}.{name}: {error}") from None
     if raw is not None:
         found += 1

@@ -35,17 +35,17 @@ class Area:
     """A mapping and what it is.
 
     ``kind`` is one of anon, heap, file, memfd, shmem, aio, vdso, vvar, vsyscall, hugetlb; ``stat`` is that of the mapped
-    object, ``mode`` its open mode (0 read, 2 read and write) where there is one.
+    object, ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id, where there is one.
     """
 
-    __slots__ = ("entry", "kind", "map", "mode", "stat")
+    __slots__ = ("kind", "map", "mode", "shmid", "stat")
 
     def __init__(self, map: Map, kind: str) -> None:
         self.map = map
         self.kind = kind
         self.mode = 0
         self.stat: os.stat_result | None = None
-        self.entry: dict[str, Any] = {}
+        self.shmid = 0
 
     @property
     def has_pages(self) -> bool:
@@ -135,8 +135,8 @@ def find_backing(pid: int, areas: list[Area], obstacles: list[Obstacle]) -> None
         area.stat = seen[key]
 
 
-def build_entry(area: Area, shmid: int) -> dict[str, Any]:
-    """The vma_entry of *area*; *shmid* is the file id of what is mapped (0: nothing)."""
+def build_entry(area: Area) -> dict[str, Any]:
+    """The vma_entry of *area*."""
     m = area.map
     flags = m.flags or frozenset()
     status, mmap_flags = _status(area)
@@ -147,7 +147,7 @@ def build_entry(area: Area, shmid: int) -> dict[str, Any]:
         mmap_flags |= mman.MAP_HUGETLB | (m.page_size.bit_length() - 1) << mman.MAP_HUGE_SHIFT
     entry: dict[str, Any] = {
         "start": m.start, "end": m.end, "pgoff": m.offset if area.kind in ("file", "shmem", "aio") else 0,
-        "shmid": shmid, "prot": m.prot, "flags": mmap_flags, "status": status, "fd": -1,
+        "shmid": area.shmid, "prot": m.prot, "flags": mmap_flags, "status": status, "fd": -1,
     }  # fmt: skip
     madvice = 0
     for letter, number in MADVICE:
@@ -184,3 +184,10 @@ def _status(area: Area) -> tuple[int, int]:
         return AIORING, mman.MAP_SHARED
     bits = {"vdso": VDSO | REGULAR, "vvar": VVAR | REGULAR, "vsyscall": VSYSCALL, "heap": HEAP | REGULAR}
     return bits.get(area.kind, REGULAR) | ANON_PRIVATE, sharing | mman.MAP_ANONYMOUS
+
+
+def refresh_flags(areas: list[Area], maps: list[Map]) -> None:
+    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has."""
+    flags = {m.start: m.flags for m in maps}
+    for area in areas:
+        area.map.flags = flags.get(area.map.start, area.map.flags)

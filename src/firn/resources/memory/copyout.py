@@ -17,33 +17,39 @@ CHUNK = 4 << 20
 _MAX_IOV = 512
 
 
+FORCED, EARLY = 1, 2
+"""Marks of address ranges: the process may not read them itself; they must be copied while it stands still even when a
+copy-on-write clone of it exists, because the clone does not have them."""
+
+
 class Piece:
     """Up to CHUNK bytes: where in the image they go, and the (address, size) pairs they come from."""
 
-    __slots__ = ("forced", "offset", "parts", "size")
+    __slots__ = ("marks", "offset", "parts", "size")
 
-    def __init__(self, offset: int, forced: bool) -> None:
+    def __init__(self, offset: int, marks: int) -> None:
         self.offset = offset
-        self.forced = forced
+        self.marks = marks
         self.size = 0
         self.parts: list[tuple[int, int]] = []
 
 
-def plan(runs: list[tuple[int, int]], unreadable: list[tuple[int, int]], offset: int = 0) -> list[Piece]:
-    """Cut *runs* into pieces laid out one after the other from *offset*; *unreadable* ranges get pieces of their own."""
+def plan(runs: list[tuple[int, int]], marked: list[tuple[int, int, int]], offset: int = 0) -> list[Piece]:
+    """Cut *runs* into pieces laid out one after the other from *offset*; *marked* (start, end, marks) ranges, ascending and
+    disjoint, get pieces of their own."""
     pieces: list[Piece] = []
-    blocked = iter([*unreadable, (1 << 64, 1 << 64)])
-    low, high = next(blocked)
+    ahead = iter([*marked, (1 << 64, 1 << 64, 0)])
+    low, high, bits = next(ahead)
     for start, end in runs:
         at = start
         while at < end:
             while high <= at:
-                low, high = next(blocked)
-            forced = low <= at
-            stop = min(end, high if forced else low)
+                low, high, bits = next(ahead)
+            marks = bits if low <= at else 0
+            stop = min(end, high if low <= at else low)
             last = pieces[-1] if pieces else None
-            if last is None or last.forced != forced or last.size >= CHUNK or len(last.parts) >= _MAX_IOV:
-                last = Piece(offset, forced)
+            if last is None or last.marks != marks or last.size >= CHUNK or len(last.parts) >= _MAX_IOV:
+                last = Piece(offset, marks)
                 pieces.append(last)
             size = min(stop - at, CHUNK - last.size)
             last.parts.append((at, size))
@@ -74,7 +80,7 @@ class _Worker:
                     piece = self.queue.pop()
                 except IndexError:
                     break
-                if piece.forced:
+                if piece.marks & FORCED:
                     self._read_forced(piece)
                 else:
                     self._read(piece)

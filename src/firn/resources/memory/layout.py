@@ -30,15 +30,15 @@ MM_FIELDS = (
 """In the order of struct prctl_mm_map."""
 
 
-def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int, vmas: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mm_entry."""
+def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int) -> dict[str, Any]:
+    """The mm_entry, still without its mappings."""
     auxv = array.array("Q", procfs.read(f"/proc/{pid}/auxv"))
     return {
         "mm_start_code": stat.start_code, "mm_end_code": stat.end_code, "mm_start_data": stat.start_data,
         "mm_end_data": stat.end_data, "mm_start_stack": stat.start_stack, "mm_start_brk": stat.start_brk,
         "mm_brk": answers.brk, "mm_arg_start": stat.arg_start, "mm_arg_end": stat.arg_end,
         "mm_env_start": stat.env_start, "mm_env_end": stat.env_end, "exe_file_id": exe_id,
-        "mm_saved_auxv": list(auxv[:AUXV_WORDS]), "vmas": vmas, "dumpable": answers.switches["dumpable"],
+        "mm_saved_auxv": list(auxv[:AUXV_WORDS]), "vmas": [], "dumpable": answers.switches["dumpable"],
         "thp_disabled": bool(answers.switches["thp_disable"]),
     }  # fmt: skip
 

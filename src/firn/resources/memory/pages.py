@@ -7,60 +7,108 @@ so that a restore can compare it with the running kernel's.
 
 from __future__ import annotations
 
+import os
+
 from firn.abi import mman
+from firn.images.pages import PE_PRESENT, write_pagemap
 from firn.resources.memory import areas, copyout, pagelist
+from firn.tracee import memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.images.store import ImageDir
 
-PE_PRESENT = 4
 PAGES_ID = 1
 
 
 class ProcessPages:
-    """What has to be saved of one process's memory, and where it goes."""
+    """What has to be saved of one process's memory, and where it goes.
+
+    With a copy-on-write clone (:mod:`firn.dump.snapshot`) the clone is scanned and read instead of the process, except for
+    what a fork leaves out: mappings with MADV_DONTFORK and MADV_WIPEONFORK.
+    """
 
     def __init__(self, pid: int, mapped: list[areas.Area], use_scan: bool) -> None:
         self.pid = pid
-        ranges: list[tuple[int, int]] = []
-        self.unreadable: list[tuple[int, int]] = []
-        whole: list[tuple[int, int]] = []
+        self.use_scan = use_scan
+        self.ranges: list[tuple[int, int]] = []
+        self.early_ranges: list[tuple[int, int]] = []
+        self.marked: list[tuple[int, int, int]] = []
+        self.runs: list[tuple[int, int]] = []
+        self.guards: list[tuple[int, int]] = []
         for area in mapped:
-            m = area.map
+            m, flags = area.map, area.map.flags or frozenset[str]()
+            marks = 0
             if area.kind == "vdso":
-                whole.append((m.start, m.end))
-                self.unreadable.append((m.start, m.end))
-            elif area.has_pages:
-                ranges.append((m.start, m.end))
-                if not m.prot & mman.PROT_READ:
-                    self.unreadable.append((m.start, m.end))
-        self.scanned = sum(end - start for start, end in ranges)
-        self.pages = pagelist.find(pid, ranges, use_scan)
-        self.runs = sorted(self.pages.runs + whole)
-        self.unreadable.sort()
+                marks = copyout.FORCED
+                self.runs.append((m.start, m.end))
+            elif not area.has_pages:
+                continue
+            elif flags & {"dc", "wf"}:
+                self.early_ranges.append((m.start, m.end))
+                marks = copyout.EARLY
+            else:
+                self.ranges.append((m.start, m.end))
+            if not m.prot & mman.PROT_READ:
+                marks |= copyout.FORCED
+            if marks:
+                self.marked.append((m.start, m.end, marks))
+
+    def find(self, pid: int, early: bool) -> None:
+        """Add the pages of *pid* (the process or its clone): those that a fork leaves out if *early*, or all others."""
+        found = pagelist.find(pid, self.early_ranges if early else self.ranges, self.use_scan)
+        self.runs = sorted(self.runs + found.runs)
+        self.guards = sorted(self.guards + found.guards)
 
     def guard_entries(self) -> list[dict[str, Any]]:
         """vma_entries of guard regions."""
         return [
             {"start": start, "end": end, "pgoff": 0, "shmid": 0, "prot": 0, "flags": 0, "status": areas.GUARD, "fd": -1}
-            for start, end in self.pages.guards
+            for start, end in self.guards
         ]
 
-    def copy_pages(self, pid: int, target: int) -> None:
-        """Copy the pages out of *pid* (the process or its clone) into file *target*."""
-        copyout.copy(pid, copyout.plan(self.runs, self.unreadable), target)
+    def hold_early(self) -> list[tuple[int, bytes]]:
+        """The contents of what a fork leaves out, as (address, bytes): few pages, taken while the process stands still."""
+        held = []
+        for low, high in self.early_ranges:
+            for start, end in self.runs:
+                if low <= start < high:
+                    held += [(at, memory.force_read(self.pid, at, min(end - at, 1 << 20))) for at in range(start, end, 1 << 20)]
+        return held
+
+    def copy_pages(self, pid: int, target: int, held: list[tuple[int, bytes]]) -> None:
+        """Copy the pages out of *pid* into file *target*; *held* is what :meth:`hold_early` took from the process itself."""
+        pieces = copyout.plan(self.runs, self.marked)
+        if held:
+            offsets = self._offsets()
+            for at, content in held:
+                os.pwrite(target, content, offsets(at))
+            pieces = [piece for piece in pieces if not piece.marks & copyout.EARLY]
+        copyout.copy(pid, pieces, target)
+
+    def _offsets(self) -> Callable[[int], int]:
+        """Address -> place in the pages image."""
+        table = []
+        offset = 0
+        for start, end in self.runs:
+            table.append((start, end, offset))
+            offset += end - start
+
+        def find(address: int) -> int:
+            return next(base + address - start for start, end, base in table if start <= address < end)
+
+        return find
 
     def save(self, images: ImageDir) -> None:
         """Write the pagemap."""
-        from firn.images.pages import write_pagemap
-
         runs = [(start, (end - start) // mman.PAGE, PE_PRESENT) for start, end in self.runs]
         write_pagemap(images, "PAGEMAP", self.pid, PAGES_ID, runs)
 
     def statistics(self) -> dict[str, int]:
         """Page counts for stats-dump."""
         written = sum(end - start for start, end in self.runs) // mman.PAGE
-        return {"pages_scanned": self.scanned // mman.PAGE, "pages_skipped_parent": 0, "pages_written": written, "pages_lazy": 0}
+        scanned = sum(end - start for start, end in self.ranges + self.early_ranges) // mman.PAGE
+        return {"pages_scanned": scanned, "pages_skipped_parent": 0, "pages_written": written, "pages_lazy": 0}
