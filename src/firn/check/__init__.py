@@ -1,13 +1,13 @@
 """``check``: what this kernel offers, and whether it is enough.
 
-Two voices. As ``criu``, stdout has CRIU's verdict and nothing else, and CRIU's categories decide; what was found goes to
-the log. As ``firn``, stdout has a line for every ability, and what firn itself needs decides.
+Two voices. As ``criu``, stdout has CRIU's verdict and nothing else, and what was found goes to the log. As ``firn``,
+stdout has a line for every ability first, and what firn itself needs and uses counts like what CRIU does.
 """
 
 from __future__ import annotations
 
-from firn.check.isolate import NO, PARTLY, YES, Finding, run
-from firn.check.table import ABILITIES, ALONE, EXPERIMENTAL, EXTRA, NEEDED, REQUIRED, UNUSED, USED, Ability
+from firn.check.isolate import NO, PARTLY, Finding, run
+from firn.check.table import ABILITIES, EXPERIMENTAL, EXTRA, NEEDED, REQUIRED, UNUSED, USED, Ability
 from firn.log import SILENT, Log
 
 TYPE_CHECKING = False
@@ -53,8 +53,12 @@ def check(options: CheckOptions, out: Callable[[str], object], log: Log | None =
     log = log or Log(SILENT)
     if options.feature is not None:
         return _one(options.feature, options.criu_style, out, log)
-    judge = _as_criu if options.criu_style else _as_firn
-    return judge(options, out, log)
+    asked = set()
+    if options.extra or options.all:
+        asked.add(EXTRA)
+    if options.experimental or options.all:
+        asked.add(EXPERIMENTAL)
+    return _as_criu(asked, out, log) if options.criu_style else _as_firn(asked, out)
 
 
 def _one(name: str, criu_style: bool, out: Callable[[str], object], log: Log) -> int:
@@ -88,46 +92,49 @@ def _line(ability: Ability, finding: Finding) -> str:
 def _try(ability: Ability, log: Log) -> bool:
     """Probe, and log what was found; whether the ability is missing."""
     finding = run(ability.probe)
-    (log.info if finding.state == YES else log.warn)(_line(ability, finding))
-    return _missing(ability, finding)
+    missing = _missing(ability, finding)
+    (log.warn if missing else log.info)(_line(ability, finding))
+    return missing
 
 
-def _as_criu(options: CheckOptions, out: Callable[[str], object], log: Log) -> int:
-    """CRIU's categories: the first missing ability of the required ones ends it, the others are all tried."""
+def _as_criu(asked: set[int], out: Callable[[str], object], log: Log) -> int:
+    """CRIU's categories: the first missing ability of the required ones ends it, the *asked* ones are all tried."""
     if any(_try(ability, log) for ability in ABILITIES if ability.criu == REQUIRED):
         log.warn(BAD)
         return 1
-    asked = set()
-    if options.extra or options.all:
-        asked.add(EXTRA)
-    if options.experimental or options.all:
-        asked.add(EXPERIMENTAL)
-    missing = [ability.name for ability in ABILITIES if ability.criu in asked and _try(ability, log)]
+    missing = [ability for ability in ABILITIES if ability.criu in asked and _try(ability, log)]
     # Never part of the verdict.
     _try(next(ability for ability in ABILITIES if ability.name == "breakpoints"), log)
     return _verdict(missing, out)
 
 
-def _verdict(missing: list[str], out: Callable[[str], object]) -> int:
+def _verdict(missing: list[Ability], out: Callable[[str], object]) -> int:
     for line in INCOMPLETE if missing else (GOOD,):
         out(line)
     return 1 if missing else 0
 
 
-def _as_firn(options: CheckOptions, out: Callable[[str], object], log: Log) -> int:
-    """Every ability on a line, by what it means to firn. Only with ``--extra`` do those count that firn can do without."""
-    lacking: dict[str, list[str]] = {}
+def _as_firn(asked: set[int], out: Callable[[str], object]) -> int:
+    """Every ability on a line, by what it means to firn, then firn's own judgement and the verdict."""
+    missing: list[Ability] = []
     for use, heading in _HEADINGS.items():
         out(heading)
-        lacking[use] = []
         for ability in ABILITIES:
             if ability.firn == use:
                 finding = run(ability.probe)
                 out(_line(ability, finding))
                 if _missing(ability, finding):
-                    lacking[use].append(ability.name)
-    if lacking[NEEDED]:
+                    missing.append(ability)
+    out(_own_judgement(missing))
+    if any(ability.firn == NEEDED or ability.criu == REQUIRED for ability in missing):
         out(BAD)
-        log.error(f"firn cannot work here without: {', '.join(lacking[NEEDED])}")
         return 1
-    ...
+    return _verdict([a for a in missing if a.criu in asked or (EXTRA in asked and a.firn == USED)], out)
+
+
+def _own_judgement(missing: list[Ability]) -> str:
+    for use, text in ((NEEDED, "firn cannot work here without"), (USED, "firn works here, but would use")):
+        names = [ability.name for ability in missing if ability.firn == use]
+        if names:
+            return f"{text}: {', '.join(names)}."
+    return "firn has all that it needs and uses."

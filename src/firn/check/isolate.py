@@ -10,6 +10,7 @@ import time
 from firn.abi import nr, prctl
 from firn.abi.libc import syscall
 from firn.errors import FirnError
+from firn.host.features import described
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _OVERDUE = b"\0"
 
 
 class Finding:
-    """What was found: *state* is :data:`YES`, :data:`PARTLY` or :data:`NO`, *reason* says why not yes, *error* is an errno."""
+    """What was found: *state* is :data:`YES`, :data:`PARTLY` or :data:`NO`, *reason* says why, *error* is an errno."""
 
     __slots__ = ("error", "reason", "state")
 
@@ -62,8 +63,8 @@ def run(probe: Probe, seconds: float = SECONDS) -> Finding:
     if not answer:
         how = f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "ended without an answer"
         return Finding(NO, f"the process that tried it was {how}")
-    state, error, reason = answer.decode().split("\0", 2)
-    return Finding(state, reason, int(error))
+    state, number, reason = answer.decode().split("\0", 2)
+    return Finding(state, reason, int(number))
 
 
 def _lead_group(pid: int) -> None:
@@ -98,7 +99,7 @@ def _judge(probe: Probe) -> str:
         reason = probe() or ""
         state = PARTLY if reason else YES
     except OSError as error:
-        number, reason = error.errno or 0, str(error)
+        number, reason = error.errno or 0, described(error)
     except FirnError as error:
         reason = str(error)
     except Exception as error:

@@ -87,11 +87,9 @@ def _not_built(what: str) -> Probe:
     return probe
 
 
-def _base(
-    name: str, probe: Probe, criu: int, firn: str, purpose: str, loss: str, strict: bool = False
-) -> Ability:
+def _base(name: str, probe: Probe, criu: int, firn: str, purpose: str, loss: str) -> Ability:
     """A row whose name is firn's own: CRIU has no ``--feature`` for it."""
-    return Ability(name, probe, criu, firn, purpose, loss, feature=False, strict=strict)
+    return Ability(name, probe, criu, firn, purpose, loss, feature=False)
 
 
 ABILITIES: tuple[Ability, ...] = (
@@ -143,8 +141,8 @@ ABILITIES: tuple[Ability, ...] = (
             "gives tun devices their numbers", "tun devices cannot be dumped", tolerated=errno.ENOENT),
     Ability("timerfd", files.timerfd, EXTRA, UNUSED,
             "saves and sets the ticks of a timerfd", "timerfds cannot be restored"),
-    Ability("mnt_id", files.mount_id, EXTRA, NEEDED,
-            "tells on which mount an open file is", "no process with open files can be dumped"),
+    Ability("mnt_id", files.mount_id, EXTRA, UNUSED,
+            "tells on which mount an open file is", "the mounts of a container cannot be dumped"),
     Ability("aio_remap", memory.aio_remap, EXTRA, USED,
             "moves an aio ring to where it was", "processes that use aio cannot be restored"),
     Ability("fdinfo_lock", files.file_locks, EXTRA, USED,
@@ -160,7 +158,7 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("userns", namespaces.user_namespace, EXTRA, UNUSED,
             "user namespaces", "trees with user namespaces cannot be restored"),
     Ability("loginuid", processes.login_uid, EXTRA, USED,
-            "saves and sets the audit user of a process", "restored processes have the audit user of firn", strict=True),
+            "saves and sets the audit user of a process", "restored processes have that of firn", strict=True),
     Ability("can_map_vdso", _asked(features.map_vdso), EXTRA, NEEDED,
             "puts the vdso where it was", "nothing can be restored"),
     Ability("uffd", memory.userfaultfd, EXTRA, UNUSED,
@@ -174,7 +172,7 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("net_diag_raw", network.raw_socket_lists, EXTRA, UNUSED,
             "lists raw sockets", "raw sockets cannot be dumped"),
     Ability("clone3_set_tid", processes.chosen_pid, EXTRA, NEEDED,
-            "gives restored tasks their pids", "nothing can be restored"),
+            "gives restored tasks their pids", "nothing can be restored", strict=True),
     Ability("timens", namespaces.time_namespace, EXTRA, USED,
             "lets clocks go on from where they were", "monotonic clocks jump at a restore"),
     Ability("newifindex", network.new_index, EXTRA, UNUSED,

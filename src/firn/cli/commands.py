@@ -128,6 +128,8 @@ def _warn(request: Request, command: str) -> None:
         request.log.warn("restore takes the pid from the images; -t is not needed")
     if command == "restore" and "network_lock" in request.values:
         request.log.warn("restore takes the way of network locking from the images; --network-lock is not needed")
+    if command == "restore" and all(map(request.values.get, ("leave_stopped", "restore_detached", "shell_job"))):
+        request.log.warn("a shell job that is left stopped gets SIGHUP when this command ends (-s -d -j)")
     if os.environ.get("CRIU_LIBS_DIR"):
         request.log.warn("CRIU_LIBS_DIR is set, but plugins are not built yet")
 
@@ -141,6 +143,10 @@ def _consistent(request: Request, command: str) -> None:
         raise UsageError("--inherit-fd is for restore only")
     if values.get("restore_sibling") and not values.get("restore_detached"):
         raise UsageError("--restore-sibling only makes sense with --restore-detached")
+    if values.get("empty_ns") and any(text.startswith("net:") for text in values.get("join_ns", ())):
+        raise UsageError("--join-ns and --empty-ns conflict: both are about the network namespace")
+    if values.get("restore_detached") and 0 <= values.get("ps_socket", -1) <= 2:
+        raise UsageError("--ps-socket needs a number above 2 with --daemon: it closes the standard descriptors")
     if values.get("log_pid") and not values.get("log_file"):
         raise UsageError("--log-pid needs --log-file")
 

@@ -18,54 +18,6 @@ COMMANDS = (
     ("cpuinfo check", "compare this processor with what was saved"),
 )
 
-FEATURES = (
-    "aio_remap",
-    "apparmor_stacking",
-    "autofs",
-    "breakpoints",
-    "can_map_vdso",
-    "cgroupns",
-    "clone3_set_tid",
-    "compat_cr",
-    "external_net_ns",
-    "fdinfo_lock",
-    "get_rseq_conf",
-    "has_ipt_legacy",
-    "ipv6_freebind",
-    "kcmp_epoll",
-    "link_nsid",
-    "loginuid",
-    "mem_dirty_track",
-    "memfd_hugetlb",
-    "mnt_id",
-    "move_mount_set_group",
-    "net_diag_raw",
-    "network_lock_nftables",
-    "newifindex",
-    "nftables",
-    "ns_pid",
-    "nsid",
-    "openat2",
-    "overlayfs_maps",
-    "pagemap_scan",
-    "pagemap_scan_guard_pages",
-    "pidfd_store",
-    "seccomp_filters",
-    "seccomp_suspend",
-    "sk_ns",
-    "sk_unix_file",
-    "sockopt_buf_lock",
-    "tcp_half_closed",
-    "timens",
-    "timer_cr_ids",
-    "timerfd",
-    "tun",
-    "tun_ns",
-    "uffd",
-    "uffd-noncoop",
-    "userns",
-)
-
 # section -> option -> (name of its value, what it does)
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Generic": {
@@ -206,7 +158,7 @@ def full(program: str) -> str:
             if not (rows[name].firn_only and program == "criu"):
                 lines.append(_line(rows[name], value, text))
         if section == "Check options":
-            lines += ["", "  features:", *_wrapped(FEATURES)]
+            lines += ["", "  features:", *_wrapped(_features())]
     return "\n".join([*lines, ""])
 
 
@@ -219,7 +171,14 @@ def _line(row: Option, value: str, text: str) -> str:
     return f"{mark}{left:<34}{gap}{text}" + (f" (--no-{row.long} undoes it)" if row.no else "")
 
 
-def _wrapped(names: tuple[str, ...]) -> list[str]:
+def _features() -> list[str]:
+    """The names that ``--feature`` takes from a caller of CRIU."""
+    from firn.check.table import ABILITIES
+
+    return sorted(row.name for row in ABILITIES if row.feature)
+
+
+def _wrapped(names: list[str]) -> list[str]:
     lines, line = [], ""
     for name in names:
         if line and len(line) + len(name) > 50:

@@ -18,7 +18,8 @@ from firn.resources import cgroups, creds, process, restart, seccomp, signals, t
 from firn.resources.files.descriptors import Collector, Descriptor
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
-from firn.resources.files.table import MEMFD, FileTable
+from firn.resources.base import MEMFD
+from firn.resources.files.table import FileTable
 from firn.resources.memory import areas, layout
 from firn.resources.memory.pages import ProcessPages
 from firn.resources.namespaces import Namespaces
@@ -53,12 +54,15 @@ class Collected:
         self.pstree: dict[str, Any] = {}
         self.ids: dict[str, int] = {}
         self.inventory: dict[str, Any] = {}
+        self.collector: Collector | None = None
         self.namespaces: Namespaces
         self.cgroups: cgroups.Cgroups
         self.memory: ProcessPages
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""
+        if self.collector is not None:
+            self.collector.close()
         self.objects.close()
         self.finder.close()
 
@@ -83,8 +87,9 @@ def collect(dump: Dump, obstacles: list[Obstacle]) -> Collected:
         statuses = {thread.tid: procfs.status(pid, thread.tid) for thread in task.threads}
         _check_seccomp(task, statuses)
         mapped = _collect_maps(dump, obstacles, got)
-        collector = Collector(got.table, got.finder, got.objects, obstacles)
-        got.descriptors = collector.collect(pid, dump.pidfd)
+        got.collector = Collector(got.table, got.finder, got.objects, obstacles, options, [pid])
+        got.descriptors = got.collector.collect(pid, dump.pidfd)
+        got.collector.finish()
         _collect_fs(pid, statuses[pid], got)
         exe_id = _named_link(got, pid, "exe", os.O_RDONLY)
         if obstacles:
@@ -251,11 +256,8 @@ def _thread_core(
     regs = threads.leave_critical_section(got.pid, interrupted.regs, core)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
-    info, raw = threads.save_info(regs, thread.xstate, answers.tid_address)
-    if raw:
-        core["firn"]["xsave"] = raw
     core["cg_set"] = got.cgroups.set_id
-    return {"mtype": threads.X86_64, "thread_info": info, "thread_core": core}
+    return {"mtype": threads.X86_64, "thread_info": (regs, thread.xstate, answers.tid_address), "thread_core": core}
 
 
 def _identity(pid: int, stat: procfs.Stat, task: Task, got: Collected) -> None:

@@ -21,6 +21,7 @@ import time
 from firn import faults
 from firn.abi import nr
 from firn.abi import signal as sig
+from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
@@ -28,7 +29,7 @@ from firn.dump.snapshot import Snapshot
 from firn.errors import Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import restart
+from firn.resources import base, restart
 from firn.resources.memory import areas
 from firn.tracee import seize
 
@@ -69,12 +70,14 @@ class Dump:
         """Everything that can be done before the target is disturbed."""
         seize.check_target(self.pid)
         features.pagemap_scan()
+        xsave_layout()
         self.images.clear_old()
         self.pages_fd = self.images.open_raw("pages-1.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
         _raise_fd_limit()
 
     def observe(self) -> None:
         """Look at the running target: where its threads wait, and its mappings if it shall not be stopped for that."""
+        base.preload(self.pid)
         self.waiting = restart.observe(self.pid)
         self.early_maps = procfs.smaps(self.pid) if self.options.leave_running else None
         self.pidfd = syscall(f"pidfd_open {self.pid}", nr.pidfd_open, self.pid, 0)

@@ -33,6 +33,12 @@ refusals: dict[str, str] = {}
 _answers: dict[str, bool] = {}
 
 
+def described(error: OSError) -> str:
+    """The words of *error*, with the file that it is about, without its number."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
 def _ability(attempt: Callable[[], object]) -> Callable[[], bool]:
     """Make a question of *attempt*, which returns if the ability is there and raises :class:`OSError` if not."""
     name = attempt.__name__
@@ -44,7 +50,7 @@ def _ability(attempt: Callable[[], object]) -> Callable[[], bool]:
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
-                refusals[name] = str(error)
+                refusals[name] = described(error)
             _answers[name] = name not in refusals
         return _answers[name]
 
@@ -178,7 +184,7 @@ def userfaultfd_features() -> int:
         except OSError as error:
             if error.errno not in _ABSENT:
                 raise
-            refusals["userfaultfd_features"] = str(error)
+            refusals["userfaultfd_features"] = described(error)
             _uffd.append(0)
     return _uffd[0]
 

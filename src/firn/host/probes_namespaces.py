@@ -113,7 +113,7 @@ def overlay_maps() -> str | None:
             file.write(bytes(mman.PAGE))
         _mount("overlay", merged, "overlay", 0, f"lowerdir={lower},upperdir={upper},workdir={work}")
     except OSError as error:
-        return f"no overlayfs can be made here to try it: {error}"
+        return f"no overlayfs can be made here to try it: {features.described(error)}"
     with open(f"{merged}/file", "rb") as file:
         area = mmap.mmap(file.fileno(), mman.PAGE, mmap.MAP_PRIVATE, mman.PROT_READ | mman.PROT_WRITE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(area))

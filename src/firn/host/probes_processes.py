@@ -139,4 +139,9 @@ def capabilities() -> str | None:
     names = lacking(
         CAP_SYS_ADMIN=pc.CAP_SYS_ADMIN, CAP_SYS_PTRACE=pc.CAP_SYS_PTRACE, CAP_SYS_RESOURCE=pc.CAP_SYS_RESOURCE
     )
-    return f"missing: {', '.join(names)}" if names else None
+    if names:
+        return f"missing: {', '.join(names)}"
+    everybody = [0, 0, (1 << 32) - 1]
+    if [int(word) for word in procfs.read("/proc/self/uid_map").split()] != everybody:
+        return "those of a user namespace, which do not reach beyond it"
+    return None

@@ -15,8 +15,6 @@ from firn.host import procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from firn.images.store import ImageDir
 
 KINDS = ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")
@@ -37,41 +35,39 @@ def links(pid: int | str) -> dict[str, str]:
 class Namespaces:
     """Ours and the target's."""
 
-    __slots__ = ("offsets", "own", "task_ids")
+    __slots__ = ("clocks", "own", "task_ids")
 
     def __init__(self, pid: int, obstacles: list[Obstacle]) -> None:
         self.own = links("self")
         theirs = links(pid)
         self.task_ids = self.root_ids()
-        self.offsets = (0, 0)
+        offsets = (0, 0)
         for kind, link in theirs.items():
             if link == self.own.get(kind):
                 continue
             if kind == "time":
                 self.task_ids["time_ns_id"] = len(self.own) + 1
-                self.offsets = _relative_offsets(pid)
+                offsets = _relative_offsets(pid)
             else:
                 obstacles.append(
                     Obstacle(f"process {pid}", f"is in a {kind} namespace of its own ({link})", "not supported yet")
                 )
+
+        now = (time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+        self.clocks = [clock + offset for clock, offset in zip(now, offsets, strict=True)]
 
     def root_ids(self) -> dict[str, int]:
         """The namespace ids of our own environment."""
         return {f"{kind}_ns_id": number for number, kind in enumerate(self.own, 1)}
 
     def save(self, images: ImageDir) -> None:
-        """Write timens-N.img: the clocks as the task sees them now."""
+        """Write timens-N.img: the clocks as the task saw them when it was collected."""
         number = self.task_ids.get("time_ns_id")
         if number is None:
             return
         index = number if number != self.root_ids()["time_ns_id"] else 0
-        entry: dict[str, Any] = {}
-        for name, clock, offset in zip(
-            ("monotonic", "boottime"), (time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME), self.offsets, strict=True
-        ):
-            now = time.clock_gettime_ns(clock) + offset
-            entry[name] = {"tv_sec": now // 10**9, "tv_nsec": now % 10**9}
-        images.write_one("TIMENS", entry, index)
+        monotonic, boottime = ({"tv_sec": now // 10**9, "tv_nsec": now % 10**9} for now in self.clocks)
+        images.write_one("TIMENS", {"monotonic": monotonic, "boottime": boottime}, index)
 
 
 def clock_offsets(pid: int | str) -> tuple[int, int]:

@@ -94,9 +94,8 @@ class Restore:
         """Open all files."""
         checkpoint = self.checkpoint
         self.opener = Opener(
-            self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds, [checkpoint.pid],
-            self.options.file_validation, not self.options.skip_file_rwx_check,
-        )  # fmt: skip
+            self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds, [checkpoint.pid], self.options
+        )
         self.task = RestoredTask(checkpoint, self.opener, self.options, self.log)
         self.task.open_files()
         self.opener.remove_temporary()

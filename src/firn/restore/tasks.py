@@ -14,7 +14,7 @@ from firn.errors import ImageError, RestoreError
 from firn.host import features, procfs
 from firn.images.pages import PagemapReader
 from firn.resources import creds, process, restart, seccomp, signals, threads, timers, xstate
-from firn.resources.files.table import MEMFD, REG
+from firn.resources.base import MEMFD, REG
 from firn.resources.memory import areas, layout, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.restore.birth import SYSCALL_SITE
@@ -281,6 +281,10 @@ class RestoredTask:
                 program.call("close", nr.close, lowest)
             taken.add(fd)
         program.call("close", nr.close, top)
+        for entry in self.descriptors:
+            kind = entry["type"]
+            if kind not in (MEMFD, REG):
+                self.opener.kind(kind).plan(program, entry["fd"], self.opener.message(kind, entry["id"]))
         program.run()
 
     # -- threads -------------------------------------------------------------------------------------------------------

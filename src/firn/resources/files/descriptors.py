@@ -20,11 +20,14 @@ from firn.errors import Obstacle
 from firn.host import procfs
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
-from firn.resources.files.table import MEMFD, REG, FileTable
+from firn.resources import base
+from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from firn.images.store import ImageDir
 
 CHARACTER_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9, 11))
 """null, zero, full, random, urandom, kmsg (Documentation/admin-guide/devices.txt): opening them again is the same."""
@@ -114,78 +117,109 @@ class Descriptions:
 class Collector:
     """Collects the descriptors of processes into one file table."""
 
-    def __init__(self, table: FileTable, finder: PathFinder, objects: MemoryObjects, obstacles: list[Obstacle]) -> None:
+    def __init__(
+        self,
+        table: FileTable,
+        finder: PathFinder,
+        objects: MemoryObjects,
+        obstacles: list[Obstacle],
+        options: Any,
+        pids: list[int],
+    ) -> None:
         self.table = table
         self.finder = finder
         self.objects = objects
         self.obstacles = obstacles
         self.descriptions = Descriptions()
-        self._kinds: dict[int, int] = {}
+        self.kinds: dict[int, base.Kind] = {}
+        self.context = base.DumpContext(obstacles, options, pids, self._owner, self._add_path, self.add)
+        self._types: dict[int, int] = {}
 
     def collect(self, pid: int, pidfd: int) -> list[Descriptor]:
         """All descriptors of *pid*, ascending; what cannot be saved is added to the obstacles."""
         found: list[Descriptor] = []
         for fd in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
-            descriptor = self._one(pid, pidfd, fd)
-            if descriptor is not None:
-                found.append(descriptor)
+            open = base.Open(pid, pidfd, fd, procfs.fdinfo(pid, fd))
+            try:
+                added = self.add(open)
+            finally:
+                open.close()
+            if added is not None:
+                cloexec = bool(int(open.info["flags"], 8) & fc.O_CLOEXEC)
+                found.append(Descriptor(fd, cloexec, *added))
         return found
 
-    def _one(self, pid: int, pidfd: int, fd: int) -> Descriptor | None:
-        path = f"/proc/{pid}/fd/{fd}"
-        info = procfs.fdinfo(pid, fd)
-        flags = int(info["flags"], 8)
-        cloexec = bool(flags & fc.O_CLOEXEC)
-        flags &= ~fc.O_CLOEXEC
-        st = os.stat(path)
-        position = int(info["pos"])
-        key = (st.st_dev, st.st_ino, flags, position)
-        known, place = self.descriptions.find(key, pid, fd)
+    def finish(self) -> None:
+        """After the last process: what the kinds have to see as a whole."""
+        for kind in list(self.kinds.values()):
+            kind.finish(self.context)
+
+    def save(self, images: ImageDir) -> None:
+        """Write the kinds' own images."""
+        for kind in self.kinds.values():
+            kind.save(images)
+
+    def close(self) -> None:
+        """Let go of what the kinds hold."""
+        for kind in self.kinds.values():
+            kind.close()
+
+    def add(self, open: base.Open) -> tuple[int, int] | None:
+        """Add a description to the table, once: (file id, type), or None if it is refused."""
+        key = (open.stat.st_dev, open.stat.st_ino, open.flags, open.position)
+        known, place = self.descriptions.find(key, open.pid, open.fd)
         if known is not None:
-            return Descriptor(fd, cloexec, known, self._kinds[known])
-        what = f"process {pid}: descriptor {fd}"
-        if "lock" in info:
-            self.obstacles.append(Obstacle(what, f"holds a file lock on {os.readlink(path)}", "locks are not supported yet"))
+            return known, self._types[known]
+        if "lock" in open.info:
+            self.context.refuse(open, f"holds a file lock on {open.link}", "locks are not supported yet")
             return None
-        message: dict[str, Any] = {"flags": flags, "pos": position}
-        if not flags & fc.O_PATH:
-            message["fown"] = self._owner(what, pidfd, fd, info)
-        added = self._add(what, path, st, message)
-        if added is None:
-            return None
-        number, kind = added
-        self._kinds[number] = kind
-        self.descriptions.insert(key, place, pid, fd, number)
-        return Descriptor(fd, cloexec, number, kind)
+        added = self._new(open)
+        if added is not None:
+            self._types[added[0]] = added[1]
+            self.descriptions.insert(key, place, open.pid, open.fd, added[0])
+        return added
 
-    def _add(self, what: str, path: str, st: os.stat_result, message: dict[str, Any]) -> tuple[int, int] | None:
-        """Add the description to the table: (file id, type), or None if it is refused."""
-        link = os.readlink(path)
-        mode = st.st_mode
+    def _new(self, open: base.Open) -> tuple[int, int] | None:
+        link, mode = open.link, open.stat.st_mode
+        message: dict[str, Any] = {"flags": open.flags, "pos": open.position}
+        o_path = open.flags & fc.O_PATH
         if link.startswith("/memfd:") and stat.S_ISREG(mode):
-            if message["flags"] & fc.O_PATH:
-                self.obstacles.append(Obstacle(what, "is an O_PATH descriptor of a memfd", "close it before the dump"))
+            if o_path:
+                self.context.refuse(open, "is an O_PATH descriptor of a memfd", "close it before the dump")
                 return None
-            message.setdefault("fown", NO_OWNER)
-            return self.table.add(MEMFD, {**message, "inode_id": self.objects.inode(path, st)}), MEMFD
-        plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISCHR(mode) and st.st_rdev in CHARACTER_DEVICES)
-        openable = message["flags"] & fc.O_PATH and link.startswith("/") and not stat.S_ISLNK(mode)
-        if not (plain or openable) or not link.startswith("/"):
-            self.obstacles.append(Obstacle(what, *_why_refused(link, st)))
-            return None
-        if stat.S_ISCHR(mode):
-            message["pos"] = NO_SEEK
-        return self.finder.add(what, path, message, st, None), REG
+            message |= {"fown": self._owner(open), "inode_id": self.objects.inode(open.path, open.stat)}
+            return self.table.add(base.MEMFD, message), base.MEMFD
+        plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISCHR(mode) and open.stat.st_rdev in CHARACTER_DEVICES)
+        if link.startswith("/") and (plain or (o_path and not stat.S_ISLNK(mode))):
+            if not o_path:
+                message["fown"] = self._owner(open)
+            if stat.S_ISCHR(mode):
+                message["pos"] = NO_SEEK
+            return self.finder.add(open.what, open.path, message, open.stat, None), base.REG
+        return self._special(open)
 
-    def _owner(self, what: str, pidfd: int, fd: int, info: dict[str, str]) -> dict[str, int]:
+    def _special(self, open: base.Open) -> tuple[int, int] | None:
+        """A description of a kind that has a module of its own."""
+        kind = base.type_of(open.link, open.stat)
+        if kind == base.SOCKET:
+            kind = base.family_type(open.copy())
+        if kind is None or not base.is_built(kind):
+            self.context.refuse(open, *_why_refused(open.link, open.stat))
+            return None
+        if kind not in self.kinds:
+            self.kinds[kind] = base.load(kind)()
+        message = self.kinds[kind].collect(open, self.context)
+        return None if message is None else (self.table.add(kind, message), kind)
+
+    def _add_path(self, what: str, path: str, st: os.stat_result, message: dict[str, Any]) -> int:
+        return self.finder.add(what, path, message, st, None)
+
+    def _owner(self, open: base.Open) -> dict[str, int]:
         """fown_entry of the description: who gets its signals, and which."""
-        copy = syscall(f"pidfd_getfd of {what}", nr.pidfd_getfd, pidfd, fd, 0)
-        try:
-            kind, pid = struct.unpack("<ii", fcntl.fcntl(copy, fc.F_GETOWN_EX, bytes(8)))
-            signal = fcntl.fcntl(copy, fc.F_GETSIG)
-            if not pid and not signal:
-                return NO_OWNER
-            uid, euid = struct.unpack("<II", fcntl.fcntl(copy, fc.F_GETOWNER_UIDS, bytes(8)))
-            return {"uid": uid, "euid": euid, "signum": signal, "pid_type": kind, "pid": pid}
-        finally:
-            os.close(copy)
+        copy = open.copy()
+        kind, pid = struct.unpack("<ii", fcntl.fcntl(copy, fc.F_GETOWN_EX, bytes(8)))
+        signal = fcntl.fcntl(copy, fc.F_GETSIG)
+        if not pid and not signal:
+            return NO_OWNER
+        uid, euid = struct.unpack("<II", fcntl.fcntl(copy, fc.F_GETOWNER_UIDS, bytes(8)))
+        return {"uid": uid, "euid": euid, "signum": signal, "pid_type": kind, "pid": pid}

@@ -12,7 +12,8 @@ import os
 import stat
 
 from firn.errors import Obstacle
-from firn.resources.files.table import REG, FileTable
+from firn.resources.base import REG
+from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

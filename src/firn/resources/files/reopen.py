@@ -17,12 +17,14 @@ from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.resources.files import memfd
 from firn.resources.files.buildid import read_build_id, to_words
 from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
-from firn.resources.files.table import MEMFD, REG
+from firn.resources import base
+from firn.resources.base import FIELD, MEMFD, REG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from firn.api import RestoreOptions
     from firn.images.store import ImageDir, PayloadRef
 
 TMPFILE_BIT = 0o20000000
@@ -45,16 +47,17 @@ class Opener:
         remaps: dict[int, dict[str, Any]],
         memfds: dict[int, dict[str, Any]],
         pids: list[int],
-        validation: str,
-        check_mode: bool,
+        options: RestoreOptions,
     ) -> None:
         self.images = images
         self.files = files
         self.remaps = remaps
         self.memfds = memfds
         self.own_proc = tuple(f"/proc/{pid}/" for pid in pids)
-        self.validation = validation
-        self.check_mode = check_mode
+        self.validation = options.file_validation
+        self.check_mode = not options.skip_file_rwx_check
+        self.kinds: dict[int, base.Kind] = {}
+        self.context = base.RestoreContext(images, options, pids, files, self.message, self.open)
         self.fds: dict[tuple[int, int, int], int] = {}
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
@@ -66,16 +69,27 @@ class Opener:
         entry = self.files.get((kind, number))
         if entry is None:
             raise ImageError(f"files image: file {number} (type {kind}) is not there")
-        for name in ("reg", "memfd"):
-            if name in entry:
-                message: dict[str, Any] = entry[name]
-                return message
-        raise NotBuilt(f"the checkpoint holds a {_KIND_NAMES.get(kind, f'file of type {kind}')}, which is not supported yet")
+        if not (kind in (REG, MEMFD) or base.is_built(kind)):
+            name = _KIND_NAMES.get(kind, f"file of type {kind}")
+            raise NotBuilt(f"the checkpoint holds a {name}, which is not supported yet")
+        if FIELD[kind] not in entry:
+            raise ImageError(f"files image: file {number} of type {kind} has no {FIELD[kind]} part")
+        message: dict[str, Any] = entry[FIELD[kind]]
+        return message
+
+    def kind(self, kind: int) -> base.Kind:
+        """The module's side of type *kind*."""
+        if kind not in self.kinds:
+            self.kinds[kind] = base.load(kind)()
+        return self.kinds[kind]
 
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""
-        if kind != REG:
+        if kind == MEMFD:
             return False
+        if kind != REG:
+            message = self.message(kind, number)
+            return self.kind(kind).is_late(message, self.context)
         name = self.message(kind, number)["name"]
         return name.startswith(self.own_proc) or name + "/" in self.own_proc
 
@@ -92,7 +106,7 @@ class Opener:
             elif kind == REG:
                 self.fds[key] = self._open_reg(number, message)
             else:
-                raise NotBuilt(f"the checkpoint holds a {_KIND_NAMES.get(kind, f'file of type {kind}')}: not supported yet")
+                self.fds[key] = self.kind(kind).open(number, message, self.context)
         return self.fds[key]
 
     # -- regular files -----------------------------------------------------------------------------------------------
@@ -254,6 +268,8 @@ class Opener:
     def close(self) -> None:
         """Close everything and remove what is temporary."""
         self.remove_temporary()
+        for kind in self.kinds.values():
+            kind.close()
         for fd in self.fds.values():
             os.close(fd)
         self.fds.clear()

@@ -7,17 +7,11 @@ executable) are shared by device, inode, path and mode.
 
 from __future__ import annotations
 
+from firn.resources.base import FIELD
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
-FANOTIFY, NETLINKSK, NS, TUNF, EXT, TIMERFD, MEMFD, BPFMAP, PIDFD = range(12, 21)
-"""fd_types of the image format."""
-
-FIELD = {REG: "reg", MEMFD: "memfd"}
-"""The field of file_entry that holds the message of a type."""
-
 
 class FileTable:
     """The entries of files.img under construction."""
