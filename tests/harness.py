@@ -198,9 +198,13 @@ class Runner:
         assert verdict == 1, f"{when}: verdict {verdict}: {target.beat.text}"
 
     def kill(self, target: Target) -> None:
+        """Ends the process and the children that it has now."""
         if target.status is None:
-            os.kill(target.pid, signal.SIGKILL)
-            wait_until(f"{target.pid} ends", target.ended)
+            children = [Target(pid, None) for pid in _children(target.pid)]
+            for process in (target, *children):
+                os.kill(process.pid, signal.SIGKILL)
+            for process in (target, *children):
+                wait_until(f"{process.pid} ends", process.ended)
 
     # ---- firn
 
@@ -287,10 +291,10 @@ class CannotRun(Exception):
     """This machine lacks what a workload needs."""
 
 
-def _children() -> list[int]:
-    """Our children, zombies among them, whichever of our threads started them."""
+def _children(pid: int | str = "self") -> list[int]:
+    """The children (ours by default), zombies among them, whichever thread started them."""
     found = []
-    for thread in Path("/proc/self/task").iterdir():
+    for thread in Path(f"/proc/{pid}/task").iterdir():
         found += [int(word) for word in (thread / "children").read_text().split()]
     return found
 
@@ -304,8 +308,15 @@ def _tail(text: str) -> str:
 
 
 def machine_state() -> set[str]:
-    """The mounts and the cgroup folders that exist now."""
+    """The mounts, and the cgroup folders that firn could make: at the top, and below our own.
+
+    Others (service managers) make cgroups elsewhere at any time.
+    """
     state = set(Path("/proc/self/mountinfo").read_text().splitlines())
-    for folder, _, _ in os.walk("/sys/fs/cgroup"):
-        state.add(folder)
+    own = [line.rpartition(":")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    for controller in Path("/sys/fs/cgroup").iterdir():
+        for place in {"", *own}:
+            folder = controller / place
+            if folder.is_dir():
+                state.update(str(entry) for entry in folder.iterdir() if entry.is_dir())
     return state

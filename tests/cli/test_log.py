@@ -58,10 +58,11 @@ def test_firn_says_its_own_version(tmp_path: Path) -> None:
 def test_the_file(tmp_path: Path) -> None:
     """Private, and new each time."""
     path = tmp_path / "log"
-    os.umask(0o000)
-    path.write_text("old\n" * 1000)
-    path.unlink()
-    lines_of(tmp_path, 2)
+    before = os.umask(0)
+    try:
+        lines_of(tmp_path, 2)
+    finally:
+        os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.write_text("old\n" * 1000)
     assert len(lines_of(tmp_path, 2)) == 2

@@ -43,6 +43,16 @@ def test_version(run: Runner) -> None:
     assert run("/usr/local/sbin/criu", "-V").stdout == "Version: 4.2\n"
 
 
+def test_a_full_stdout_is_an_error(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        for word in ("--version", "--help"):
+            command = [sys.executable, "-m", "firn.cli", word]
+            done = subprocess.run(
+                command, env={"PYTHONPATH": str(SOURCE)}, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+            assert (done.returncode, done.stderr) == (1, "firn: error: No space left on device\n")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["dump", "-h", "--zork"], ["zork", "-h"]])
 def test_help(run: Runner, words: list[str]) -> None:
     done = run("criu", *words)
@@ -106,6 +116,8 @@ def test_getopt_speaks_for_itself(run: Runner) -> None:
         (["dump", "-t", "5", "--inherit-fd", "fd[0]:k"], "restore only"),
         (["check", "--mntns-compat-mode"], "restore only"),
         (["restore", "--log-pid"], "needs --log-file"),
+        (["restore", "--empty-ns", "net", "-J", "net:/proc/self/ns/net"], "--join-ns and --empty-ns conflict"),
+        (["dump", "-t", "5", "--ps-socket", "2", "--daemon"], "--ps-socket"),
         (["dump", "-t", "5", "--track-mem"], "option --track-mem is not built yet"),
         (["pre-dump", "-t", "5"], "command pre-dump is not built yet"),
         (["page-server"], "command page-server is not built yet"),
@@ -312,6 +324,8 @@ def test_warnings_of_restore(run: Runner) -> None:
     done = run("firn", "restore", "-t", "5", "--network-lock", "skip", fake=RESTORE)
     assert done.returncode == 42
     assert [line.split(": ")[1] for line in done.stderr.splitlines()] == ["warning", "warning"]
+    assert "SIGHUP" in run("firn", "restore", "-dsj", fake=RESTORE).stderr
+    assert run("firn", "restore", "-ds", fake=RESTORE).stderr == ""
     done = run("firn", "restore", fake=RESTORE, environment={"CRIU_LIBS_DIR": "/x"})
     assert "plugins" in done.stderr
 

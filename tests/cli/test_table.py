@@ -54,6 +54,13 @@ def test_every_option_has_a_help_text() -> None:
         assert not (row.firn_only and f"--{row.long} " in usage.full("criu"))
 
 
+def test_help_names_the_features_of_check() -> None:
+    text = usage.full("criu").partition("features:")[2].partition("Logging")[0]
+    names = text.replace(",", " ").split()
+    assert len(names) == 45 and {"aio_remap", "mem_dirty_track", "uffd-noncoop", "userns"} <= set(names)
+    assert all(len(line) <= 60 for line in text.splitlines())
+
+
 @pytest.mark.parametrize("record", [DumpOptions, RestoreOptions, CheckOptions])
 def test_annotations_are_the_attributes(record: type[api.Options]) -> None:
     annotated = {name for base in record.__mro__ for name in getattr(base, "__annotations__", {})} - {"letter"}

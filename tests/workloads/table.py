@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 PLAIN_WAYS = ("plain", "break")
 CHECKPOINT_WAYS = ("dump", "twice", "leave")
+# A dump that leaves the program running, then one from which it is restored: what is interrupted, twice over.
+AGAIN_WAY = "again"
+# A dump without the options of the entry is refused.
+REFUSED_WAY = "refused"
+REFUSED_FIRST = (*PLAIN_WAYS, REFUSED_WAY, *CHECKPOINT_WAYS)
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,9 @@ class Workload:
     """One mode of one program, and how it has to be treated.
 
     ``needs``: abilities of firn that are not built yet; the checkpoint ways are skipped, with the name.
-    ``dump``/``restore``: extra options. ``refused``: patterns which must all be in the output of a dump that must be
-    refused. ``ways``: the ways it is run in. ``once``: its check cannot be asked twice of one process.
+    ``dump``/``restore``: extra options. ``refused``: patterns which must all be in what a dump without these options
+    says, which must be refused. ``may_refuse``: a pattern with which any dump may be refused.
+    ``ways``: the ways it is run in. ``once``: its check cannot be asked twice of one process.
     ``stop``: the runner stops the program before the dump and continues it after the restore.
     ``unlike``: portrait fields that may differ for this workload (regular expressions).
     ``dynamic``: linked against the shared C library. ``huge``: needs that many huge pages in the machine's pool.
@@ -30,6 +36,7 @@ class Workload:
     dump: tuple[str, ...] = ()
     restore: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    may_refuse: str = ""
     ways: tuple[str, ...] = PLAIN_WAYS + CHECKPOINT_WAYS
     once: bool = False
     stop: bool = False
@@ -46,13 +53,55 @@ def _all(program: str, modes: str, dynamic: bool = False) -> list[Workload]:
     return [Workload(program, mode, dynamic=dynamic) for mode in modes.split()]
 
 
+def _waits(modes: str, needs: str = "") -> list[Workload]:
+    ways = (*PLAIN_WAYS, *CHECKPOINT_WAYS, AGAIN_WAY)
+    # Their checks take as long as the wait, so asking them twice would only cost time.
+    return [Workload("waits", mode, needs=needs, once=True, ways=ways) for mode in modes.split()]
+
+
+def _obstacle(mode: str, *refused: str) -> Workload:
+    return Workload("obstacles", mode, refused=refused, ways=(*PLAIN_WAYS, REFUSED_WAY))
+
+
 TABLE: list[Workload] = [
     *_all("memory_basic", "anon file-private file-offset anon-shared file-shared dev-zero unlinked", dynamic=True),
+    *_all("memory_layout", "growsdown brk protnone patchwork many reserve names"),
+    *_all("memory_pages", "presence zero thp cow"),
+    *_all("memory_advice", "dontfork dontdump wipeonfork hugepage nohugepage mergeable random sequential droppable"),
+    *_all("memory_advice", "mlock onfault future guard"),
+    Workload("memory_advice", "hugetlb-private", huge=2),
+    Workload("memory_advice", "hugetlb-shared", huge=2),
+    *_all("memfd", "mapped closed sealed positions"),
+    *_all("aio", "ring unreaped"),
+    *_all("vdso", "vdso auxv overwritten title", dynamic=True),
+    *_all("attributes", "thp-disable dumpable subreaper pdeathsig slack oom coredump-filter comm"),
+    *_all("attributes", "no-randomize read-implies-exec mdwe membarrier"),
     *_all("threads", "tls tids robust rseq join", dynamic=True),
     *_all("thread_state", "masks altstack on-altstack names"),
+    *_all("scheduling", "fifo rr batch idle deadline nice affinity ioprio slack"),
     *_all("registers", "integer bases x87 sse avx avx512 masks pkru all"),
+    Workload("leader", "gone", may_refuse="leader|zombie|exited"),
+    *_waits("nanosleep nanosleep-rest clock-relative clock-monotonic clock-realtime clock-boottime"),
+    *_waits("poll poll-file ppoll select pselect futex futex-until condition sigtimedwait"),
+    *_waits("futex-forever pause sigsuspend sigwaitinfo"),
+    *_waits("epoll", needs="events"),
+    *_waits("pipe", needs="pipes"),
+    *_waits("child", needs="children"),
     *_all("signals", "handlers ignored blocked pending-private pending-shared deliver"),
     Workload("signals", "stopped", stop=True),
-    *_all("timers", "real virtual prof ticking clocks absolute notify sparse overrun firing"),
+    *_all("timers", "real virtual prof ticking clocks absolute notify sparse overrun overrun-kept firing"),
+    *_all("identity", "ordinary four-ids ambient bounding securebits no-new-privs thread-creds"),
+    *_all("identity", "limits umask cwd cwd-deleted chroot session loginuid"),
+    *_all("seccomp", "strict one stacked tsync threads"),
     *_all("files", "positions append path directory dup cloexec devices proc owner"),
+    *_all("ghosts", "ghost sparse two folder"),
+    Workload("ghosts", "large", refused=("--ghost-limit",), dump=("--ghost-limit", "4M"), ways=REFUSED_FIRST),
+    Workload("ghosts", "relinked", refused=("--link-remap",), dump=("--link-remap",), ways=REFUSED_FIRST),
+    *_all("descriptors", "thousand high"),
+    _obstacle("pipe", "pipe"),
+    _obstacle("sockets", "socket.*\n(.*\n)*.*socket"),
+    _obstacle("events", "eventfd", "timerfd", "signalfd", "inotify", "eventpoll|epoll"),
+    _obstacle("terminal", "tty|ptmx|pts"),
+    _obstacle("child", "child|task"),
+    _obstacle("all", "pipe", "socket", "eventfd", "timerfd", "signalfd", "inotify", "epoll|eventpoll", "tty|ptmx"),
 ]

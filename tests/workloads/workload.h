@@ -258,7 +258,11 @@ MAYBE void open_beat_file(char *path)
 	}
 }
 
-MAYBE void answer(const struct mode *mode, int broken)
+static const struct mode *mode;
+static int broken;
+static char **arguments;
+
+MAYBE void answer(void)
 {
 	__atomic_store_n(&beat->request, 2, __ATOMIC_SEQ_CST);
 	if (broken)
@@ -269,9 +273,19 @@ MAYBE void answer(const struct mode *mode, int broken)
 	__atomic_add_fetch(&beat->checks, 1, __ATOMIC_SEQ_CST);
 }
 
+MAYBE void live(void)
+{
+	__atomic_store_n(&beat->ready, READY, __ATOMIC_SEQ_CST);
+	for (;;) {
+		__atomic_add_fetch(&beat->beats, 1, __ATOMIC_SEQ_CST);
+		if (__atomic_load_n(&beat->request, __ATOMIC_SEQ_CST) == 1)
+			answer();
+		idle();
+	}
+}
+
 MAYBE int run_workload(const struct mode *modes, size_t count, int argc, char **argv)
 {
-	const struct mode *mode = NULL;
 	if (argc < 3)
 		return 2;
 	for (size_t i = 0; i < count; i++)
@@ -279,20 +293,16 @@ MAYBE int run_workload(const struct mode *modes, size_t count, int argc, char **
 			mode = &modes[i];
 	if (!mode)
 		return 2;
-	int broken = argc > 3 && !strcmp(argv[3], "--break");
+	broken = argc > 3 && !strcmp(argv[3], "--break");
+	arguments = argv;
 	setsid();
 	open_beat_file(argv[1]);
 	mode_name = mode->name;
 	idle = short_nap;
-	mode->set();
 	beat->pid = (uint64_t)getpid();
-	__atomic_store_n(&beat->ready, READY, __ATOMIC_SEQ_CST);
-	for (;;) {
-		__atomic_add_fetch(&beat->beats, 1, __ATOMIC_SEQ_CST);
-		if (__atomic_load_n(&beat->request, __ATOMIC_SEQ_CST) == 1)
-			answer(mode, broken);
-		idle();
-	}
+	mode->set();
+	live();
+	return 0;
 }
 
 /* Ends each program: its modes as {"name", set, check, harm}. */

@@ -75,7 +75,7 @@ RESOLVE_IN_ROOT = 0x10
 
 # aio_abi.h
 IOCB = struct.Struct("<QIIHhIQQqQII")
-"""struct iocb: data, key, rw_flags, lio_opcode, reqprio, fildes, buf, nbytes, offset, reserved, flags, resfd (64 bytes)."""
+"""struct iocb: data, key, rw_flags, opcode, reqprio, fildes, buf, nbytes, offset, reserved2, flags, resfd (64 B)."""
 IOCB_CMD_PREAD = 0
 IO_EVENT_SIZE = 32
 

@@ -80,6 +80,8 @@ def _child(probe: Probe, writer: int) -> None:
     try:
         _lead_group(0)
         syscall("prctl", nr.prctl, prctl.SET_PDEATHSIG, signal.SIGKILL)
+        while writer <= 2:
+            writer = os.dup(writer)
         # What the probe's own programs or a crashing interpreter say is not for our user.
         nowhere = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):

@@ -20,7 +20,7 @@ from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
 from firn.resources.base import MEMFD
 from firn.resources.files.table import FileTable
-from firn.resources.memory import areas, layout
+from firn.resources.memory import aio, areas, layout
 from firn.resources.memory.pages import ProcessPages
 from firn.resources.namespaces import Namespaces
 from firn.tracee import ptrace
@@ -98,6 +98,10 @@ def collect(dump: Dump, obstacles: list[Obstacle]) -> Collected:
         _add_mapped_files(pid, mapped, got)
         got.areas = mapped
         got.mm = layout.save(pid, stat, answers, exe_id)
+        got.mm["aios"] = [aio.save(pid, area.map.start, area.map.end) for area in mapped if area.kind == "aio"]
+        future = layout.locks_future(pid, statuses[pid], task)
+        if future:
+            got.mm["firn"] = {"lock_future": future}
         got.memory = ProcessPages(pid, mapped, features.pagemap_scan())
         _identity(pid, stat, task, got)
     except BaseException:

@@ -87,12 +87,12 @@ def _vector(call: int, name: str, pid: int, ours: bytearray, theirs: int) -> Non
 
 def process_vm() -> None:
     """process_vm_readv(2) and process_vm_writev(2) (Linux 3.2, CONFIG_CROSS_MEMORY_ATTACH)."""
-    shared_address = bytearray(b"before it")
+    place = bytearray(b"before it")
     with StoppedChild() as pid:
-        _vector(nr.process_vm_writev, "process_vm_writev", pid, bytearray(b"afterward"), address_of(shared_address))
-        found = bytearray(len(shared_address))
-        _vector(nr.process_vm_readv, "process_vm_readv", pid, found, address_of(shared_address))
-    if found != b"afterward" or shared_address != b"before it":
+        _vector(nr.process_vm_writev, "process_vm_writev", pid, bytearray(b"afterward"), address_of(place))
+        found = bytearray(len(place))
+        _vector(nr.process_vm_readv, "process_vm_readv", pid, found, address_of(place))
+    if found != b"afterward" or place != b"before it":
         raise KernelError("process_vm_readv gives other bytes than were written")
 
 

@@ -70,11 +70,8 @@ def stat(pid: int, tid: int = 0) -> Stat:
 def status(pid: int, tid: int = 0) -> dict[str, str]:
     """/proc/PID/status as a mapping of its lines."""
     text = read(f"/proc/{pid}/task/{tid}/status" if tid else f"/proc/{pid}/status").decode("utf-8", "surrogateescape")
-    result = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        result[key] = value.strip()
-    return result
+    # Not splitlines(): a task's name may hold other line separators than "\n", which alone the kernel escapes.
+    return {key: value.strip() for key, _, value in [line.partition(":") for line in text.split("\n") if line]}
 
 
 def threads(pid: int) -> list[int]:
@@ -126,9 +123,7 @@ def _map_line(line: str) -> Map:
     start, _, end = parts[0].partition("-")
     major, _, minor = parts[3].partition(":")
     # The name is the rest of the line as it is: it may end in blanks; a newline in it is written as \012.
-    name = ""
-    if len(parts) > 5:
-        name = line[line.index(parts[4], line.index(parts[3]) + len(parts[3])) + len(parts[4]) :].lstrip(" ")
+    name = parts[5] if len(parts) > 5 else ""
     return Map(
         int(start, 16), int(end, 16), parts[1], int(parts[2], 16), (int(major, 16), int(minor, 16)), int(parts[4]), name
     )
@@ -144,23 +139,24 @@ def smaps(pid: int) -> list[Map]:
     """The mappings with their VmFlags, page size and amount of huge pages (bytes). Walks page tables: not cheap."""
     text = read(f"/proc/{pid}/smaps").decode("utf-8", "surrogateescape")
     found: list[Map] = []
-    current: Map | None = None
-    for line in text.split("\n"):
-        head = line[:1]
-        if not head:
-            continue
-        if head.isupper():
-            assert current is not None
-            if line.startswith("VmFlags:"):
-                current.flags = frozenset(line[8:].split())
-            elif line.startswith("KernelPageSize:"):
-                current.page_size = int(line[15:-2]) * 1024
-            elif line.startswith("AnonHugePages:"):
-                current.huge = int(line[14:-2]) * 1024
-        else:
-            current = _map_line(line)
-            found.append(current)
+    at = 0
+    while at < len(text):
+        # A mapping is a line of maps, some twenty of "Key: value", VmFlags the last of them (fs/proc/task_mmu.c).
+        flags = text.index("\nVmFlags:", at)
+        end = text.index("\n", flags + 1)
+        current = _map_line(text[at : text.index("\n", at)])
+        current.flags = frozenset(text[flags + 9 : end].split())
+        current.page_size = _kilobytes(text, "\nKernelPageSize:", at, flags) or 4096
+        current.huge = _kilobytes(text, "\nAnonHugePages:", at, flags)
+        found.append(current)
+        at = end + 1
     return found
+
+
+def _kilobytes(text: str, key: str, start: int, end: int) -> int:
+    """The bytes behind *key* in text[start:end], 0 if it is not there."""
+    at = text.find(key, start, end)
+    return int(text[at + len(key) : text.index(" kB", at)]) * 1024 if at >= 0 else 0
 
 
 def fdinfo(pid: int, fd: int) -> dict[str, str]:

@@ -243,6 +243,7 @@ class ImageDir:
         except OSError as error:
             raise ImageError(f"inventory.img: cannot be written: {error.strerror}") from None
         self._created.clear()
+        self._version = None
 
     def abort(self) -> None:
         """Remove what has been created since the last commit, the newest first.

@@ -42,7 +42,10 @@ _LINKS = (
     ("anon_inode:[fanotify]", FANOTIFY), ("anon_inode:[pidfd]", PIDFD), ("pidfd:[", PIDFD),
 )  # fmt: skip
 
-_BUILT: dict[int, tuple[str, str]] = {}
+_BUILT: dict[int, tuple[str, str]] = {
+    PIPE: ("firn.resources.files.pipes", "Pipes"),
+    FIFO: ("firn.resources.files.pipes", "Fifos"),
+}
 """Type -> (module, class). A row is added when a kind is built."""
 
 _FAMILIES: dict[int, int] = {}

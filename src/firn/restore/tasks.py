@@ -13,10 +13,11 @@ from firn.abi import x86_64 as cpu
 from firn.errors import ImageError, RestoreError
 from firn.host import features, procfs
 from firn.images.pages import PagemapReader
-from firn.resources import creds, process, restart, seccomp, signals, threads, timers, xstate
+from firn.resources import creds, process, restart, seccomp, signals, threads, timers
 from firn.resources.base import MEMFD, REG
-from firn.resources.memory import areas, layout, rebuild
+from firn.resources.memory import aio, areas, layout, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
+from firn.resources.threads import xstate
 from firn.restore.birth import SYSCALL_SITE
 from firn.tracee import memory, ptrace
 from firn.tracee.program import Program, Runner, Scratch
@@ -111,6 +112,7 @@ class RestoredTask:
         self._make_scratch()
         program = self.leader.program
         runs, own = self.runs, Own()
+        runs, rings = self._split_rings(runs)
         placement = self._place_vdso(own, runs)
         if placement is None or placement.replaces:
             runs = self._without_vdso(runs)
@@ -133,6 +135,9 @@ class RestoredTask:
         program.call("close all", nr.close_range, 0, 0xFFFFFFFF, 0)
         program.run()
         rebuild.check_reads(program, checks)
+        for ring in self.checkpoint.mm.get("aios", []):
+            aio.rebuild(program, ring, aio.unfetched(rings.get(ring["id"], b"")))
+        program.run()
         for address, code in placement.patches if placement else []:
             memory.force_write(self.pid, address, code)
         self.opener.seal()
@@ -178,6 +183,21 @@ class RestoredTask:
         if not any(code):
             code = bytearray(own.code)
         return place(own, bytes(code), vvar["start"], vdso["start"], self.spare)
+
+    def _split_rings(self, runs: list[rebuild.Run]) -> tuple[list[rebuild.Run], dict[int, bytes]]:
+        """The runs without those of AIO rings, and the contents of these by address."""
+        limits = {ring["id"]: ring["id"] + ring["ring_len"] for ring in self.checkpoint.mm.get("aios", [])}
+        if not limits:
+            return runs, {}
+        kept: list[rebuild.Run] = []
+        rings: dict[int, bytes] = {}
+        for run in runs:
+            start = next((at for at, end in limits.items() if at <= run.address < end), None)
+            if start is None:
+                kept.append(run)
+            else:
+                rings[start] = rings.get(start, b"") + os.pread(run.fd, run.size, run.offset)
+        return kept, rings
 
     def _without_vdso(self, runs: list[rebuild.Run]) -> list[rebuild.Run]:
         """The runs without the vdso's pages: the kernel's own take their place."""

@@ -6,22 +6,22 @@ does not, and serves for what they refuse.
 
 from __future__ import annotations
 
+import ctypes
 import os
-import struct
 
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 
-_IOVEC = struct.Struct("<QQ")
+# One struct iovec for our side and one for the task's, used again for every transfer: only the main thread comes here.
+_iovecs = (ctypes.c_uint64 * 4)()
+_LOCAL = ctypes.addressof(_iovecs)
+_REMOTE = _LOCAL + 16
 
 
 def _transfer(what: str, number: int, pid: int, buffer: bytearray, address: int) -> int:
-    local = bytearray(_IOVEC.pack(address_of(buffer), len(buffer)))
-    remote = bytearray(_IOVEC.pack(address, len(buffer)))
-    return syscall(
-        f"{what} {len(buffer)} bytes at {address:#x} of process {pid}",
-        number, pid, address_of(local), 1, address_of(remote), 1, 0,
-    )  # fmt: skip
+    size = len(buffer)
+    _iovecs[:] = [address_of(buffer), size, address, size]
+    return syscall(f"{what} {size} bytes at {address:#x} of process {pid}", number, pid, _LOCAL, 1, _REMOTE, 1, 0)
 
 
 def read(pid: int, address: int, size: int) -> bytes:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from firn.images.store import ImageDir
 
-ANON_SHARED_NAME = "/dev/zero"
+ANONYMOUS = ("/dev/zero", "/anon_hugepage")
+"""Names of memory that was mapped without a memfd: shared, and in huge pages."""
 F_SEAL_SEAL = 1
 
 
@@ -46,9 +47,9 @@ class MemoryObjects:
             fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
             self.fds[number] = fd
             name = os.readlink(link).removesuffix(DELETED)
-            anonymous = not name.startswith("/memfd:")
+            anonymous = name in ANONYMOUS
             entry = self.inodes[key] = {
-                "name": ANON_SHARED_NAME if anonymous else name.removeprefix("/memfd:"),
+                "name": name.removeprefix("/memfd:"),
                 "uid": st.st_uid, "gid": st.st_gid, "size": st.st_size, "shmid": st.st_ino,
                 "seals": F_SEAL_SEAL if anonymous else fcntl.fcntl(fd, fc.F_GET_SEALS), "inode_id": number,
                 "mode": st.st_mode,
@@ -72,8 +73,9 @@ class MemoryObjects:
             runs = page_runs(fd, size)
             pages = images.open_raw(f"pages-{next_pages_id}.img", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
+                copy = _copy_huge if "hugetlb_flag" in entry else copy_range
                 for start, count in runs:
-                    copy_range(fd, start, pages, count * mman.PAGE, size)
+                    copy(fd, start, pages, count * mman.PAGE, size)
             finally:
                 os.close(pages)
             write_pagemap(
@@ -111,6 +113,14 @@ def copy_range(source: int, offset: int, target: int, length: int, size: int) ->
         os.write(target, bytes(length - have))
 
 
+def _copy_huge(source: int, offset: int, target: int, length: int, size: int) -> None:
+    """The same for huge pages, which cannot be spliced: through a mapping."""
+    with mmap.mmap(source, size, mmap.MAP_SHARED, mmap.PROT_READ) as area, memoryview(area) as view:
+        end = offset + length
+        while offset < end:
+            offset += os.write(target, view[offset : min(end, offset + (1 << 30))])
+
+
 class RestoredObject:
     """A memory object made for a restore: ``fd`` is open for reading and writing, seals are still to be set."""
 
@@ -123,7 +133,7 @@ class RestoredObject:
     def seal(self) -> None:
         """Set the recorded seals (after all mappings have been made)."""
         seals = self.entry.get("seals", F_SEAL_SEAL)
-        if self.entry["name"] == ANON_SHARED_NAME or seals == F_SEAL_SEAL or seals == 0:
+        if self.entry["name"] in ANONYMOUS or seals == F_SEAL_SEAL or seals == 0:
             return
         fcntl.fcntl(self.fd, fc.F_ADD_SEALS, seals)
 
@@ -133,7 +143,7 @@ def restore(entry: dict[str, Any], images: ImageDir) -> RestoredObject:
     from firn.images.pages import PagemapReader
 
     size = entry["size"]
-    if entry["name"] == ANON_SHARED_NAME:
+    if entry["name"] in ANONYMOUS:
         fd = _anonymous(size, entry.get("hugetlb_flag", 0))
     else:
         flags = mman.MFD_CLOEXEC
@@ -151,7 +161,8 @@ def restore(entry: dict[str, Any], images: ImageDir) -> RestoredObject:
         with PagemapReader(images, "PAGEMAP_SHMEM", entry["shmid"]) as pagemap:
             for run in pagemap:
                 length = min(run.nr_pages * mman.PAGE, size - run.vaddr)
-                _fill(run.fd, run.offset, fd, run.vaddr, length, entry["name"])
+                fill = _fill_huge if entry.get("hugetlb_flag") else _fill
+                fill(run.fd, run.offset, fd, run.vaddr, length, entry["name"])
     return RestoredObject(entry, fd)
 
 
@@ -178,3 +189,12 @@ def _fill(source: int, offset: int, target: int, at: int, length: int, name: str
         offset += sent
         length -= sent
 
+
+def _fill_huge(source: int, offset: int, target: int, at: int, length: int, name: str) -> None:
+    """The same for huge pages, which cannot be written to (hugetlbfs has no write): through a mapping."""
+    with mmap.mmap(target, at + length) as area, memoryview(area) as view:
+        while length:
+            got = os.preadv(source, [view[at : at + min(length, 1 << 30)]], offset)
+            if not got:
+                raise RestoreError(f"the pages image of memory object {name!r} is too short")
+            at, offset, length = at + got, offset + got, length - got

@@ -51,7 +51,7 @@ class Area:
     def has_pages(self) -> bool:
         """Whether its private pages belong in the process's own page image."""
         m = self.map
-        return not m.shared and self.kind not in ("vvar", "vsyscall", "aio") and "dp" not in (m.flags or ())
+        return not m.shared and self.kind not in ("vvar", "vsyscall") and "dp" not in (m.flags or ())
 
     def link(self, pid: int) -> str:
         """The magic link that leads to the mapped object."""

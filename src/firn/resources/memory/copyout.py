@@ -13,7 +13,10 @@ import os
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
+"""Bytes per step: what was read is written while it is still in the processor's cache."""
+_ALONE = 4 << 20
+"""Up to so many bytes a second worker takes longer to start than it saves."""
 _MAX_IOV = 512
 
 
@@ -128,7 +131,7 @@ def copy(pid: int, pieces: list[Piece], target: int, workers: int = 2) -> None:
         return
     queue = pieces[::-1]
     errors: list[BaseException] = []
-    count = min(workers, len(pieces))
+    count = min(workers, len(pieces)) if sum(piece.size for piece in pieces) > _ALONE else 1
     size = max(piece.size for piece in pieces)
     locks = []
     for _ in range(count - 1):

@@ -7,7 +7,8 @@ old executable is mapped.
 
 from __future__ import annotations
 
-import array
+import os
+import struct
 
 from firn.abi import mman, nr, prctl
 from firn.errors import ImageError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from firn.resources.process import Answers
     from firn.tracee.program import Program
+    from firn.tracee.seize import Task
 
 AUXV_WORDS = 44
 """CRIU refuses more (image format); what is beyond are zeros in practice."""
@@ -32,7 +34,7 @@ MM_FIELDS = (
 
 def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int) -> dict[str, Any]:
     """The mm_entry, still without its mappings."""
-    auxv = array.array("Q", procfs.read(f"/proc/{pid}/auxv"))
+    auxv = memoryview(procfs.read(f"/proc/{pid}/auxv")).cast("Q")
     return {
         "mm_start_code": stat.start_code, "mm_end_code": stat.end_code, "mm_start_data": stat.start_data,
         "mm_end_data": stat.end_data, "mm_start_stack": stat.start_stack, "mm_start_brk": stat.start_brk,
@@ -43,12 +45,27 @@ def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int) -> dict[str
     }  # fmt: skip
 
 
+def locks_future(pid: int, before: dict[str, str], task: Task) -> int:
+    """The MCL_* flags of mlockall(2) that hold for future mappings. No file tells them; but our scratch area is such a
+    mapping: the locked amount has grown since status *before* if it was locked, and it was filled in unless MCL_ONFAULT."""
+    scratch = task.scratch
+    if scratch is None or procfs.status(pid).get("VmLck") == before.get("VmLck"):
+        return 0
+    unused = scratch.data + scratch.size - mman.PAGE
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        word = int.from_bytes(os.pread(fd, 8, unused // mman.PAGE * 8), "little")
+    finally:
+        os.close(fd)
+    return mman.MCL_FUTURE | (0 if word & mman.PAGEMAP_PRESENT else mman.MCL_ONFAULT)
+
+
 def plan(program: Program, mm: dict[str, Any], exe_fd: int) -> None:
     """Set the layout; *exe_fd* is the task's descriptor of its executable."""
-    auxv = array.array("Q", mm.get("mm_saved_auxv", []))
+    auxv = mm.get("mm_saved_auxv", [])
     if len(auxv) > 64 or len(auxv) % 2:
         raise ImageError(f"mm image: an auxiliary vector of {len(auxv)} words")
-    raw = auxv.tobytes()
+    raw = struct.pack(f"<{len(auxv)}Q", *auxv)
     program.reserve(1, len(raw) + prctl.MM_MAP.size + 16)
     at = program.data(raw) if raw else 0
     fields = [mm[name] for name in MM_FIELDS]

@@ -65,10 +65,13 @@ def scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
                 raise
             returned &= ~mman.PAGE_IS_GUARD
             continue
-        start = mman.PM_SCAN_ARG.unpack(arg)[4]
+        walked = mman.PM_SCAN_ARG.unpack(arg)[4]
         words = (ctypes.c_uint64 * (3 * count)).from_buffer(vector)
         flat = list(words)
         del words
+        # The kernel walks in batches of 512 regions and sets walk_end only for those that ran full (fs/proc/task_mmu.c,
+        # seen on 6.18): after a last one that did not, it lies before regions that are already in the vector.
+        start = max(walked, flat[-2]) if count else walked
         yield from zip(flat[::3], flat[1::3], flat[2::3], strict=True)
 
 

@@ -45,6 +45,10 @@ class ProcessPages:
             if area.kind == "vdso":
                 marks = copyout.FORCED
                 self.runs.append((m.start, m.end))
+            elif area.kind == "aio":
+                # A fork does not copy the ring (VM_DONTCOPY); it is small and goes along whole.
+                marks = copyout.EARLY
+                self.runs.append((m.start, m.end))
             elif not area.has_pages:
                 continue
             elif flags & {"dc", "wf"}:
@@ -73,10 +77,12 @@ class ProcessPages:
     def hold_early(self) -> list[tuple[int, bytes]]:
         """The contents of what a fork leaves out, as (address, bytes): few pages, taken while the process stands still."""
         held = []
-        for low, high in self.early_ranges:
+        for low, high, marks in self.marked:
+            if not marks & copyout.EARLY:
+                continue
             for start, end in self.runs:
-                if low <= start < high:
-                    held += [(at, memory.force_read(self.pid, at, min(end - at, 1 << 20))) for at in range(start, end, 1 << 20)]
+                first, last = max(low, start), min(high, end)
+                held += [(at, memory.force_read(self.pid, at, min(last - at, 1 << 20))) for at in range(first, last, 1 << 20)]
         return held
 
     def copy_pages(self, pid: int, target: int, held: list[tuple[int, bytes]]) -> None:

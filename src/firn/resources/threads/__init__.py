@@ -16,7 +16,7 @@ from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.abi.libc import address_of, syscall
 from firn.errors import ImageError
-from firn.resources import xstate
+from firn.resources.threads import xstate
 from firn.tracee import memory, ptrace
 
 TYPE_CHECKING = False

@@ -1,0 +1,48 @@
+"""Who has a file open: a search of all descriptors of the machine (proc(5), /proc/PID/fd)."""
+
+from __future__ import annotations
+
+import os
+
+from firn.host import procfs
+
+
+class Holder:
+    """A descriptor of some process; ``mode`` is its O_ACCMODE."""
+
+    __slots__ = ("fd", "mode", "pid")
+
+    def __init__(self, pid: int, fd: int) -> None:
+        self.pid = pid
+        self.fd = fd
+        self.mode = int(procfs.fdinfo(pid, fd)["flags"], 8) & 3
+
+    def __str__(self) -> str:
+        try:
+            name = f" ({procfs.stat(self.pid).comm.decode('utf-8', 'replace')})"
+        except OSError:
+            name = ""
+        return f"process {self.pid}{name}, descriptor {self.fd}"
+
+
+def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
+    """The descriptors that lead to the file (st_dev, st_ino), of all processes but *skip*.
+
+    What cannot be looked at, or goes away meanwhile, is passed over.
+    """
+    found: list[Holder] = []
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) in skip:
+            continue
+        try:
+            numbers = os.listdir(f"/proc/{name}/fd")
+        except OSError:
+            continue
+        for number in numbers:
+            try:
+                there = os.stat(f"/proc/{name}/fd/{number}")
+                if (there.st_ino, there.st_dev) == (inode, device):
+                    found.append(Holder(int(name), int(number)))
+            except OSError:
+                continue
+    return found

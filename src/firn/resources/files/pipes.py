@@ -1,0 +1,404 @@
+"""Pipes and FIFOs (images: pipe and fifo entries, pipes-data.img, fifo-data.img).
+
+State owned: which ends exist, their flags, the capacity, and the bytes inside, with the boundaries of packets
+(O_DIRECT, pipe(7)). Kernel: tee(2) from a copy of a read end into a pipe of ours, which leaves the bytes where they
+are; poll(2) tells whether the other end is open anywhere. They come back as pipe(2), or by opening the FIFO's name for
+reading and writing, which never blocks, before each end is opened as it was. What goes wrong: an end that only a
+process outside holds.
+
+Contents are one record per pipe, as CRIU writes them, unless there are packets (which CRIU refuses): then the record
+with the size has the bytes before the first packet, each further record without a size is a packet, and each further
+one with a size is a run of bytes without boundaries.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+from firn.abi import fcntl as fc
+from firn.abi import nr
+from firn.abi.libc import address_of, syscall
+from firn.errors import ImageError, RestoreError
+from firn.host import holders
+from firn.resources.base import FIFO, PIPE, REG, Kind
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.images.reader import PayloadRef
+    from firn.images.store import ImageDir
+    from firn.resources.base import DumpContext, Open, RestoreContext
+
+    Part = tuple[bytes, bool]
+    Records = list[tuple[dict[str, Any], PayloadRef]]
+
+O_LARGEFILE = 0o100000
+"""The kernel's own bit: in the flags of what was opened by a name or through /proc, not of what pipe(2) made."""
+READ, WRITE = 1, 2
+_SIDES = {READ: "read", WRITE: "write"}
+_DATA = {PIPE: "PIPES_DATA", FIFO: "FIFO_DATA"}
+_FIONREAD = 0x541B
+_POLLERR, _POLLHUP = 8, 16
+_EVERYTHING = 0x7FFFFFFF
+_NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | fc.O_DIRECT | fc.FASYNC
+_OUTSIDE_HELP = "dump that process too, or close the descriptor"
+
+
+def sides(flags: int) -> int:
+    """The sides (READ, WRITE) of a pipe that a descriptor opened with *flags* is."""
+    return (READ, WRITE, READ | WRITE)[flags & fc.O_ACCMODE]
+
+
+def _queued(fd: int) -> int:
+    """Bytes in the pipe (FIONREAD)."""
+    count = bytearray(4)
+    fcntl.ioctl(fd, _FIONREAD, count)
+    return int.from_bytes(count, "little")
+
+
+def _is_lonely(fd: int) -> bool:
+    """Whether nobody at all holds the other side of the pipe end *fd*."""
+    asked = bytearray(fd.to_bytes(4, "little") + bytes(4))
+    syscall("poll of a pipe", nr.poll, address_of(asked), 1, 0)
+    return bool(asked[6] & (_POLLERR | _POLLHUP))
+
+
+class Contents:
+    """Reads what is in pipes without taking it out. Has three pipes of its own, open until :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._pipes: list[tuple[int, int]] = []
+
+    def read(self, end: int) -> list[Part]:
+        """What is in the pipe of read end *end*: (bytes, whether they are one packet), oldest first.
+
+        Raises :class:`OSError` for a pipe that cannot be looked into.
+        """
+        if not self._pipes:
+            self._pipes = [os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) for _ in range(3)]
+            fcntl.fcntl(self._pipes[1][1], fcntl.F_SETPIPE_SZ, os.sysconf("SC_PAGESIZE"))
+        reader, writer = self._pipes[0]
+        self._grow(writer, fcntl.fcntl(end, fcntl.F_GETPIPE_SZ))
+        try:
+            got = syscall("tee of a pipe", nr.tee, end, writer, _EVERYTHING, os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return []
+        if not got:
+            return []
+        if got < _queued(end):
+            raise OSError(errno.EFBIG, f"{_queued(end)} bytes are more than a pipe of ours may hold (CAP_SYS_RESOURCE)")
+        whole = self._without_packets(reader, writer, got)
+        return [(whole, False)] if whole else self._split(end)
+
+    @staticmethod
+    def _grow(writer: int, size: int) -> None:
+        """Room for *size* bytes and, if the limit allows, one more."""
+        for wanted in (2 * size, size):
+            if fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) >= wanted:
+                return
+            try:
+                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, wanted)
+            except OSError:
+                continue
+            return
+
+    @staticmethod
+    def _without_packets(reader: int, writer: int, count: int) -> bytes:
+        """The bytes of the copy, or none if there are packets in it: reading stops after a packet, so a byte written
+        behind everything is only reached if there is none. The copy is empty afterwards."""
+        try:
+            os.write(writer, b"\0")
+            data = os.read(reader, count + 1)
+        except BlockingIOError:
+            data = b""
+        if len(data) == count + 1:
+            return data[:-1]
+        while _queued(reader):
+            os.read(reader, count)
+        return b""
+
+    def _split(self, end: int) -> list[Part]:
+        """The contents buffer by buffer: slower, and exact about packets."""
+        (reader, writer), (one, into_one), (probe, into_probe) = self._pipes
+        syscall("tee of a pipe", nr.tee, end, writer, _EVERYTHING, os.SPLICE_F_NONBLOCK)
+        parts: list[Part] = []
+        while _queued(reader):
+            os.splice(reader, into_one, _EVERYTHING, flags=os.SPLICE_F_NONBLOCK)
+            count = _queued(one)
+            syscall("tee of a pipe", nr.tee, one, into_probe, count, os.SPLICE_F_NONBLOCK)
+            os.write(into_probe, b"\0")
+            packet = len(os.read(probe, count + 1)) == count
+            if packet:
+                os.read(probe, 1)
+            data = os.read(one, count)
+            if parts and not packet and not parts[-1][1]:
+                parts[-1] = parts[-1][0] + data, False
+            else:
+                parts.append((data, packet))
+        return parts
+
+    def close(self) -> None:
+        """Close the pipes."""
+        for pair in self._pipes:
+            os.close(pair[0])
+            os.close(pair[1])
+        self._pipes = []
+
+
+class _Pipe:
+    """A pipe or FIFO of the frozen processes: ``known`` are the sides they hold; ``lonely``: nobody has the other."""
+
+    __slots__ = ("ends", "id", "known", "lonely", "parts", "size")
+
+    def __init__(self, number: int, size: int) -> None:
+        self.id = number
+        self.size = size
+        self.known = 0
+        self.lonely = False
+        self.ends: list[Open] = []
+        self.parts: list[Part] | None = None
+
+
+class _Piped(Kind):
+    """What pipes and FIFOs have in common."""
+
+    type = 0
+    unseen = ""
+    """Who has the other side if no process shows it; empty if nobody needs to have it."""
+
+    def __init__(self) -> None:
+        self.pipes: dict[tuple[int, int], _Pipe] = {}
+        self.contents = Contents()
+        self.filled: set[int] = set()
+        self._records: dict[int, Records] | None = None
+
+    # -- dump --------------------------------------------------------------------------------------------------------
+
+    def _add(self, open: Open, context: DumpContext) -> _Pipe | None:
+        """Note an end; None if it was refused."""
+        copy = open.copy()
+        key = open.stat.st_dev, open.stat.st_ino
+        pipe = self.pipes.get(key)
+        if pipe is None:
+            number, taken = open.stat.st_ino & 0xFFFFFFFF, {other.id for other in self.pipes.values()}
+            while number in taken:  # FIFOs of two file systems
+                number = number + 1 & 0xFFFFFFFF
+            pipe = self.pipes[key] = _Pipe(number, fcntl.fcntl(copy, fcntl.F_GETPIPE_SZ))
+        pipe.ends.append(open)
+        mine = sides(open.flags)
+        pipe.known |= mine
+        if mine != READ | WRITE:
+            pipe.lonely = pipe.lonely or _is_lonely(copy)
+        if mine & READ and pipe.parts is None:
+            try:
+                pipe.parts = self.contents.read(copy)
+            except OSError as error:
+                context.refuse(open, f"is a pipe that cannot be looked into: {error.strerror}", "close it")
+                return None
+        return pipe
+
+    def finish(self, context: DumpContext) -> None:
+        """Look for ends outside, and into pipes that nobody can read."""
+        for (device, inode), pipe in self.pipes.items():
+            missing = (READ | WRITE) & ~pipe.known
+            if missing and not pipe.lonely and self._refuse_outside(device, inode, pipe, missing, context):
+                continue
+            if pipe.parts is None:
+                self._read_write_only(pipe)
+
+    def _refuse_outside(self, device: int, inode: int, pipe: _Pipe, missing: int, context: DumpContext) -> bool:
+        """Whether the pipe was refused because somebody outside the tree has the *missing* side."""
+        found = holders.find(device, inode, {os.getpid(), *context.pids})
+        who = "; ".join(str(holder) for holder in found if sides(holder.mode) & missing) or self.unseen
+        if not who:
+            return False
+        reason = f"is the {_SIDES[pipe.known]} end of a pipe whose {_SIDES[missing]} end is outside the tree: {who}"
+        for open in pipe.ends:
+            context.refuse(open, reason, _OUTSIDE_HELP)
+        return True
+
+    def _read_write_only(self, pipe: _Pipe) -> None:
+        """A reader can still come through /proc, so the bytes are kept."""
+        fd = os.open(pipe.ends[0].path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            pipe.parts = self.contents.read(fd)
+        finally:
+            os.close(fd)
+
+    def save(self, images: ImageDir) -> None:
+        """Write the contents."""
+        if not self.pipes:
+            return
+        with images.writer(_DATA[self.type]) as writer:
+            for pipe in self.pipes.values():
+                parts = pipe.parts or []
+                if not parts or parts[0][1]:
+                    parts = [(b"", False), *parts]
+                for data, packet in parts:
+                    entry = {"pipe_id": pipe.id, "bytes": len(data)}
+                    writer.add(entry if packet else {**entry, "size": pipe.size})
+                    writer.payload(data)
+
+    def close(self) -> None:
+        """Close what was needed to look into pipes."""
+        self.contents.close()
+
+    # -- restore -----------------------------------------------------------------------------------------------------
+
+    def _fill(self, number: int, fd: int, context: RestoreContext) -> None:
+        """Give pipe *number* its capacity and contents, through *fd*; only once, and its flags are lost."""
+        if self._records is None:
+            self._records = {}
+            for entry, payload in context.images.read_with_payload(_DATA[self.type]):
+                self._records.setdefault(entry["pipe_id"], []).append((entry, payload))
+        records = self._records.pop(number, [])
+        if not records:
+            return
+        size = max(records[0][0].get("size", 0), max(entry["bytes"] for entry, _ in records))
+        _set_capacity(fd, size, number)
+        for entry, payload in records:
+            data = context.images.read_payload(payload, size)
+            packet = "size" not in entry and entry is not records[0][0]
+            fcntl.fcntl(fd, fc.F_SETFL, fc.O_NONBLOCK | (fc.O_DIRECT if packet else 0))
+            if data and _write(fd, data) != len(data):
+                raise ImageError(f"{payload.name}: pipe {number} has more bytes than its capacity of {size}")
+
+
+def _set_capacity(fd: int, size: int, number: int) -> None:
+    """F_SETPIPE_SZ, if *size* is another one than what the pipe has."""
+    if not size or size == fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ):
+        return
+    if size > _EVERYTHING:
+        raise ImageError(f"pipe {number} has the impossible capacity {size}")
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
+    except OSError as error:
+        raise RestoreError(
+            f"pipe {number} cannot have its capacity of {size} bytes: {error.strerror}",
+            "raise /proc/sys/fs/pipe-max-size",
+        ) from None
+
+
+def _write(fd: int, data: bytes) -> int:
+    try:
+        return os.write(fd, data)
+    except BlockingIOError:
+        return 0
+
+
+def _set_flags(fd: int, flags: int, owner: dict[str, int]) -> None:
+    """The flags that fcntl(2) can set. A description with an owner gets FASYNC from the task, after its owner."""
+    if owner.get("pid") or owner.get("signum"):
+        flags &= ~fc.FASYNC
+    fcntl.fcntl(fd, fc.F_SETFL, flags)
+
+
+class _Made:
+    """A pipe of a restore: the ``free`` ends that no entry has got yet; ``due`` entries are still to be opened.
+
+    ``path`` leads to the pipe: its descriptor is open as long as there are entries due, as a free end or as an entry's.
+    """
+
+    __slots__ = ("due", "free", "path")
+
+    def __init__(self, due: int) -> None:
+        self.free = dict(zip((READ, WRITE), os.pipe(), strict=True))
+        self.path = f"/proc/self/fd/{self.free[READ]}"
+        self.due = due
+
+    def close(self) -> None:
+        """Close the ends that belong to no entry."""
+        while self.free:
+            os.close(self.free.popitem()[1])
+
+
+class Pipes(_Piped):
+    """The ends of pipe(2)."""
+
+    type = PIPE
+    unseen = "nobody in sight (it is on its way through a socket)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, _Made] = {}
+
+    def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
+        """The pipe_entry."""
+        pipe = self._add(open, context)
+        if pipe is None:
+            return None
+        return {"pipe_id": pipe.id, "flags": open.flags, "fown": context.owner(open)}
+
+    def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
+        """The end *number*; its pipe is made with the first of its ends."""
+        pipe_id, flags = message["pipe_id"], message["flags"]
+        if flags & fc.O_ACCMODE == fc.O_ACCMODE:
+            raise ImageError(f"files image: pipe end {number} is open for nothing (flags {flags:#o})")
+        made = self.made.get(pipe_id)
+        if made is None:
+            entries = (entry["pipe"] for (kind, _), entry in context.files.items() if kind == PIPE)
+            made = self.made[pipe_id] = _Made(sum(entry["pipe_id"] == pipe_id for entry in entries))
+            self._fill(pipe_id, made.free[WRITE], context)
+        fd = made.free.pop(sides(flags), -1) if not flags & O_LARGEFILE else -1
+        if fd < 0:
+            fd = os.open(made.path, flags & ~_NOT_FOR_OPEN | fc.O_CLOEXEC)
+        _set_flags(fd, flags, message["fown"])
+        made.due -= 1
+        if not made.due:
+            # Else the tasks would not see that the other end is closed.
+            made.close()
+        return fd
+
+    def close(self) -> None:
+        """Close what no entry has got."""
+        super().close()
+        for made in self.made.values():
+            made.close()
+
+
+class Fifos(_Piped):
+    """The ends of FIFOs: their path, flags and owner are in a REG entry of their own."""
+
+    type = FIFO
+
+    def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
+        """The fifo_entry."""
+        pipe = self._add(open, context)
+        if pipe is None:
+            return None
+        entry = {"flags": open.flags, "pos": open.position, "fown": context.owner(open)}
+        return {"pipe_id": pipe.id, "regf_id": context.add_path(open.what, open.path, open.stat, entry)}
+
+    def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
+        """The end *number*, opened by its name as it was, while a descriptor for both directions keeps that from
+        blocking."""
+        if "regf_id" not in message:
+            raise ImageError(f"files image: FIFO {number} has no regf_id")
+        entry = context.message(REG, message["regf_id"])
+        flags, owner = entry["flags"], entry["fown"]
+        entry["flags"] = flags & ~(fc.O_ACCMODE | fc.O_NOFOLLOW | fc.O_DIRECT) | fc.O_RDWR | fc.O_NONBLOCK
+        try:
+            both = context.open(REG, message["regf_id"])
+        finally:
+            entry["flags"] = flags
+        path = os.readlink(f"/proc/self/fd/{both}")
+        if not stat.S_ISFIFO(os.fstat(both).st_mode):
+            raise RestoreError(f"{path} is not a FIFO any more", "put it back")
+        self._check_unused(both, message["pipe_id"], path)
+        self._fill(message["pipe_id"], both, context)
+        fd = os.open(path, flags & ~_NOT_FOR_OPEN | fc.O_CLOEXEC)
+        _set_flags(fd, flags, owner)
+        # Only this end may stay open, and the other descriptor is the opener's.
+        os.dup2(fd, both, inheritable=False)
+        # The tasks set owners by what the message of the file itself says.
+        message |= {"fown": owner, "flags": flags}
+        return fd
+
+    def _check_unused(self, fd: int, number: int, path: str) -> None:
+        if number not in self.filled and _queued(fd):
+            raise RestoreError(f"the FIFO {path} holds data of a process that has it open", "end that process")
+        self.filled.add(number)
