@@ -17,7 +17,7 @@ from firn.resources.files.pipes import Contents
 # The link of a pipe's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
 ONCE = ("mixed", "halves")
-MODES = "stream full capacity packets mixed flags halves owner fifo nameless many".split()
+MODES = ["stream", "full", "capacity", "packets", "mixed", "flags", "halves", "owner", "fifo", "nameless", "many"]
 TABLE = [Workload("pipes", mode, once=mode in ONCE, unlike=UNLIKE) for mode in MODES]
 
 
@@ -30,7 +30,7 @@ def test_workload(workload: Workload, way: str, runner: Runner) -> None:
 
 
 def sleeper(runner: Runner, **streams: int) -> Target:
-    streams = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")} | streams
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | streams
     process = subprocess.Popen(["/bin/sleep", "1000"], cwd=runner.folder, start_new_session=True, **streams)  # type: ignore[call-overload]
     process.returncode = 0
     wait_until("it sleeps", lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
@@ -113,8 +113,12 @@ def test_packets_are_told_from_bytes() -> None:
     contents = Contents()
     wanted = [(b"ab", False), (b"c", True), (b"de", True), (b"fghi", False), (b"jkl", True)]
     for data, packet in wanted:
-        fcntl.fcntl(writer, fcntl.F_SETFL, os.O_DIRECT if packet else 0)
-        os.write(writer, data)
+        # Spliced in: what is written would join the bytes before it.
+        from_here, into = os.pipe2(os.O_NONBLOCK | (os.O_DIRECT if packet else 0))
+        os.write(into, data)
+        os.splice(from_here, writer, 100)
+        os.close(from_here)
+        os.close(into)
     for _ in range(2):
         assert contents.read(reader) == wanted
     for data in (b"abc", b"de", b"fghijkl"):

@@ -213,8 +213,10 @@ def test_depth_is_bounded() -> None:
     outer = next(field for field in schema.fields("aa_namespace") if field.name == "namespaces")
     assert 16384 > len(data) > 127
     length = bytes((len(data) & 127 | 128, len(data) >> 7))
-    with pytest.raises(ImageError, match="deep"):
-        wire.decode("aa_namespace", b"\x0a\x01n" + bytes((outer.number << 3 | 2,)) + length + data)
+    tag = bytes((outer.number << 3 | 2,))
+    for brothers in (b"", (tag + b"\x03\x0a\x01n") * 300):
+        with pytest.raises(ImageError, match="deep"):
+            wire.decode("aa_namespace", b"\x0a\x01n" + brothers + tag + length + data)
 
 
 def test_number_of_messages_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ EXCEPTIONS: dict[str, str] = {
     r".*status\.(State|FDSize|SigQ|(non)?voluntary_ctxt_switches)": "changes from moment to moment",
     r".*status\.(CoreDumping|TracerPid)": "only of interest while somebody traces the task",
     r".*status\.Ngid": "the NUMA balancer's group",
+    r"ns\.time": "a restored task's monotonic clock continues from the dump, which takes a time namespace of its own",
     r".*status\.Mems_allowed.*": "a file of the cpuset cgroup, not of the task",
 }
 
@@ -36,7 +37,8 @@ PLAIN_FILES = (
 )  # fmt: skip
 
 THREAD_FILES = ("comm", "personality", "status")
-NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+MOST = 30
 SYS_IOPRIO_GET = 252
 SYS_SCHED_GETATTR = 315
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -103,8 +105,12 @@ def _mappings(proc: Path, into: Portrait) -> None:
 
 
 def _descriptors(proc: Path, into: Portrait) -> None:
+    """One field per descriptor. Of a nameless object (``pipe:[12]``) only which descriptors share it is told."""
+    first: dict[str, str] = {}
     for name in sorted(os.listdir(proc / "fd"), key=int):
         target = _link(proc / "fd" / name)
+        if re.fullmatch(r"\w+:\[\d+\]", target):
+            target = f"{target.partition(':')[0]} of {first.setdefault(target, name)}"
         info = {
             key: " ".join(value.split())
             for key, _, value in (line.partition(":") for line in _read(proc / "fdinfo" / name).splitlines())
@@ -141,11 +147,14 @@ def portrait(pid: int) -> Portrait:
 
 
 def differences(before: Portrait, after: Portrait, also: tuple[str, ...] = ()) -> list[str]:
-    """The fields in which two portraits differ, one line each; *also* adds to the excepted field patterns."""
+    """The fields in which two portraits differ, one line each (the first :data:`MOST` of them).
+
+    *also* adds to the excepted field patterns.
+    """
     excepted = re.compile("|".join([*EXCEPTIONS, *also]))
     found = []
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name, "<absent>"), after.get(name, "<absent>")
         if old != new and not excepted.fullmatch(name):
             found.append(f"{name}: was {old!r}, is {new!r}")
-    return found
+    return [*found[:MOST], f"and {len(found) - MOST} more"] if len(found) > MOST else found

@@ -159,9 +159,8 @@ static int cow_check(void)
 
 static void cow_harm(void)
 {
-	area[6 * PAGE] = area[6 * PAGE];
-	area[6 * PAGE]++;
-	area[6 * PAGE]--;
+	volatile char *byte = &area[6 * PAGE];
+	*byte = *byte;
 }
 
 WORKLOAD(

@@ -53,10 +53,12 @@ def _all(program: str, modes: str, dynamic: bool = False) -> list[Workload]:
     return [Workload(program, mode, dynamic=dynamic) for mode in modes.split()]
 
 
-def _waits(modes: str, needs: str = "") -> list[Workload]:
+def _waits(modes: str, needs: str = "", unlike: tuple[str, ...] = ()) -> list[Workload]:
     ways = (*PLAIN_WAYS, *CHECKPOINT_WAYS, AGAIN_WAY)
     # Their checks take as long as the wait, so asking them twice would only cost time.
-    return [Workload("waits", mode, needs=needs, once=True, ways=ways) for mode in modes.split()]
+    return [
+        Workload("waits", mode, needs=needs, unlike=unlike, once=True, ways=ways) for mode in modes.split()
+    ]
 
 
 def _obstacle(mode: str, *refused: str) -> Workload:
@@ -67,7 +69,9 @@ TABLE: list[Workload] = [
     *_all("memory_basic", "anon file-private file-offset anon-shared file-shared dev-zero unlinked", dynamic=True),
     *_all("memory_layout", "growsdown brk protnone patchwork many reserve names"),
     *_all("memory_pages", "presence zero thp cow"),
-    *_all("memory_advice", "dontfork dontdump wipeonfork hugepage nohugepage mergeable random sequential droppable"),
+    *_all("memory_advice", "dontfork dontdump wipeonfork hugepage nohugepage mergeable random sequential"),
+    # The kernel may drop the pages whenever it likes.
+    Workload("memory_advice", "droppable", unlike=(r"mapping\..*\.Anonymous",)),
     *_all("memory_advice", "mlock onfault future guard"),
     Workload("memory_advice", "hugetlb-private", huge=2),
     Workload("memory_advice", "hugetlb-shared", huge=2),
@@ -82,10 +86,12 @@ TABLE: list[Workload] = [
     *_all("registers", "integer bases x87 sse avx avx512 masks pkru all"),
     Workload("leader", "gone", may_refuse="leader|zombie|exited"),
     *_waits("nanosleep nanosleep-rest clock-relative clock-monotonic clock-realtime clock-boottime"),
-    *_waits("poll poll-file ppoll select pselect futex futex-until condition sigtimedwait"),
+    *_waits("poll poll-file select futex futex-until condition sigtimedwait"),
+    # They have another mask while they wait, and the time may be over.
+    *_waits("ppoll pselect", unlike=(r".*status\.SigBlk",)),
     *_waits("futex-forever pause sigsuspend sigwaitinfo"),
     *_waits("epoll", needs="events"),
-    *_waits("pipe", needs="pipes"),
+    *_waits("pipe"),
     *_waits("child", needs="children"),
     *_all("signals", "handlers ignored blocked pending-private pending-shared deliver"),
     Workload("signals", "stopped", stop=True),
@@ -93,7 +99,7 @@ TABLE: list[Workload] = [
     *_all("identity", "ordinary four-ids ambient bounding securebits no-new-privs thread-creds"),
     *_all("identity", "limits umask cwd cwd-deleted chroot session loginuid"),
     *_all("seccomp", "strict one stacked tsync threads"),
-    *_all("files", "positions append path directory dup cloexec devices proc owner"),
+    *_all("files", "positions append path path-link directory dup cloexec devices proc owner"),
     *_all("ghosts", "ghost sparse two folder"),
     Workload("ghosts", "large", refused=("--ghost-limit",), dump=("--ghost-limit", "4M"), ways=REFUSED_FIRST),
     Workload("ghosts", "relinked", refused=("--link-remap",), dump=("--link-remap",), ways=REFUSED_FIRST),

@@ -202,6 +202,7 @@ static int forget_tid_address;
 static void *wait_and_return(void *argument)
 {
 	struct worker *self = argument;
+	__atomic_store_n(&self->up, 1, __ATOMIC_SEQ_CST);
 	while (!__atomic_load_n(&self->go, __ATOMIC_SEQ_CST))
 		nap_ms(2);
 	if (forget_tid_address)
@@ -214,6 +215,7 @@ static void join_set(void)
 	for (int i = 0; i < THREADS; i++) {
 		workers[i] = (struct worker){.index = i};
 		workers[i].thread = start_thread(wait_and_return, &workers[i]);
+		NEED(wait_for(&workers[i].up, 5000));
 	}
 }
 

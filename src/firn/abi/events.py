@@ -1,7 +1,7 @@
 """Descriptors that tell of events: timerfd, epoll, inotify, fanotify, file handles.
 
-Sources: include/uapi/linux/{eventfd,timerfd,eventpoll,inotify,fanotify,kcmp,pidfd}.h, fs/fhandle.c's struct file_handle as
-in open_by_handle_at(2).
+Sources: include/uapi/linux/{eventfd,timerfd,eventpoll,inotify,fanotify,kcmp,pidfd}.h, fs/fhandle.c's struct
+file_handle as in open_by_handle_at(2).
 """
 
 from __future__ import annotations

@@ -45,6 +45,13 @@ _LINKS = (
 _BUILT: dict[int, tuple[str, str]] = {
     PIPE: ("firn.resources.files.pipes", "Pipes"),
     FIFO: ("firn.resources.files.pipes", "Fifos"),
+    EVENTFD: ("firn.resources.files.events", "EventFd"),
+    EVENTPOLL: ("firn.resources.files.epoll", "Epoll"),
+    INOTIFY: ("firn.resources.files.watches", "Inotify"),
+    SIGNALFD: ("firn.resources.files.events", "SignalFd"),
+    FANOTIFY: ("firn.resources.files.watches", "Fanotify"),
+    TIMERFD: ("firn.resources.files.events", "TimerFd"),
+    PIDFD: ("firn.resources.files.pidfd", "PidFd"),
 }
 """Type -> (module, class). A row is added when a kind is built."""
 

@@ -112,7 +112,7 @@ class Restore:
     def rebuild(self) -> None:
         """Its memory."""
         assert self.task is not None
-        self.task.rebuild()
+        self.task.rebuild_memory()
         self.stats["pages_restored"] = self.task.pages
 
     def join(self) -> None:

@@ -107,7 +107,7 @@ class RestoredTask:
 
     # -- rebuild -----------------------------------------------------------------------------------------------------
 
-    def rebuild(self) -> None:
+    def rebuild_memory(self) -> None:
         """Replace the stub's memory by the process's."""
         self._make_scratch()
         program = self.leader.program
@@ -251,7 +251,7 @@ class RestoredTask:
         """The task copies *ours* to its lowest free numbers, from *first* on, which is known to be free."""
         program.call("pidfd_open of firn", nr.pidfd_open, os.getpid(), 0)
         for fd in ours:
-            program.call(lambda fd=fd: f"take descriptor {fd}", nr.pidfd_getfd, first, fd, 0)
+            program.call(f"take descriptor {fd}", nr.pidfd_getfd, first, fd, 0)
         return {fd: first + 1 + index for index, fd in enumerate(ours)}
 
     # -- join ----------------------------------------------------------------------------------------------------------
@@ -292,12 +292,12 @@ class RestoredTask:
             source = self.opener.open(entry["type"], entry["id"])
             while lowest in taken:
                 lowest += 1
-            program.call(lambda fd=fd: f"take descriptor {fd}", nr.pidfd_getfd, top, source, 0)
+            program.call(f"take descriptor {fd}", nr.pidfd_getfd, top, source, 0)
             if lowest == fd:
                 if not cloexec:
                     program.call("fcntl", nr.fcntl, fd, fc.F_SETFD, 0)
             else:
-                program.call(lambda fd=fd: f"dup to {fd}", nr.dup3, lowest, fd, fc.O_CLOEXEC if cloexec else 0)
+                program.call(f"dup to {fd}", nr.dup3, lowest, fd, fc.O_CLOEXEC if cloexec else 0)
                 program.call("close", nr.close, lowest)
             taken.add(fd)
         program.call("close", nr.close, top)
@@ -321,7 +321,7 @@ class RestoredTask:
             wanted = program.data(thread.tid.to_bytes(8, "little"))
             args = program.data(sched.CLONE_ARGS.pack(flags, 0, 0, 0, 0, 0, 0, 0, wanted, 1, 0))
             program.call(
-                lambda tid=thread.tid: f"clone3 with tid {tid}", nr.clone3, args, sched.CLONE_ARGS.size, flags=cpu.F_CHILD
+                f"clone3 with tid {thread.tid}", nr.clone3, args, sched.CLONE_ARGS.size, flags=cpu.F_CHILD
             )
         program.run()
         for thread in others:

@@ -14,10 +14,6 @@ from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.tracee import memory, ptrace
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 _MASK = (1 << 64) - 1
 STOP_SIGNAL = sig.SIGWINCH
 
@@ -138,7 +134,7 @@ class Program:
         self.records = bytearray()
         self.payload: list[bytes] = []
         self.payload_size = 0
-        self.labels: list[str | Callable[[], str]] = []
+        self.labels: list[str] = []
         self._first_record = 0
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -169,7 +165,7 @@ class Program:
 
     def call(
         self,
-        label: str | Callable[[], str],
+        label: str,
         number: int,
         *args: int,
         allow: int = 0,
@@ -234,10 +230,8 @@ class Program:
         self._reset()
         if done < count:
             result = self.results[-1]
-            label = labels[done]
-            text = label if isinstance(label, str) else label()
             error = -result if -4095 <= result < 0 else 0
-            raise OSError(error, f"{text} in task {self.runner.tid}: {os.strerror(error)}")
+            raise OSError(error, f"{labels[done]} in task {self.runner.tid}: {os.strerror(error)}")
 
     def run(self) -> None:
         """Run all calls added since the last run."""

@@ -1,13 +1,15 @@
 """epoll instances (images: EVENTPOLL entries).
 
-State owned: the targets, each with the descriptor number it was added under, its events and its data. Kernel: the ``tfd:``
-lines of fdinfo; kcmp(2) KCMP_EPOLL_TFD tells which descriptor leads to a target, for the number alone does not: it may have
-been closed or reused since. The image format has no place for the process that a number belongs to: it is the process with
-the lowest pid that has the instance open. That task adds the targets itself when all its descriptors are in place, because
-the numbers are its own. Instances may contain each other: all exist before the first target is added.
+State owned: the targets, each with the descriptor number it was added under, its events and its data. Kernel: the
+``tfd:`` lines of fdinfo; kcmp(2) KCMP_EPOLL_TFD tells which descriptor leads to a target, for the number alone does
+not: it may have been closed or reused since. The image format has no place for the process that a number belongs to:
+it is the process with the lowest pid that has the instance open. That task adds the targets itself when all its
+descriptors are in place, because the numbers are its own. Instances may contain each other: all exist before the first
+target is added.
 
-What goes wrong: a target that is open under another number comes back under that one, and one that is open nowhere cannot.
-Edge-triggered targets that are ready tell so once more after a restore, since nobody can know whether they have.
+What goes wrong: a target that is open under another number comes back under that one, and one that is open nowhere
+cannot. Edge-triggered targets that are ready tell so once more after a restore, since nobody can know whether they
+have.
 """
 
 from __future__ import annotations
@@ -105,8 +107,8 @@ class Epoll(Kind):
     def _disarm(self, program: Program, fd: int, number: int, target: dict[str, int]) -> None:
         """Add a one-shot target that has already fired.
 
-        Only an event disarms it; most files are ready for something. One that is not stays armed for errors and hang-ups,
-        which the kernel adds by itself to whatever is asked for.
+        Only an event disarms it; most files are ready for something. One that is not stays armed for errors and
+        hang-ups, which the kernel adds by itself to whatever is asked for.
         """
         _control(program, fd, ev.EPOLL_CTL_ADD, target, ev.EPOLLONESHOT | ev.EPOLL_READINESS)
         program.run()
@@ -125,9 +127,7 @@ def _control(program: Program, fd: int, operation: int, target: dict[str, int], 
     program.reserve(1, size)
     at = program.data(ev.EPOLL_EVENT.pack(events, target["data"]))
     number = target["tfd"]
-    program.call(
-        lambda: f"epoll_ctl of descriptor {fd}, target {number}", nr.epoll_ctl, fd, operation, number, at
-    )
+    program.call(f"epoll_ctl of descriptor {fd}, target {number}", nr.epoll_ctl, fd, operation, number, at)
 
 
 class _Search:
@@ -154,7 +154,8 @@ class _Search:
             inode = int(item["ino"], 16)
             found = self._descriptor(owner, open.pid, slot, number, inode)
             if found < 0:
-                self.context.refuse(open, self._why(owner, open.pid, slot, number, inode), "remove it from the instance")
+                why = self._why(owner, open.pid, slot, number, inode)
+                self.context.refuse(open, why, "remove it from the instance")
             elif found in taken:
                 reason = f"is an epoll instance with several targets that are open as descriptor {found} only"
                 self.context.refuse(open, reason, "remove all but one from the instance")
@@ -196,7 +197,8 @@ class _Search:
         if number in candidates:
             candidates = [number, *candidates]
         for fd in candidates:
-            if not syscall(f"kcmp epoll target {number}", nr.kcmp, pid, holder, ev.KCMP_EPOLL_TFD, fd, address_of(slot)):
+            what = f"kcmp of descriptor {fd} of process {pid} and epoll target {number}"
+            if not syscall(what, nr.kcmp, pid, holder, ev.KCMP_EPOLL_TFD, fd, address_of(slot)):
                 return fd
         return -1
 

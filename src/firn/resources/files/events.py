@@ -1,10 +1,10 @@
 """Counters, signals and timers as descriptors: eventfd, signalfd, timerfd (images: EVENTFD, SIGNALFD, TIMERFD entries).
 
 State owned: an eventfd's counter and mode; a signalfd's mask; a timerfd's clock, remaining time, interval, unread
-expirations and the flags it was set with. Kernel: /proc/PID/fdinfo shows all of it (proc_pid_fdinfo(5)). Everything comes
-back in the controller. What goes wrong: an interval timer that has expired shows neither when it expires next nor how often
-it has expired until somebody asks for its time; and a timer must not fire early by the clock that its owner sees, which
-starts again with the restored tasks, so timers are set only then.
+expirations and the flags it was set with. Kernel: /proc/PID/fdinfo shows all of it (proc_pid_fdinfo(5)). Everything
+comes back in the controller. What goes wrong: an interval timer that has expired shows neither when it expires next
+nor how often it has expired until somebody asks for its time; and a timer must not fire early by the clock that its
+owner sees, which starts again with the restored tasks, so timers are set only then.
 """
 
 from __future__ import annotations
@@ -106,16 +106,15 @@ class TimerFd(Kind):
 
     def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
         """A timer that goes on."""
-        fd = syscall(
-            f"timerfd_create {number} of clock {message['clockid']}", nr.timerfd_create, message["clockid"], fc.O_CLOEXEC
-        )
+        clock = message["clockid"]
+        fd = syscall(f"timerfd_create {number} of clock {clock}", nr.timerfd_create, clock, fc.O_CLOEXEC)
         set_status(fd, message["flags"])
         vsec, vnsec = _to_set(message)
         if max(vsec, message["isec"]) > _FARTHEST or max(vnsec, message["insec"]) >= _SECOND:
             raise ImageError(f"files image: timerfd {number} has an impossible time")
         if (vsec or vnsec) and message["settime_flags"] & ev.TFD_TIMER_ABSTIME:
-            clock = ev.CLOCK_OF_ALARM.get(message["clockid"], message["clockid"])
-            vsec, vnsec = divmod(time.clock_gettime_ns(clock) + vsec * _SECOND + vnsec, _SECOND)
+            now = time.clock_gettime_ns(ev.CLOCK_OF_ALARM.get(clock, clock))
+            vsec, vnsec = divmod(now + vsec * _SECOND + vnsec, _SECOND)
         value = bytearray(ev.ITIMERSPEC.pack(message["isec"], message["insec"], vsec, vnsec))
         syscall(f"timerfd_settime {number}", nr.timerfd_settime, fd, message["settime_flags"], address_of(value), 0)
         if message["ticks"]:
@@ -134,7 +133,7 @@ def _remaining(copy: int) -> tuple[int, ...]:
 def _to_set(message: dict[str, Any]) -> tuple[int, int]:
     """Seconds and nanoseconds until the next expiration, (0, 0) if there is none.
 
-    An interval timer that had expired when CRIU saw it has expirations and no time: its phase is lost, its period is not.
+    An interval timer that had expired when CRIU saw it has expirations and no time: its phase is lost, its period not.
     """
     value = message["vsec"], message["vnsec"]
     if message["ticks"] and not any(value):

@@ -1,13 +1,15 @@
 """The path of an inode that somebody watches, and the way back (images: fh_entry).
 
 inotify and fanotify keep inodes, not paths. Kernel: fdinfo shows device, inode number and a file handle, which
-open_by_handle_at(2) opens if the file system knows handles; of a directory, or of a file in use, that has a path again.
-Otherwise likely places are searched: mount points, what the tree has open, the folders around that, and some where
-configuration and data usually lie. Reading folders makes events of its own for whoever watches them, so that comes last.
+open_by_handle_at(2) opens if the file system knows handles; of a directory, or of a file in use, that has a path
+again. Otherwise likely places are searched: mount points, what the tree has open, the folders around that, and some
+where configuration and data usually lie. Reading folders makes events of its own for whoever watches them, so that
+comes last.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
 from firn.abi import events as ev
@@ -168,7 +170,7 @@ class Finder:
                 if entry.inode() == inode:
                     there = _lstat(entry.path)
                     if there is not None and kernel_dev(there.st_dev) == device:
-                        return entry.path
+                        return str(entry.path)
                 if entry.is_dir(follow_symlinks=False):
                     queue.append(entry.path)
             left -= len(entries)
@@ -192,8 +194,8 @@ class Places:
         self._ghosts: dict[tuple[int, int], int] | None = None
         self._mounts: list[Mount] | None = None
 
-    def open(self, device: int, inode: int, entry: dict[str, Any]) -> int:
-        """A new O_PATH descriptor of the inode; OSError if it is not there any more.
+    def open(self, device: int, inode: int, entry: dict[str, Any], follow: bool) -> int:
+        """A new O_PATH descriptor of the inode; OSError if it is not there any more. *follow*: it is no symbolic link.
 
         An unlinked file of the checkpoint with the recorded numbers comes first, then the path, then the file handle.
         """
@@ -204,12 +206,12 @@ class Places:
             return os.open(f"/proc/self/fd/{self.context.open(1, ghost)}", fc.O_PATH | os.O_CLOEXEC)
         path = entry.get("path", "")
         if path:
-            return os.open("/" + path[1:], fc.O_PATH | os.O_CLOEXEC | fc.O_NOFOLLOW)
+            return os.open("/" + path[1:], fc.O_PATH | os.O_CLOEXEC | (0 if follow else fc.O_NOFOLLOW))
         if self._mounts is None:
             self._mounts = mounts("self")
         fd = open_handle(device, entry, self._mounts)
         if fd < 0:
-            raise FileNotFoundError(2, f"inode {inode} of device {device >> 20}:{device & 0xFFFFF} has no path and is gone")
+            raise FileNotFoundError(errno.ENOENT, "it has no path, and its file handle leads nowhere")
         return fd
 
 

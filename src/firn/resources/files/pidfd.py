@@ -1,9 +1,9 @@
 """Descriptors of processes: pidfds (images: PIDFD entries).
 
-State owned: which process, and whether it is dead. Kernel: the Pid line of fdinfo (-1: dead and reaped), the inode number as
-the identity of the process. A pidfd of a process of the tree is opened when the tree exists; one of a dead process leads to
-a child of ours that ends at once. What goes wrong: a process outside of the tree, which the restore cannot know again. The
-exit status that the kernel keeps for dead processes (PIDFD_GET_INFO) is not in the images.
+State owned: which process, and whether it is dead. Kernel: the Pid line of fdinfo (-1: dead and reaped), the inode
+number as the identity of the process. A pidfd of a process of the tree is opened when the tree exists; one of a dead
+process leads to a child of ours that ends at once. What goes wrong: a process outside of the tree, which the restore
+cannot know again. The exit status that the kernel keeps for dead processes (PIDFD_GET_INFO) is not in the images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class PidFd(Kind):
         pid = int(open.info["Pid"])
         if pid != DEAD and not _belongs(pid, open.flags, context.pids):
             whom = f"process {pid}" if pid else "a process of another pid namespace"
-            context.refuse(open, f"is a pidfd of {whom}, which is not dumped with it", "close it, or dump the whole tree")
+            reason = f"is a pidfd of {whom}, which is not dumped with it"
+            context.refuse(open, reason, "close it, or dump the whole tree")
             return None
         nspid = DEAD if pid == DEAD else int(open.info["NSpid"].split()[-1])
         return {

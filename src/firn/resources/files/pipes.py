@@ -260,12 +260,31 @@ class _Piped(Kind):
             return
         size = max(records[0][0].get("size", 0), max(entry["bytes"] for entry, _ in records))
         _set_capacity(fd, size, number)
-        for entry, payload in records:
-            data = context.images.read_payload(payload, size)
-            packet = "size" not in entry and entry is not records[0][0]
-            fcntl.fcntl(fd, fc.F_SETFL, fc.O_NONBLOCK | (fc.O_DIRECT if packet else 0))
-            if data and _write(fd, data) != len(data):
-                raise ImageError(f"{payload.name}: pipe {number} has more bytes than its capacity of {size}")
+        capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        for index, (entry, payload) in enumerate(records):
+            data = context.images.read_payload(payload, capacity)
+            if len(records) == 1:
+                done = _write(fd, data)
+            else:
+                done = _splice_in(fd, data, bool(index) and "size" not in entry, capacity)
+            if done != len(data):
+                raise ImageError(f"{payload.name}: pipe {number} has more bytes than its capacity of {capacity}")
+
+
+def _splice_in(fd: int, data: bytes, packet: bool, capacity: int) -> int:
+    """Put a run of bytes or a packet into a pipe; the kernel would join a written packet to bytes before it."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | (os.O_DIRECT if packet else 0))
+    try:
+        _set_capacity(writer, capacity, 0)
+        done = moved = _write(writer, data)
+        while moved:
+            moved -= os.splice(reader, fd, moved, flags=os.SPLICE_F_NONBLOCK)
+        return done
+    except BlockingIOError:
+        return -1
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def _set_capacity(fd: int, size: int, number: int) -> None:
@@ -284,8 +303,10 @@ def _set_capacity(fd: int, size: int, number: int) -> None:
 
 
 def _write(fd: int, data: bytes) -> int:
+    """Write what fits at once; how much that was."""
+    fcntl.fcntl(fd, fc.F_SETFL, fcntl.fcntl(fd, fc.F_GETFL) | fc.O_NONBLOCK)
     try:
-        return os.write(fd, data)
+        return os.write(fd, data) if data else 0
     except BlockingIOError:
         return 0
 

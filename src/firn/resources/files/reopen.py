@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.api import RestoreOptions
-    from firn.images.store import ImageDir, PayloadRef
+    from firn.images.reader import PayloadRef
+    from firn.images.store import ImageDir
 
 TMPFILE_BIT = 0o20000000
 AS_RECORDED = -1

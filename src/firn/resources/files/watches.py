@@ -1,11 +1,11 @@
 """Watches on files: inotify and fanotify (images: INOTIFY, FANOTIFY entries).
 
-State owned: the watches of an instance, each with its inode, events and (inotify) number; a fanotify group's flags. Kernel:
-the ``inotify`` and ``fanotify`` lines of fdinfo. Watches are set again by the controller when the files of the checkpoint
-are in place, so that making those is not reported; inotify's numbers are chosen (INOTIFY_IOC_SETNEXTWD).
+State owned: the watches of an instance, each with its inode, events and (inotify) number; a fanotify group's flags.
+Kernel: the ``inotify`` and ``fanotify`` lines of fdinfo. Watches are set again by the controller when the files of the
+checkpoint are in place, so that making those is not reported; inotify's numbers are chosen (INOTIFY_IOC_SETNEXTWD).
 
-What goes wrong: queued events can be read only by taking them away, and cannot be put back: an instance that has some is
-refused. The number that a later inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
+What goes wrong: queued events can be read only by taking them away, and cannot be put back: an instance that has some
+is refused. The number that a later inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _has_events(open: Open, context: DumpContext, what: str) -> bool:
 def _lines(open: Open, name: str) -> list[dict[str, str]]:
     """The fdinfo lines that begin with word *name*, as mappings of their ``key:value`` words."""
     lines = [line for line in open.info["lines"].splitlines() if line.startswith(name + " ")]
-    return [dict(pair for word in line.split()[1:] for pair in [tuple(word.split(":", 1))]) for line in lines]
+    return [{key: value for key, _, value in (word.partition(":") for word in line.split()[1:])} for line in lines]
 
 
 class _Watcher(Kind):
@@ -81,12 +81,14 @@ class _Watcher(Kind):
             return None
         return to_entry(item, path)
 
-    def _open_inode(self, what: str, device: int, inode: int, handle: dict[str, Any], context: RestoreContext) -> int:
+    def _open_inode(
+        self, what: str, device: int, inode: int, handle: dict[str, Any], follow: bool, context: RestoreContext
+    ) -> int:
         """Our descriptor of a watched inode."""
         if self._places is None:
             self._places = Places(context)
         try:
-            return self._places.open(device, inode, handle)
+            return self._places.open(device, inode, handle, follow)
         except OSError as error:
             name = handle.get("path", f"inode {inode}")
             raise RestoreError(f"{what}: {name} cannot be watched again: {error.strerror}", "put it back") from None
@@ -131,12 +133,14 @@ class Inotify(_Watcher):
     def _add(self, fd: int, what: str, watch: dict[str, Any], context: RestoreContext) -> None:
         if not 0 < watch["wd"] < 1 << 31:
             raise ImageError(f"files image: {what}: impossible number")
-        target = self._open_inode(what, watch["s_dev"], watch["i_ino"], watch["f_handle"], context)
+        follow = not watch["mask"] & ev.IN_DONT_FOLLOW
+        target = self._open_inode(what, watch["s_dev"], watch["i_ino"], watch["f_handle"], follow, context)
         try:
             try:
                 syscall(what, nr.ioctl, fd, ev.INOTIFY_IOC_SETNEXTWD, watch["wd"])
             except OSError as error:
-                raise KernelError(f"{what}: its number cannot be chosen: {error.strerror}", "Linux 4.16 or later") from None
+                reason = f"{what}: its number cannot be chosen: {error.strerror}"
+                raise KernelError(reason, "Linux 4.16 or later") from None
             path = bytearray(f"/proc/self/fd/{target}\0".encode())
             got = syscall(what, nr.inotify_add_watch, fd, address_of(path), watch["mask"] & ev.IN_USER_MASK)
         finally:
@@ -183,12 +187,15 @@ class Fanotify(_Watcher):
             number = int(item["mnt_id"], 16)
             point = next((mount.point for mount in finder.mounts if mount.id == number), "")
             if not point or _mount_of(point) != number:
-                finder.context.refuse(open, f"is a fanotify group that watches mount {number}, which has no path any more")
+                reason = f"is a fanotify group that watches mount {number}, which has no path any more"
+                finder.context.refuse(open, reason)
                 return None
             return entry | {"type": _MOUNT, "s_dev": 0, "me": {"mnt_id": number, "path": point}}
         handle = self._handle(open, item, finder)
         if handle is None:
             return None
+        if os.path.islink(handle.get("path", "")):
+            entry["mflags"] |= ev.FAN_MARK_DONT_FOLLOW
         return entry | {
             "type": _INODE, "s_dev": int(item["sdev"], 16), "ie": {"i_ino": int(item["ino"], 16), "f_handle": handle},
         }  # fmt: skip
@@ -209,7 +216,8 @@ class Fanotify(_Watcher):
     def _add(self, fd: int, what: str, mark: dict[str, Any], context: RestoreContext) -> None:
         kind = 0
         if mark["type"] == _INODE and "ie" in mark:
-            target = self._open_inode(what, mark["s_dev"], mark["ie"]["i_ino"], mark["ie"]["f_handle"], context)
+            inode, follow = mark["ie"], not mark["mflags"] & ev.FAN_MARK_DONT_FOLLOW
+            target = self._open_inode(what, mark["s_dev"], inode["i_ino"], inode["f_handle"], follow, context)
         elif mark["type"] == _MOUNT and "me" in mark:
             kind, target = ev.FAN_MARK_MOUNT, self._open_mount(what, mark["me"].get("path", ""))
         else:

@@ -7,7 +7,6 @@ and neither page cache nor the kernel's zero page.
 
 from __future__ import annotations
 
-import array
 import ctypes
 import fcntl
 import os
@@ -80,7 +79,7 @@ def _words(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     step = 1 << 27
     for base in range(start, end, step):
         stop = min(base + step, end)
-        words = array.array("Q", os.pread(fd, (stop - base) // mman.PAGE * 8, base // mman.PAGE * 8))
+        words = memoryview(os.pread(fd, (stop - base) // mman.PAGE * 8, base // mman.PAGE * 8)).cast("Q")
         zero = _zero_frame()
         for index, word in enumerate(words):
             if not word & (mman.PAGEMAP_PRESENT | mman.PAGEMAP_SWAPPED) or word & mman.PAGEMAP_FILE:

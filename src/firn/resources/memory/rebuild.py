@@ -16,7 +16,6 @@ from firn.resources.memory import areas
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from firn.tracee.program import Program, Scratch
@@ -101,8 +100,8 @@ def plan_maps(program: Program, vmas: list[dict[str, Any]], fds: dict[tuple[int,
                 program.call(_label("madvise", start, length), nr.madvise, start, length, advice)
 
 
-def _label(what: str, start: int, length: int) -> Callable[[], str]:
-    return lambda: f"{what} {start:#x}-{start + length:#x}"
+def _label(what: str, start: int, length: int) -> str:
+    return f"{what} {start:#x}-{start + length:#x}"
 
 
 def plan_pages(program: Program, runs: list[Run], fds: dict[int, int]) -> list[tuple[int, int]]:
