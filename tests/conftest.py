@@ -10,12 +10,8 @@ from types import FrameType
 import pytest
 from harness import Runner, machine_state
 
-TIME_LIMIT = 90
+TIME_LIMIT = 90  # seconds
 FAILED = pytest.StashKey[bool]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "time_limit(seconds): how long a test with the runner fixture may take")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,9 +29,8 @@ def _too_long(number: int, frame: FrameType | None) -> None:
 @pytest.fixture
 def runner(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Runner]:
     before = machine_state()
-    mark = request.node.get_closest_marker("time_limit")
     old = signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(mark.args[0] if mark else TIME_LIMIT)
+    signal.alarm(TIME_LIMIT)
     made = Runner(tmp_path)
     try:
         yield made

@@ -48,6 +48,12 @@ def firn_command() -> str | None:
     return str(own) if own.exists() else None
 
 
+def _firn() -> str:
+    command = firn_command()
+    assert command, "no firn to test"
+    return command
+
+
 def build(program: str, dynamic: bool = False) -> Path:
     """The compiled workload *program*, compiled once per content of its sources; AssertionError has gcc's text."""
     source = SOURCES / f"{program}.c"
@@ -208,15 +214,21 @@ class Runner:
 
     # ---- firn
 
+    def interrupt(self, seconds: float, number: signal.Signals, *words: str) -> None:
+        """Runs firn and sends it a signal after *seconds* (unless it has ended by then)."""
+        process = self.spawn([_firn(), *words])
+        time.sleep(seconds)
+        if not process.ended():
+            os.kill(process.pid, number)
+            wait_until("firn ends", process.ended)
+
     def firn(self, *words: str) -> tuple[int, str]:
         """Runs the firn under test; answers its exit status and what it printed (both streams)."""
-        command = firn_command()
-        assert command, "no firn to test"
         output = self.folder / "firn.output"
         # A file, not a pipe: a restored task that wrongly kept firn's output must not keep the test waiting.
         with output.open("wb") as stream:
             done = subprocess.run(
-                [command, *words],
+                [_firn(), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -241,7 +253,7 @@ class Runner:
         """A dump that must work; answers the image folder."""
         code, output, images = self.try_dump(target, *options)
         assert code == 0, f"dump: exit status {code}\n{_tail(output)}"
-        if "--leave-running" not in options:
+        if not {"--leave-running", "--leave-stopped"} & set(options):
             wait_until("the dumped task ends", target.ended)
             assert target.status is not None
             assert os.WIFSIGNALED(target.status), f"the dumped task {target.fate()}"

@@ -138,3 +138,118 @@ def _refused(runner: Runner, workload: Workload, target: Target, patterns: tuple
     assert not changed, "the refused dump changed its target:\n" + "\n".join(changed)
     runner.assert_right(target, "after the refused dump")
     runner.kill(target)
+
+
+# ---- what goes wrong around a checkpoint
+
+
+def _workload(name: str) -> Workload:
+    return next(workload for workload in TABLE if workload.name == name)
+
+
+def test_a_changed_file_is_noticed(runner: Runner) -> None:
+    """A file that has grown since the dump: the restore names it and leaves nothing behind; undone, it works."""
+    _need_firn()
+    target = _start(runner, _workload("files-positions"))
+    images = runner.dump(target)
+    changed = runner.folder / "data"
+    size = changed.stat().st_size
+    with changed.open("ab") as file:
+        file.write(b"more")
+    code, text = runner.try_restore(images)
+    assert code != 0, "the restore did not notice that a file has changed"
+    assert str(changed) in text and "Traceback" not in text, text[-3000:]
+    os.truncate(changed, size)
+    back = runner.restore(images, target)
+    runner.assert_right(back, "after the second restore")
+    runner.kill(back)
+
+
+def test_a_missing_file_is_named(runner: Runner) -> None:
+    _need_firn()
+    target = _start(runner, _workload("files-positions"))
+    images = runner.dump(target)
+    gone = runner.folder / "data"
+    gone.rename(runner.folder / "elsewhere")
+    code, text = runner.try_restore(images)
+    assert code != 0
+    assert str(gone) in text and "Traceback" not in text, text[-3000:]
+
+
+def test_a_taken_pid_is_refused(runner: Runner) -> None:
+    """The original still runs: the restore must fail, name the pid, and not touch it."""
+    _need_firn()
+    target = _start(runner, _workload("memory_basic-anon"))
+    images = runner.dump(target, "--leave-running")
+    before = portrait(target.pid)
+    code, text = runner.try_restore(images)
+    assert code != 0
+    assert str(target.pid) in text and "Traceback" not in text, text[-3000:]
+    changed = differences(before, portrait(target.pid))
+    assert not changed, "\n".join(changed)
+    runner.assert_right(target, "after the failed restore")
+    runner.kill(target)
+
+
+@pytest.mark.parametrize("missing", ["inventory.img", "core-{pid}.img", "mm-{pid}.img", "pages-1.img", "files.img"])
+def test_a_missing_image_is_named(missing: str, runner: Runner) -> None:
+    """Nothing is left of a restore that fails."""
+    _need_firn()
+    target = _start(runner, _workload("memory_basic-anon"))
+    images = runner.dump(target)
+    name = missing.format(pid=target.pid)
+    (images / name).unlink()
+    code, text = runner.try_restore(images)
+    assert code != 0
+    assert name.partition(".")[0] in text and "Traceback" not in text, text[-3000:]
+
+
+def test_left_stopped(runner: Runner) -> None:
+    """``--leave-stopped``: the task is stopped after the dump, goes on with SIGCONT, and its images restore."""
+    _need_firn()
+    target = _start(runner, _workload("memory_basic-anon"))
+    images = runner.dump(target, "--leave-stopped")
+    wait_until("it is stopped", lambda: target.state() == "T")
+    os.kill(target.pid, signal.SIGCONT)
+    runner.assert_right(target, "continued")
+    runner.kill(target)
+    back = runner.restore(images, target)
+    runner.assert_right(back, "after the restore")
+    runner.kill(back)
+
+
+def test_restored_stopped(runner: Runner) -> None:
+    """``restore --leave-stopped``: the restored task waits for SIGCONT."""
+    _need_firn()
+    target = _start(runner, _workload("memory_basic-anon"))
+    back = runner.restore(runner.dump(target), target, "--leave-stopped")
+    wait_until("it is stopped", lambda: back.state() == "T")
+    os.kill(back.pid, signal.SIGCONT)
+    runner.assert_right(back, "continued")
+    runner.kill(back)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("workload", ["memory_basic-anon", "threads-tls", "waits-nanosleep"])
+def test_a_killed_dump_harms_nothing(workload: str, name: str, runner: Runner) -> None:
+    """firn is ended at many points of a dump; the target goes on as if nothing had been.
+
+    Nobody can clean up after SIGKILL: the scratch mapping may remain then, but the program must not notice.
+    """
+    traces = (r"mapping\..*", r".*status\.Vm(Size|Data)") if name == "SIGKILL" else ()
+    _need_firn()
+    target = _start(runner, _workload(workload))
+    before = portrait(target.pid)
+    for milliseconds in range(10, 100, 6):
+        images = runner.folder / f"cut-{milliseconds}"
+        images.mkdir()
+        runner.interrupt(
+            milliseconds / 1000,
+            signal.Signals[name],
+            *("dump", "-t", str(target.pid), "-D", str(images), "--leave-running", "-v4", "-o", "dump.log"),
+        )
+        runner.wait_beats(target)
+        changed = differences(before, portrait(target.pid), traces)
+        assert not changed, f"killed after {milliseconds} ms:\n" + "\n".join(changed)
+    runner.assert_right(target, "in the end")
+    runner.kill(target)

@@ -36,7 +36,7 @@ PLAIN_FILES = (
     "personality", "timerslack_ns", "timers",
 )  # fmt: skip
 
-THREAD_FILES = ("comm", "personality", "status")
+THREAD_FILES = ("comm", "personality", "timerslack_ns")
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 MOST = 30
 SYS_IOPRIO_GET = 252
@@ -137,8 +137,9 @@ def portrait(pid: int) -> Portrait:
     for tid in sorted(map(int, os.listdir(proc / "task"))):
         thread = proc / "task" / str(tid)
         _status(_read(thread / "status"), f"thread.{tid}.", result)
-        result[f"thread.{tid}.comm"] = _read(thread / "comm")
-        result[f"thread.{tid}.personality"] = _read(thread / "personality")
+        for name in THREAD_FILES:
+            # The slack is under /proc/TID only.
+            result[f"thread.{tid}.{name}"] = _read(Path(f"/proc/{tid}") / name)
         try:
             result[f"thread.{tid}.scheduling"] = _scheduling(tid)
         except ProcessLookupError as error:

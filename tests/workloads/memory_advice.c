@@ -183,7 +183,7 @@ static void future_harm(void)
 
 static int guarded(char *at)
 {
-	/* process_vm_readv of oneself answers instead of raising a signal. */
+	/* Reading through this file answers instead of raising a signal. */
 	char byte;
 	int probe = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
 	ssize_t got = pread(probe, &byte, 1, (off_t)(uintptr_t)at);

@@ -104,10 +104,10 @@ TABLE: list[Workload] = [
     Workload("ghosts", "large", refused=("--ghost-limit",), dump=("--ghost-limit", "4M"), ways=REFUSED_FIRST),
     Workload("ghosts", "relinked", refused=("--link-remap",), dump=("--link-remap",), ways=REFUSED_FIRST),
     *_all("descriptors", "thousand high"),
-    _obstacle("pipe", "pipe"),
+    *_all("obstacles", "pipe"),
     _obstacle("sockets", "socket.*\n(.*\n)*.*socket"),
     _obstacle("events", "eventfd", "timerfd", "signalfd", "inotify", "eventpoll|epoll"),
     _obstacle("terminal", "tty|ptmx|pts"),
     _obstacle("child", "child|task"),
-    _obstacle("all", "pipe", "socket", "eventfd", "timerfd", "signalfd", "inotify", "epoll|eventpoll", "tty|ptmx"),
+    _obstacle("all", "socket", "eventfd", "timerfd", "signalfd", "inotify", "epoll|eventpoll", "tty|ptmx"),
 ]

@@ -228,6 +228,7 @@ def _ask(task: Task, got: Collected, statuses: dict[int, dict[str, str]], dump: 
         own.start()
     for _, own, _ in asked_threads:
         own.finish()
+    _settle_timers(task, statuses, asked_threads)
     answers = process.Answers(program, asked_process)
     tc = process.save(pid, procfs.stat(pid), answers)
     tc["timers"] = timers.answer(program, asked_timers)
@@ -242,6 +243,17 @@ def _ask(task: Task, got: Collected, statuses: dict[int, dict[str, str]], dump: 
     tc["blk_sigset"] = task.leader.mask
     got.cores[0][1]["tc"] = tc
     return answers
+
+
+def _settle_timers(task: Task, statuses: dict[int, dict[str, str]], programs: list[tuple[Thread, Program, Any]]) -> None:
+    """Pending timer signals must know their overruns before the queues are read."""
+    for thread, program, _ in programs:
+        status = statuses[thread.tid]
+        leader = thread is task.leader
+        if int(status["SigPnd"], 16) or (leader and int(status["ShdPnd"], 16)):
+            shared = ptrace.pending_signals(task.pid, shared=True) if leader else []
+            private = ptrace.pending_signals(thread.tid, shared=False)
+            signals.settle_timers(program, task.pid, thread.tid, shared, private)
 
 
 def _thread_core(

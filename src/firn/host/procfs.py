@@ -50,6 +50,7 @@ class Stat:
     start_code = property(lambda self: int(self.fields[23]))
     end_code = property(lambda self: int(self.fields[24]))
     start_stack = property(lambda self: int(self.fields[25]))
+    processor = property(lambda self: int(self.fields[36]))
     start_data = property(lambda self: int(self.fields[42]))
     end_data = property(lambda self: int(self.fields[43]))
     start_brk = property(lambda self: int(self.fields[44]))

@@ -21,9 +21,6 @@ PAGE = 4096
 PE_PARENT, PE_LAZY, PE_PRESENT = 1, 2, 4
 """Bits of pagemap_entry.flags: contents are in the parent; may be restored lazily; contents are here."""
 
-MAX_PARENTS = 400
-"""Directories of an incremental chain."""
-
 
 class Run:
     """*nr_pages* pages from address *vaddr*, whose contents are at *offset* (bytes) of the pages image open at *fd*."""
@@ -135,11 +132,14 @@ class PagemapReader:
 
     def _resolve(self, images: ImageDir, kind: str, index: int) -> None:
         wanted: list[tuple[int, int]] | None = None
-        seen = []
+        seen: set[tuple[int, int]] = set()
         directory = images
         try:
             while True:
-                seen.append(os.fstat(directory.fd)[1:3])
+                place = os.fstat(directory.fd)
+                if (place.st_dev, place.st_ino) in seen:
+                    raise ImageError(f"{directory.path}: the chain of parent directories leads back into itself")
+                seen.add((place.st_dev, place.st_ino))
                 level = _Level(directory, kind, index)
                 self._levels.append(level)
                 wanted = level.pick(level.all() if wanted is None else wanted, self._runs)
@@ -151,8 +151,6 @@ class PagemapReader:
                 if directory is not images:
                     directory.close()
                 directory = parent
-                if os.fstat(directory.fd)[1:3] in seen or len(seen) == MAX_PARENTS:
-                    raise ImageError(f"{level.name}: the chain of parent directories does not end")
         finally:
             if directory is not images:
                 directory.close()

@@ -58,7 +58,7 @@ class Waiting:
 def observe(pid: int) -> dict[int, Waiting]:
     """Look at all threads of running process *pid*; cheap, and only a help: nothing depends on its being complete."""
     found: dict[int, Waiting] = {}
-    skew: int | None = None
+    skews = _Skews()
     for tid in procfs.threads(pid):
         try:
             number = int(procfs.read(f"/proc/{pid}/task/{tid}/syscall").split(None, 1)[0])
@@ -69,9 +69,9 @@ def observe(pid: int) -> dict[int, Waiting]:
             started = _exec_start(f"/proc/{pid}/task/{tid}/sched")
         except (OSError, ValueError):
             continue
-        if started is not None and skew is None:
-            skew = _clock_skew()
+        skew = None if started is None else skews.of(procfs.stat(pid, tid).processor)
         found[tid] = Waiting(number, None if started is None or skew is None else started + skew)
+    skews.close()
     return found
 
 
@@ -95,12 +95,31 @@ def _exec_start(path: str) -> int | None:
     return int(milliseconds) * 1_000_000 + int(fraction.ljust(6, b"0"))
 
 
-def _clock_skew() -> int | None:
-    """CLOCK_MONOTONIC minus the scheduler's clock, in ns: yielding stamps our own exec_start with the present."""
-    os.sched_yield()
-    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-    own = _exec_start("/proc/self/sched")
-    return None if own is None else now - own
+class _Skews:
+    """CLOCK_MONOTONIC minus the scheduler's clock in ns, per processor: each has its own, which leaves out stolen time."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int | None] = {}
+        self._home = os.sched_getaffinity(0)
+
+    def of(self, processor: int) -> int | None:
+        """Measured there: a task that just woke up has the present in its own exec_start. The clock is read after that, so
+        the skew comes out a little too large, and a wait never too short."""
+        if processor not in self._known:
+            try:
+                os.sched_setaffinity(0, {processor})
+                time.sleep(1e-6)
+                now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+                own = _exec_start("/proc/self/sched")
+                self._known[processor] = None if own is None else now - own
+            except OSError:
+                self._known[processor] = None
+        return self._known[processor]
+
+    def close(self) -> None:
+        """Go back to the processors that we came from."""
+        if self._known:
+            os.sched_setaffinity(0, self._home)
 
 
 class Interrupted:

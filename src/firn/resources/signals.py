@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from firn.tracee.program import Program
 
 CHANGEABLE = tuple(n for n in range(1, sig.LAST + 1) if n not in (sig.SIGKILL, sig.SIGSTOP))
+SI_TIMER = -2
+EAGAIN = 11
 _TABLE_SIZE = sig.SIGACTION.size * len(CHANGEABLE)
 
 
@@ -38,6 +40,41 @@ def answer(program: Program, table: int) -> list[dict[str, Any]]:
         {"sigaction": handler, "flags": flags, "restorer": restorer, "mask": mask}
         for handler, flags, restorer, mask in sig.SIGACTION.iter_unpack(raw)
     ]
+
+
+def settle_timers(program: Program, pid: int, tid: int, shared: list[bytes], private: list[bytes]) -> None:
+    """Give pending signals of POSIX timers their overrun counts.
+
+    A timer's overrun is put into the siginfo only when the signal is taken, and a queued one does not show it
+    (posixtimer_deliver_signal, kernel/time/posix-timers.c). So the thread takes the signals and queues them again at once, in
+    their order: they are then plain signals with the count that they had, and the timer goes on counting from there.
+    *shared* is empty for all threads but one.
+    """
+    for number in sorted({info_number(info) for info in shared + private if _code(info) == SI_TIMER}):
+        own = sum(info_number(info) == number for info in private)
+        count = own + sum(info_number(info) == number for info in shared)
+        program.reserve(count, count * sig.SIGINFO_SIZE + 32)
+        wanted, none = program.data(sig.bit(number).to_bytes(8, "little")), program.data(bytes(16))
+        table = program.buffer(count * sig.SIGINFO_SIZE)
+        for index in range(count):
+            at = table + index * sig.SIGINFO_SIZE
+            program.call(f"rt_sigtimedwait {number}", nr.rt_sigtimedwait, wanted, at, none, 8, allow=EAGAIN)
+        program.run()
+        raw = program.read(table, count * sig.SIGINFO_SIZE)
+        taken = [raw[at : at + sig.SIGINFO_SIZE] for at in range(0, len(raw), sig.SIGINFO_SIZE)]
+        taken = [info for info in taken if info_number(info)]
+        plan_queue(program, pid, tid, queue(taken[:own]))
+        plan_queue(program, pid, None, queue(taken[own:]))
+        program.run()
+
+
+def info_number(info: bytes) -> int:
+    """si_signo of a siginfo_t."""
+    return int.from_bytes(info[:4], "little")
+
+
+def _code(info: bytes) -> int:
+    return int.from_bytes(info[8:12], "little", signed=True)
 
 
 def queue(infos: list[bytes]) -> dict[str, Any]:
@@ -61,7 +98,7 @@ def infos(entry: dict[str, Any] | None) -> list[bytes]:
     """The siginfo records of a signal_queue_entry, checked."""
     found = [item["siginfo"] for item in (entry or {}).get("signals", [])]
     for info in found:
-        if len(info) != sig.SIGINFO_SIZE or not 1 <= int.from_bytes(info[:4], "little") <= sig.LAST:
+        if len(info) != sig.SIGINFO_SIZE or not 1 <= info_number(info) <= sig.LAST:
             raise ImageError("core image: a pending signal is no siginfo of 128 bytes")
     return found
 
@@ -69,7 +106,7 @@ def infos(entry: dict[str, Any] | None) -> list[bytes]:
 def plan_queue(program: Program, pid: int, tid: int | None, entry: dict[str, Any] | None) -> None:
     """Queue pending signals again: for the process, or for thread *tid*."""
     for info in infos(entry):
-        number = int.from_bytes(info[:4], "little")
+        number = info_number(info)
         at = program.data(info)
         if tid is None:
             program.call(f"rt_sigqueueinfo {number}", nr.rt_sigqueueinfo, pid, number, at)
@@ -79,7 +116,7 @@ def plan_queue(program: Program, pid: int, tid: int | None, entry: dict[str, Any
 
 def free_stop_signal(queues: list[dict[str, Any] | None]) -> int:
     """A signal with which programs can end because none of *queues* holds it."""
-    taken = {int.from_bytes(info[:4], "little") for entry in queues for info in infos(entry)}
+    taken = {info_number(info) for entry in queues for info in infos(entry)}
     for number in (sig.SIGWINCH, sig.SIGURG, sig.SIGCHLD):
         if number not in taken:
             return number

@@ -219,11 +219,16 @@ class RestoredTask:
         return kept
 
     def _writable(self, runs: list[rebuild.Run], placement: Placement | None) -> set[int]:
+        """The read-only mappings that have to be writable for a while."""
         candidates = [v for v in self.vmas if not v["status"] & areas.VVAR]
         if placement is not None and placement.replaces:
             candidates = [v for v in candidates if not v["status"] & areas.VDSO]
         filled = rebuild.with_pages(candidates, runs)
-        return {v["start"] for v in candidates if v["start"] in filled and not v["prot"] & mman.PROT_WRITE}
+        return {
+            v["start"]
+            for v in candidates
+            if not v["prot"] & mman.PROT_WRITE and (v["start"] in filled or v.get("firn", {}).get("account"))
+        }
 
     def _plan_dumped_vdso(self, program: Program, placement: Placement | None) -> None:
         """A vdso of another kernel stays as ordinary memory; its data pages are gone, so nothing may read them."""
@@ -371,7 +376,7 @@ class RestoredTask:
 
     def _plan_thread(self, thread: RestoredThread) -> None:
         program = thread.program
-        comm = thread.core.get("comm") or self.checkpoint.tc["comm"]
+        comm = thread.core.get("comm", self.checkpoint.tc["comm"])
         threads.plan_own(program, thread.core, comm)
         program.call("set_tid_address", nr.set_tid_address, thread.info["clear_tid_addr"])
         signals.plan_queue(program, self.pid, thread.tid, thread.core.get("signals_p"))

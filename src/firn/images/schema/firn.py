@@ -12,6 +12,7 @@ EXTENSIONS = {
     "task_core_entry": "1000 firn firn_task?",
     "mm_entry": "1000 firn firn_mm?",
     "vma_entry": "1000 firn firn_vma?",
+    "ghost_file_entry": "1000 firn firn_ghost?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -47,6 +48,11 @@ MESSAGES = {
     "firn_vma": """
         1 sealed bool?
         2 anon_name str?
+        3 account bool?
+    """,
+    "firn_ghost": """
+        1 atime_ns i64?
+        2 mtime_ns i64?
     """,
 }
 

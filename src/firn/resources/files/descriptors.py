@@ -190,7 +190,7 @@ class Collector:
             message |= {"fown": self._owner(open), "inode_id": self.objects.inode(open.path, open.stat)}
             return self.table.add(base.MEMFD, message), base.MEMFD
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISCHR(mode) and open.stat.st_rdev in CHARACTER_DEVICES)
-        if link.startswith("/") and (plain or (o_path and not stat.S_ISLNK(mode))):
+        if link.startswith("/") and (plain or o_path):
             if not o_path:
                 message["fown"] = self._owner(open)
             if stat.S_ISCHR(mode):

@@ -119,14 +119,35 @@ class Finder:
         link = f"/proc/self/fd/{fd}"
         wanted = os.stat(link)
         if not wanted.st_nlink:
-            # Nobody needs to have it open: a mapping, or a working directory, keeps an inode as well.
-            self.context.add_path("watched file", link, wanted, {"flags": os.O_RDONLY})
+            if not self._is_open(wanted):
+                # A mapping, or a working directory, keeps an inode as well.
+                self.context.add_path("watched file", link, wanted, {"flags": os.O_RDONLY})
             return ""
         path = os.readlink(link)
         there = _lstat(path)
         if there is None or (there.st_dev, there.st_ino) != (wanted.st_dev, wanted.st_ino):
             return None
         return path
+
+    def _is_open(self, wanted: os.stat_result) -> bool:
+        """Whether a process has the file open: then it is in the checkpoint already."""
+        for link in self._links():
+            try:
+                st = os.stat(link)
+            except OSError:
+                continue
+            if (st.st_dev, st.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+        return False
+
+    def _links(self) -> Iterator[str]:
+        """The magic links of all descriptors of all processes."""
+        for pid in self.context.pids:
+            try:
+                names = os.listdir(f"/proc/{pid}/fd")
+            except OSError:
+                continue  # a zombie
+            yield from (f"/proc/{pid}/fd/{name}" for name in names)
 
     def _likely(self, pid: int, device: int) -> Iterator[str]:
         for mount in self.mounts:
@@ -138,15 +159,14 @@ class Finder:
     def _open_places(self) -> Iterator[str]:
         """What the processes have open, and the folders that it lies in, nearest first."""
         paths = dict[str, None]()
-        for pid in self.context.pids:
+        links = [f"/proc/{pid}/{name}" for pid in self.context.pids for name in ("cwd", "exe")]
+        for link in (*links, *self._links()):
             try:
-                links = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
-            except OSError:
-                continue  # a zombie
-            for link in (f"/proc/{pid}/cwd", *links, f"/proc/{pid}/exe"):
                 path = os.readlink(link)
-                if path.startswith("/"):
-                    paths[path] = None
+            except OSError:
+                continue  # a zombie's
+            if path.startswith("/"):
+                paths[path] = None
         for path in list(paths):
             paths[os.path.dirname(path)] = None
         return iter(paths)
@@ -224,5 +244,6 @@ def _read_ghosts(context: RestoreContext) -> dict[tuple[int, int], int]:
         number = remap["remap_id"]
         if remap.get("remap_type", GHOST) == GHOST and images.exists("GHOST_FILE", number & 0x7FFFFFFF):
             ghost = images.read_with_payload("GHOST_FILE", number & 0x7FFFFFFF)[0][0]
-            found[ghost.get("dev", 0), ghost.get("ino", 0)] = remap["orig_id"]
+            # The first one is open already: files that are only watched are recorded after those that are open.
+            found.setdefault((ghost.get("dev", 0), ghost.get("ino", 0)), remap["orig_id"])
     return found

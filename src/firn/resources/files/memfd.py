@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from firn.images.store import ImageDir
 
+_HUGE_STEP = 2 << 20
 ANONYMOUS = ("/dev/zero", "/anon_hugepage")
 """Names of memory that was mapped without a memfd: shared, and in huge pages."""
 F_SEAL_SEAL = 1
@@ -70,7 +71,7 @@ class MemoryObjects:
             fd, size = self.fds[entry["inode_id"]], entry["size"]
             if size == 0:
                 continue
-            runs = page_runs(fd, size)
+            runs = _huge_runs(fd, size) if "hugetlb_flag" in entry else page_runs(fd, size)
             pages = images.open_raw(f"pages-{next_pages_id}.img", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 copy = _copy_huge if "hugetlb_flag" in entry else copy_range
@@ -114,11 +115,25 @@ def copy_range(source: int, offset: int, target: int, length: int, size: int) ->
 
 
 def _copy_huge(source: int, offset: int, target: int, length: int, size: int) -> None:
-    """The same for huge pages, which cannot be spliced: through a mapping."""
-    with mmap.mmap(source, size, mmap.MAP_SHARED, mmap.PROT_READ) as area, memoryview(area) as view:
-        end = offset + length
+    """The same for huge pages, which cannot be spliced."""
+    with memoryview(bytearray(_HUGE_STEP)) as buffer:
+        end = min(offset + length, size)
         while offset < end:
-            offset += os.write(target, view[offset : min(end, offset + (1 << 30))])
+            got = os.preadv(source, [buffer[: min(end - offset, _HUGE_STEP)]], offset)
+            if not got:
+                raise OSError(errno.EIO, "a memory object shrank while it was read")
+            os.write(target, buffer[:got])
+            offset += got
+
+
+def _huge_runs(fd: int, size: int) -> list[tuple[int, int]]:
+    """(offset, pages) of the huge pages that hold anything: hugetlbfs does not tell holes, but reading one allocates nothing
+    (a mapping would)."""
+    runs: list[tuple[int, int]] = []
+    for offset in range(0, size, _HUGE_STEP):
+        if os.pread(fd, _HUGE_STEP, offset).strip(b"\0"):
+            runs.append((offset, min(_HUGE_STEP, size - offset) // mman.PAGE))
+    return runs
 
 
 class RestoredObject:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import os
 import stat
 
+from firn.abi import fcntl as fc
+from firn.abi import nr
+from firn.abi.libc import address_of, syscall
 from firn.errors import Obstacle
 from firn.resources.base import REG
 from firn.resources.files.table import FileTable
@@ -72,7 +75,7 @@ class PathFinder:
             if not name:
                 continue
             try:
-                there = os.stat(name)
+                there = os.stat(name, follow_symlinks=not stat.S_ISLNK(st.st_mode))
             except OSError:
                 continue
             if (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino):
@@ -118,7 +121,7 @@ class PathFinder:
             remap_id = self.table.new_id()
             path = f"{os.path.dirname(name)}/link_remap.{remap_id}"
             try:
-                os.link(link, path, follow_symlinks=True)
+                _link_to(link, path)
             except OSError as error:
                 self.obstacles.append(Obstacle(what, f"cannot link {path}: {os.strerror(error.errno or 0)}"))
                 return
@@ -165,6 +168,7 @@ def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
     if not stat.S_ISREG(st.st_mode):
         images.write_one("GHOST_FILE", entry, ghost.id)
         return
+    entry["firn"] = {"atime_ns": st.st_atime_ns, "mtime_ns": st.st_mtime_ns}
     entry |= {"size": st.st_size, "chunks": st.st_size >= GHOST_CHUNKS_FROM}
     with images.writer("GHOST_FILE", ghost.id) as writer:
         writer.add(entry)
@@ -174,6 +178,14 @@ def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
         for start, length in extents(ghost.fd, st.st_size):
             writer.add({"len": length, "off": start}, "ghost_chunk_entry")
             writer.payload((ghost.fd, start, length))
+
+
+def _link_to(link: str, path: str) -> None:
+    """Give the file behind magic *link* the further name *path* (os.link does not follow the link)."""
+    source, target = bytearray(os.fsencode(link) + b"\0"), bytearray(os.fsencode(path) + b"\0")
+    syscall(
+        f"link {path}", nr.linkat, fc.AT_FDCWD, address_of(source), fc.AT_FDCWD, address_of(target), fc.AT_SYMLINK_FOLLOW
+    )
 
 
 def extents(fd: int, size: int) -> list[tuple[int, int]]:

@@ -122,7 +122,9 @@ class Opener:
             remapped = self._remap(number, name, remap)
         path = self._ghosts.get(number, name)
         flags = message["flags"] & ~_NOT_FOR_OPEN | fc.O_CLOEXEC | fc.O_NOCTTY
-        if flags & 0o200000 and not message.get("mode", stat.S_IFDIR) & stat.S_IFDIR:
+        if stat.S_ISLNK(message.get("mode", 0)):
+            flags |= fc.O_PATH | fc.O_NOFOLLOW
+        if flags & fc.O_DIRECTORY and not message.get("mode", stat.S_IFDIR) & stat.S_IFDIR:
             flags &= ~fc.O_DIRECTORY
         try:
             fd = os.open(path, flags)
@@ -302,7 +304,10 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
         raise NotBuilt(f"{path}: an unlinked device or link is not supported yet")
     os.chown(path, entry["uid"], entry["gid"])
     os.chmod(path, mode & 0o7777)
-    if "atim" in entry and "mtim" in entry:
+    own = entry.get("firn", {})
+    if "atime_ns" in own and "mtime_ns" in own:
+        os.utime(path, ns=(own["atime_ns"], own["mtime_ns"]))
+    elif "atim" in entry and "mtim" in entry:
         times = tuple(entry[key]["tv_sec"] * 10**9 + entry[key]["tv_usec"] * 1000 for key in ("atim", "mtim"))
         os.utime(path, ns=(times[0], times[1]))
 
