@@ -267,9 +267,11 @@ MAYBE void answer(void)
 	__atomic_store_n(&beat->request, 2, __ATOMIC_SEQ_CST);
 	if (broken)
 		mode->harm();
-	beat->text[0] = 0;
 	errno = 0;
-	__atomic_store_n(&beat->verdict, (uint64_t)mode->check(), __ATOMIC_SEQ_CST);
+	int verdict = mode->check();
+	if (verdict == 1)
+		beat->text[0] = 0;
+	__atomic_store_n(&beat->verdict, (uint64_t)verdict, __ATOMIC_SEQ_CST);
 	__atomic_add_fetch(&beat->checks, 1, __ATOMIC_SEQ_CST);
 }
 

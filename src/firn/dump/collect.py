@@ -228,18 +228,19 @@ def _ask(task: Task, got: Collected, statuses: dict[int, dict[str, str]], dump: 
         own.start()
     for _, own, _ in asked_threads:
         own.finish()
-    _settle_timers(task, statuses, asked_threads)
     answers = process.Answers(program, asked_process)
     tc = process.save(pid, procfs.stat(pid), answers)
     tc["timers"] = timers.answer(program, asked_timers)
     tc["sigactions"] = signals.answer(program, asked_actions)
+    thread_answers = [threads.Answers(own, asked) for _, own, asked in asked_threads]
+    _settle_timers(task, statuses, asked_threads)
     tc["signals_s"] = signals.queue(ptrace.pending_signals(pid, shared=True))
     tc["task_state"] = process.STOPPED if task.stop_signal else process.ALIVE
     if task.stop_signal:
         tc["stop_signo"] = task.stop_signal
     ignored = int(statuses[pid]["SigIgn"], 16)
-    for thread, own, asked in asked_threads:
-        got.cores.append((thread.tid, _thread_core(thread, own, asked, got, statuses[thread.tid], ignored, dump)))
+    for thread, said in zip(task.threads, thread_answers, strict=True):
+        got.cores.append((thread.tid, _thread_core(thread, said, got, statuses[thread.tid], ignored, dump)))
     tc["blk_sigset"] = task.leader.mask
     got.cores[0][1]["tc"] = tc
     return answers
@@ -257,9 +258,8 @@ def _settle_timers(task: Task, statuses: dict[int, dict[str, str]], programs: li
 
 
 def _thread_core(
-    thread: Thread, program: Program, asked: threads.Asked, got: Collected, status: dict[str, str], ignored: int, dump: Dump
+    thread: Thread, answers: threads.Answers, got: Collected, status: dict[str, str], ignored: int, dump: Dump
 ) -> dict[str, Any]:
-    answers = threads.Answers(program, asked)
     entry = creds.collect(status, answers.securebits)
     core = threads.save_core(thread, answers, entry, procfs.stat(got.pid, thread.tid).comm.decode("utf-8", "surrogateescape"))
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
