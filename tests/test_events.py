@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from harness import Runner
@@ -12,6 +16,13 @@ from test_workloads import test_workload as run_workload
 from workloads.table import PLAIN_WAYS, REFUSED_WAY, Workload
 
 from firn.abi import events as ev
+from firn.errors import FirnError, ImageError
+from firn.resources import base
+from firn.resources.files.events import EventFd, TimerFd
+from firn.resources.files.handles import Finder, to_entry
+from firn.resources.files.paths import kernel_dev
+from firn.resources.files.pidfd import PidFd
+from firn.resources.files.watches import Fanotify, Inotify
 
 PLACED = {
     "events": "eventfd signalfd timerfd timerfd-absolute timerfd-ticks timerfd-punctual",
@@ -31,7 +42,12 @@ REFUSED = {
 
 TABLE = [Workload(program, mode) for program, modes in PLACED.items() for mode in modes.split()]
 TABLE += [
-    Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY)) for (program, mode), text in REFUSED.items()
+    Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY))
+    for (program, mode), text in REFUSED.items()
+]
+TABLE += [Workload("events_tree", mode, needs="trees") for mode in ("shared", "inherited", "pidfd")]
+TABLE += [
+    Workload("events_tree", "apart", needs="trees", refused=("but not in process",), ways=(*PLAIN_WAYS, REFUSED_WAY))
 ]
 
 
@@ -41,6 +57,120 @@ TABLE += [
 )
 def test_workload(workload: Workload, way: str, runner: Runner) -> None:
     run_workload(workload, way, runner)
+
+
+# ---- messages as other programs may have written them
+
+
+class Images:
+    """Image files that are not there."""
+
+    def exists(self, kind: str, number: int = 0) -> bool:
+        return False
+
+
+def restore_context(**files: dict[str, Any]) -> base.RestoreContext:
+    entries = {(base.PIDFD, int(name[1:])): {"pidfd": message} for name, message in files.items()}
+    unused: Any = None
+    images: Any = Images()
+    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused)
+
+
+def timer(**changes: int) -> dict[str, int]:
+    off = dict.fromkeys(("ticks", "settime_flags", "vsec", "vnsec", "isec", "insec"), 0)
+    return {"id": 1, "flags": os.O_RDWR | os.O_NONBLOCK, "clockid": time.CLOCK_MONOTONIC, **off, **changes}
+
+
+def test_an_expired_interval_timer_of_criu_goes_on() -> None:
+    message = timer(ticks=3, insec=20_000_000)
+    assert TimerFd().is_late(message, restore_context())
+    fd = TimerFd().open(1, message, restore_context())
+    try:
+        assert os.read(fd, 8) == (3).to_bytes(8, "little")
+        os.set_blocking(fd, True)
+        assert int.from_bytes(os.read(fd, 8), "little") >= 1
+    finally:
+        os.close(fd)
+
+
+def test_a_timer_that_is_off_need_not_wait() -> None:
+    assert not TimerFd().is_late(timer(isec=5), restore_context())
+
+
+@pytest.mark.parametrize("wrong", [{"vsec": 1 << 63}, {"isec": (1 << 64) - 1}, {"vnsec": 10**9}, {"insec": 1 << 40}])
+def test_impossible_times_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ImageError, match="timerfd 1 has an impossible time"):
+        TimerFd().open(1, timer(**wrong), restore_context())
+
+
+def test_an_impossible_counter_is_refused() -> None:
+    with pytest.raises(ImageError, match="impossible counter"):
+        EventFd().open(1, {"flags": 2, "counter": (1 << 64) - 1}, restore_context())
+
+
+def test_dead_processes_stay_apart_and_together() -> None:
+    dead = [{"id": number, "ino": ino, "flags": 0, "nspid": -1} for number, ino in ((0, 7), (1, 8), (2, 7))]
+    context = restore_context(_0=dead[0], _1=dead[1], _2=dead[2])
+    kind = PidFd()
+    fds = [kind.open(number, dead[number], context) for number in range(3)]
+    kind.close()
+    inodes = [os.fstat(fd).st_ino for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    assert inodes[0] == inodes[2] != inodes[1]
+
+
+def test_a_pidfd_of_a_process_outside_is_refused() -> None:
+    with pytest.raises(ImageError, match="of process 1, which the checkpoint does not hold"):
+        PidFd().open(5, {"id": 5, "ino": 1, "flags": 0, "nspid": 1}, restore_context())
+
+
+def fanotify(**mark: object) -> dict[str, object]:
+    whole = {"id": 0, "mflags": 0, "mask": 2, "ignored_mask": 0, "s_dev": 0, **mark}
+    return {"id": 1, "flags": 2, "faflags": 0, "evflags": 0, "mark": [whole]}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (fanotify(type=2, me={"mnt_id": 1, "path": "/not mounted"}), "nothing is mounted on '/not mounted'"),
+        (fanotify(type=1), "unknown type 1"),
+        (fanotify(type=1, mask=0x10000), "decides about accesses"),
+    ],
+)
+def test_marks_that_cannot_be_set_are_named(message: dict[str, object], text: str) -> None:
+    with pytest.raises(FirnError, match=text):
+        Fanotify().open(1, message, restore_context())
+
+
+@pytest.mark.parametrize(
+    ("handle", "text"),
+    [
+        ({"path": "/not/there"}, "watch 3: /not/there cannot be watched again: No such file"),
+        ({"path": "/a\0b"}, "impossible path"),
+        ({"bytes": 4000}, "watch 3: inode 9 cannot be watched again: it has no path"),
+    ],
+)
+def test_watches_that_cannot_be_set_are_named(handle: dict[str, object], text: str) -> None:
+    whole = {"bytes": 0, "type": 0, "handle": [0] * 16, **handle}
+    watch = {"id": 0, "i_ino": 9, "mask": 2, "ignored_mask": 0, "s_dev": 5, "wd": 3, "f_handle": whole}
+    with pytest.raises(FirnError, match=text):
+        Inotify().open(1, {"id": 1, "flags": 0, "wd": [watch]}, restore_context())
+
+
+def test_a_file_without_a_handle_is_searched_for(tmp_path: Path) -> None:
+    """Not by what is open, but in the folders that it may lie in."""
+    wanted = tmp_path / "one" / "two" / "file"
+    wanted.parent.mkdir(parents=True)
+    wanted.write_text("")
+    st = wanted.stat()
+    unused: Any = None
+    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)])
+    finder = Finder(base.DumpContext([], options, [os.getpid()], unused, unused, unused))
+    assert finder.find(os.getpid(), kernel_dev(st.st_dev), st.st_ino, to_entry({}, "")) == str(wanted)
+
+
+# ---- constants
 
 
 HEADERS = """

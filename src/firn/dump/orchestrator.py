@@ -26,11 +26,14 @@ from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
 from firn.dump.snapshot import Snapshot
+from firn.dump.tree import FrozenTree, freeze, walk
 from firn.errors import Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
 from firn.resources import base, restart
 from firn.resources.memory import areas
+from firn.resources.memory.pages import ProcessPages
+from firn.timelimit import TimeLimit
 from firn.tracee import seize
 
 TYPE_CHECKING = False
@@ -49,13 +52,16 @@ class Dump:
         self.log = log
         self.pid: int = options.tree
         self.images = ImageDir.open(options.images_dir, create_files=True)
-        self.task: seize.Task | None = None
+        self.obstacles: list[Obstacle] = []
+        self.waiting: dict[int, restart.Waiting] = {}
+        self.early_maps: dict[int, list[procfs.Map]] = {}
+        self.tree = FrozenTree()
         self.collected: Collected | None = None
-        self.snapshot: Snapshot | None = None
-        self.committed = False
-        self.stats: dict[str, int] = {}
-        self.pages_fd = -1
-        self.held: list[tuple[int, bytes]] = []
+        self.snapshots: list[Snapshot] = []
+        self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
+        self.first_pages = -1
+        self.pidfd = -1
+        self.frozen_at = 0
 
     def phase(self, name: str) -> None:
         """Go through the phase called *name*."""
@@ -72,60 +78,72 @@ class Dump:
         features.pagemap_scan()
         xsave_layout()
         self.images.clear_old()
-        self.pages_fd = self.images.open_raw("pages-1.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        self.first_pages = self._pages_file(1)
         _raise_fd_limit()
 
+    def _pages_file(self, number: int) -> int:
+        return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
     def observe(self) -> None:
-        """Look at the running target: where its threads wait, and its mappings if it shall not be stopped for that."""
-        base.preload(self.pid)
-        self.waiting = restart.observe(self.pid)
-        self.early_maps = procfs.smaps(self.pid) if self.options.leave_running else None
+        """Look at the running tree: which kinds of files it has open, where its threads wait, and its mappings if it shall
+        not be stopped for that."""
         self.pidfd = syscall(f"pidfd_open {self.pid}", nr.pidfd_open, self.pid, 0)
+        for pid in walk(self.pid):
+            try:
+                base.preload(pid)
+                self.waiting |= restart.observe(pid)
+                if self.options.leave_running:
+                    self.early_maps[pid] = procfs.smaps(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
 
     def freeze(self) -> None:
-        """Stop every thread."""
-        self.log.info(f"freezing process {self.pid}")
+        """Stop every thread of every process."""
+        self.log.info(f"freezing the tree of process {self.pid}")
         started = time.monotonic_ns()
-        self.task = seize.freeze(self.pid)
+        with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
+            self.tree = freeze(self.pid, self.obstacles)
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):
             raise TargetError(f"process {self.pid} ended and its pid was taken by another one")
-        self.log.info(f"froze {len(self.task.threads)} threads of process {self.pid}")
+        self.log.info(f"froze {len(self.tree.tasks)} processes, {self.tree.threads()} threads")
 
     def collect(self) -> None:
         """Read all state; raise :class:`Refused` with everything that cannot be saved."""
-        assert self.task is not None
-        obstacles: list[Obstacle] = []
-        self.collected = collect(self, obstacles)
-        if obstacles:
-            raise Refused(obstacles)
+        self.collected = collect(self)
+        if self.obstacles:
+            raise Refused(self.obstacles)
 
     def contents(self) -> None:
-        """Copy pages and file contents, or make a copy-on-write clone to copy the pages from later."""
-        assert self.task is not None and self.collected is not None
-        save_contents(self.images, self.collected)
-        pages = self.collected.memory
-        pages.find(self.pid, early=True)
-        if self.options.fork_snapshot:
-            self.held = pages.hold_early()
-            self.snapshot = Snapshot.take(self.task)
-        else:
-            self._copy_pages(self.pid)
-
-    def _copy_pages(self, pid: int) -> None:
+        """Copy pages and file contents, or make copy-on-write clones to copy the pages from later."""
         assert self.collected is not None
+        save_contents(self.images, self.collected)
+        for number, mine in enumerate(self.collected.tasks, 1):
+            mine.memory.pages_id = number
+            mine.memory.find(mine.pid, early=True)
+            if self.options.fork_snapshot:
+                mine.memory.hold_early()
+                self.snapshots.append(Snapshot.take(mine.task))
+            else:
+                self._copy_pages(mine.memory, mine.pid)
+
+    def _copy_pages(self, pages: ProcessPages, pid: int) -> None:
         started = time.monotonic_ns()
-        pages = self.collected.memory
-        pages.find(pid, early=False)
-        pages.copy_pages(pid, self.pages_fd, self.held)
-        self.stats["memdump_time"] = self.stats["memwrite_time"] = (time.monotonic_ns() - started) // 1000
+        target = self.first_pages if pages.pages_id == 1 else self._pages_file(pages.pages_id)
+        try:
+            pages.find(pid, early=False)
+            pages.copy_pages(pid, target)
+        finally:
+            os.close(target)
+            if target == self.first_pages:
+                self.first_pages = -1
+        self.stats["memdump_time"] += (time.monotonic_ns() - started) // 1000
+        self.stats["memwrite_time"] = self.stats["memdump_time"]
 
     def release(self) -> None:
         """Let the target run on."""
-        assert self.task is not None
-        task, self.task = self.task, None
-        task.release()
+        self.tree.release()
         self._thawed()
 
     def _thawed(self) -> None:
@@ -134,38 +152,35 @@ class Dump:
     def save(self) -> None:
         """Write all records."""
         assert self.collected is not None
-        if self.snapshot is not None:
-            self._copy_pages(self.snapshot.pid)
-            areas.refresh_flags(self.collected.areas, procfs.smaps(self.snapshot.pid))
-            self.snapshot.end()
+        for mine, snapshot in zip(self.collected.tasks, self.snapshots, strict=False):
+            self._copy_pages(mine.memory, snapshot.pid)
+            areas.refresh_flags(mine.areas, procfs.smaps(snapshot.pid))
+            snapshot.end()
         save_records(self.images, self.collected, self.log)
 
     def commit(self) -> None:
         """Make the directory a checkpoint."""
         assert self.collected is not None
         self.images.commit(self.collected.inventory)
-        self.committed = True
 
     def end(self) -> None:
         """Put a target that was still frozen into its final state."""
-        if self.task is None:
+        if not self.tree.tasks:
             return
         if self.options.leave_running or self.options.leave_stopped:
             if self.options.leave_stopped:
-                os.kill(self.pid, sig.SIGSTOP)
+                self.tree.stop()
             self.release()
             return
-        task, self.task = self.task, None
-        task.kill()
+        self.tree.kill()
         self._thawed()
 
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
-        if self.snapshot is not None:
-            self.snapshot.end()
+        for snapshot in self.snapshots:
+            snapshot.end()
         try:
-            if self.task is not None:
-                self.release()
+            self.tree.release()
         finally:
             if self.collected is not None:
                 self.collected.finder.undo()
@@ -177,9 +192,10 @@ class Dump:
             if self.options.leave_running:
                 self.collected.finder.undo()
             self.collected.close()
-        if self.pages_fd >= 0:
-            os.close(self.pages_fd)
-            self.pages_fd = -1
+        for fd in (self.first_pages, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.images.close()
 
 
 def run(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]:

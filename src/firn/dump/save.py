@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.dump.collect import Collected
+    from firn.dump.task import CollectedTask
     from firn.images.store import ImageDir
     from firn.log import Log
 
@@ -18,7 +19,39 @@ if TYPE_CHECKING:
 def save_contents(images: ImageDir, got: Collected) -> None:
     """What must be copied while the target stands still besides its pages: unlinked files, shared memory."""
     got.finder.save(images)
-    got.objects.save(images, 2)
+    got.objects.save(images, len(got.tasks) + 1)
+
+
+def save_records(images: ImageDir, got: Collected, log: Log) -> None:
+    """Everything else; the target may be running again."""
+    add_build_ids(got.table.entries, {remap["orig_id"] for remap in got.finder.remaps})
+    got.namespaces.save(images)
+    tables: set[int] = set()
+    for mine in got.tasks:
+        _save_task(images, mine, tables)
+    for pid, core in got.zombies:
+        images.write_one("CORE", core, pid)
+    images.write_all("FILES", got.table.entries)
+    images.write_all("PSTREE", got.pstree)
+    images.write_one("SECCOMP", {"seccomp_filters": got.filters.entries} if got.filters.entries else {})
+    got.cgroup_sets.save(images)
+    got.collector.save(images)
+    log.info(f"saved {len(got.tasks)} processes, {sum(len(mine.cores) for mine in got.tasks)} threads")
+
+
+def _save_task(images: ImageDir, mine: CollectedTask, tables: set[int]) -> None:
+    pid = mine.pid
+    mine.memory.save(images)
+    mine.mm["vmas"] = [areas.build_entry(area) for area in mine.areas] + mine.memory.guard_entries()
+    for tid, core in mine.cores:
+        _add_registers(core)
+        images.write_one("CORE", core, tid)
+    images.write_one("IDS", mine.ids, pid)
+    images.write_one("MM", mine.mm, pid)
+    images.write_one("FS", mine.fs, pid)
+    if mine.ids["files_id"] not in tables:
+        tables.add(mine.ids["files_id"])
+        images.write_all("FDINFO", [descriptor.save() for descriptor in mine.descriptors], mine.ids["files_id"])
 
 
 def _add_registers(core: dict[str, Any]) -> None:
@@ -26,26 +59,3 @@ def _add_registers(core: dict[str, Any]) -> None:
     core["thread_info"], raw = threads.save_info(*core["thread_info"])
     if raw:
         core["thread_core"]["firn"]["xsave"] = raw
-
-
-def save_records(images: ImageDir, got: Collected, log: Log) -> None:
-    """Everything else; the target may be running again."""
-    pid = got.pid
-    got.memory.save(images)
-    got.mm["vmas"] = [areas.build_entry(area) for area in got.areas] + got.memory.guard_entries()
-    add_build_ids(got.table.entries)
-    got.namespaces.save(images)
-    for tid, core in got.cores:
-        _add_registers(core)
-        images.write_one("CORE", core, tid)
-    images.write_one("IDS", got.ids, pid)
-    images.write_one("MM", got.mm, pid)
-    images.write_one("FS", got.fs, pid)
-    images.write_all("FDINFO", [descriptor.save() for descriptor in got.descriptors], got.ids["files_id"])
-    images.write_all("FILES", got.table.entries)
-    images.write_all("PSTREE", [got.pstree])
-    images.write_one("SECCOMP", {"seccomp_filters": got.filters.entries} if got.filters.entries else {})
-    got.cgroups.save(images)
-    if got.collector is not None:
-        got.collector.save(images)
-    log.info(f"saved process {pid}: {len(got.cores)} threads, {len(got.descriptors)} descriptors")

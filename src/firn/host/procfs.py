@@ -58,6 +58,7 @@ class Stat:
     arg_end = property(lambda self: int(self.fields[46]))
     env_start = property(lambda self: int(self.fields[47]))
     env_end = property(lambda self: int(self.fields[48]))
+    exit_code = property(lambda self: int(self.fields[49]))
 
 
 PF_KTHREAD = 0x00200000

@@ -45,6 +45,7 @@ _LINKS = (
 _BUILT: dict[int, tuple[str, str]] = {
     PIPE: ("firn.resources.files.pipes", "Pipes"),
     FIFO: ("firn.resources.files.pipes", "Fifos"),
+    UNIXSK: ("firn.resources.sockets.unix", "UnixSockets"),
     EVENTFD: ("firn.resources.files.events", "EventFd"),
     EVENTPOLL: ("firn.resources.files.epoll", "Epoll"),
     INOTIFY: ("firn.resources.files.watches", "Inotify"),
@@ -55,7 +56,7 @@ _BUILT: dict[int, tuple[str, str]] = {
 }
 """Type -> (module, class). A row is added when a kind is built."""
 
-_FAMILIES: dict[int, int] = {}
+_FAMILIES: dict[int, int] = {1: UNIXSK}
 """Socket family (AF_*) -> type, of the families that are built."""
 
 

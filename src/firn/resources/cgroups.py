@@ -33,27 +33,45 @@ def membership(pid: int | str) -> list[tuple[str, str]]:
 
 
 class Cgroups:
-    """The set of a dumped process."""
+    """The membership of one process."""
 
-    __slots__ = ("set_id", "theirs")
+    __slots__ = ("theirs",)
 
     def __init__(self, pid: int) -> None:
         self.theirs = membership(pid)
-        self.set_id = ROOT_SET if self.theirs == membership("self") else ROOT_SET + 1
+
+
+class Sets:
+    """The different memberships of a tree, each under a number; ours is ROOT_SET."""
+
+    def __init__(self) -> None:
+        self._sets = {tuple(membership("self")): ROOT_SET}
+
+    def number(self, groups: Cgroups) -> int:
+        """The id of the set that *groups* is."""
+        return self._sets.setdefault(tuple(groups.theirs), len(self._sets) + 1)
 
     def save(self, images: ImageDir) -> None:
         """Write cgroup.img if there is something to say."""
-        if self.set_id == ROOT_SET:
+        stored = {number: groups for groups, number in self._sets.items() if number != ROOT_SET}
+        if not stored:
             return
+        paths: dict[str, set[str]] = {}
+        for groups in stored.values():
+            for names, path in groups:
+                paths.setdefault(names, set()).add(path)
         controllers = []
-        for names, path in self.theirs:
+        for names, wanted in paths.items():
             where = mount_point(names)
             entry: dict[str, Any] = {"cnames": [names]}
-            if path != "/" and where is not None:
-                entry["dirs"] = [_directory(where, path)]
+            if where is not None:
+                entry["dirs"] = [_directory(where, path) for path in sorted(wanted) if path != "/"]
             controllers.append(entry)
-        ctls = [{"name": names, "path": path} for names, path in self.theirs]
-        images.write_one("CGROUP", {"sets": [{"id": self.set_id, "ctls": ctls}], "controllers": controllers})
+        sets = [
+            {"id": number, "ctls": [{"name": names, "path": path} for names, path in groups]}
+            for number, groups in stored.items()
+        ]
+        images.write_one("CGROUP", {"sets": sets, "controllers": controllers})
 
 
 def _directory(mount: str, path: str) -> dict[str, Any]:

@@ -33,26 +33,31 @@ def links(pid: int | str) -> dict[str, str]:
 
 
 class Namespaces:
-    """Ours and the target's."""
+    """Ours and the tree's, whose tasks must all be in the same ones."""
 
     __slots__ = ("clocks", "own", "task_ids")
 
-    def __init__(self, pid: int, obstacles: list[Obstacle]) -> None:
+    def __init__(self, pids: list[int], obstacles: list[Obstacle]) -> None:
         self.own = links("self")
-        theirs = links(pid)
         self.task_ids = self.root_ids()
+        root = links(pids[0])
         offsets = (0, 0)
-        for kind, link in theirs.items():
+        for kind, link in root.items():
             if link == self.own.get(kind):
                 continue
             if kind == "time":
                 self.task_ids["time_ns_id"] = len(self.own) + 1
-                offsets = _relative_offsets(pid)
+                offsets = _relative_offsets(pids[0])
             else:
                 obstacles.append(
-                    Obstacle(f"process {pid}", f"is in a {kind} namespace of its own ({link})", "not supported yet")
+                    Obstacle(f"process {pids[0]}", f"is in a {kind} namespace of its own ({link})", "not supported yet")
                 )
-
+        for pid in pids[1:]:
+            obstacles += [
+                Obstacle(f"process {pid}", f"is in another {kind} namespace than the root of the tree", "not supported yet")
+                for kind, link in links(pid).items()
+                if link != root[kind]
+            ]
         now = (time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self.clocks = [clock + offset for clock, offset in zip(now, offsets, strict=True)]
 

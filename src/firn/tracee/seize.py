@@ -168,17 +168,16 @@ class Task:
         except OSError:
             return False
 
-    def kill(self) -> None:
-        """End the process (SIGKILL) and wait until it is dead. Its parent sees a child killed by signal 9."""
-        os.kill(self.pid, sig.SIGKILL)
-        # A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were
-        # taken; then the real parent is told.
+    def await_death(self) -> None:
+        """After a SIGKILL: wait until the process is dead. Its parent sees a child killed by signal 9.
+
+        A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were taken;
+        then the real parent is told.
+        """
         for thread in [*self.threads[1:], self.leader]:
             try:
-                while True:
-                    _, status = os.waitpid(thread.tid, pt.WALL)
-                    if status & 0xFF != 0x7F:
-                        break
+                while os.waitpid(thread.tid, pt.WALL)[1] & 0xFF == 0x7F:
+                    pass
             except ChildProcessError:
                 pass
 

@@ -60,11 +60,11 @@ def to_words(build_id: bytes) -> list[int]:
     return list(struct.unpack(f"<{len(padded) // 4}I", padded))
 
 
-def add_build_ids(entries: list[dict[str, Any]]) -> None:
-    """Fill in the build-id of every REG entry that is an executable ELF file."""
+def add_build_ids(entries: list[dict[str, Any]], nameless: set[int]) -> None:
+    """Fill in the build-id of every REG entry that is an ELF file; *nameless* ids have no file at their name."""
     for entry in entries:
         reg = entry.get("reg")
-        if reg and "size" in reg and stat.S_ISREG(reg["mode"]) and reg["size"] >= 64:
+        if reg and entry["id"] not in nameless and "size" in reg and stat.S_ISREG(reg["mode"]) and reg["size"] >= 64:
             build_id = read_build_id(reg["name"])
             if build_id:
                 reg["build_id"] = to_words(build_id)

@@ -16,6 +16,7 @@ from firn.abi import events as ev
 from firn.abi import fcntl as fc
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
+from firn.errors import ImageError
 from firn.host import procfs
 from firn.resources.files.paths import GHOST, kernel_dev
 
@@ -215,7 +216,8 @@ class Places:
         self._mounts: list[Mount] | None = None
 
     def open(self, device: int, inode: int, entry: dict[str, Any], follow: bool) -> int:
-        """A new O_PATH descriptor of the inode; OSError if it is not there any more. *follow*: it is no symbolic link.
+        """A new O_PATH descriptor of the inode; OSError if it is not there any more, ImageError for an impossible path.
+        *follow*: it is no symbolic link.
 
         An unlinked file of the checkpoint with the recorded numbers comes first, then the path, then the file handle.
         """
@@ -225,6 +227,8 @@ class Places:
         if ghost is not None:
             return os.open(f"/proc/self/fd/{self.context.open(1, ghost)}", fc.O_PATH | os.O_CLOEXEC)
         path = entry.get("path", "")
+        if "\0" in path:
+            raise ImageError(f"files image: watched file with an impossible path {path!r}")
         if path:
             return os.open("/" + path[1:], fc.O_PATH | os.O_CLOEXEC | (0 if follow else fc.O_NOFOLLOW))
         if self._mounts is None:

@@ -19,8 +19,8 @@ import os
 import stat
 
 from firn.abi import fcntl as fc
-from firn.abi import nr
-from firn.abi.libc import address_of, syscall
+from firn.abi import nr, poll
+from firn.abi.libc import syscall
 from firn.errors import ImageError, RestoreError
 from firn.host import holders
 from firn.resources.base import FIFO, PIPE, REG, Kind
@@ -42,7 +42,6 @@ READ, WRITE = 1, 2
 _SIDES = {READ: "read", WRITE: "write"}
 _DATA = {PIPE: "PIPES_DATA", FIFO: "FIFO_DATA"}
 _FIONREAD = 0x541B
-_POLLERR, _POLLHUP = 8, 16
 _EVERYTHING = 0x7FFFFFFF
 _NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | fc.O_DIRECT | fc.FASYNC
 _OUTSIDE_HELP = "dump that process too, or close the descriptor"
@@ -58,13 +57,6 @@ def _queued(fd: int) -> int:
     count = bytearray(4)
     fcntl.ioctl(fd, _FIONREAD, count)
     return int.from_bytes(count, "little")
-
-
-def _is_lonely(fd: int) -> bool:
-    """Whether nobody at all holds the other side of the pipe end *fd*."""
-    asked = bytearray(fd.to_bytes(4, "little") + bytes(4))
-    syscall("poll of a pipe", nr.poll, address_of(asked), 1, 0)
-    return bool(asked[6] & (_POLLERR | _POLLHUP))
 
 
 class Contents:
@@ -192,7 +184,7 @@ class _Piped(Kind):
         mine = sides(open.flags)
         pipe.known |= mine
         if mine != READ | WRITE:
-            pipe.lonely = pipe.lonely or _is_lonely(copy)
+            pipe.lonely = pipe.lonely or bool(poll.state(copy))
         if mine & READ and pipe.parts is None:
             try:
                 pipe.parts = self.contents.read(copy)

@@ -214,6 +214,9 @@ class Fanotify(_Watcher):
         return fd
 
     def _add(self, fd: int, what: str, mark: dict[str, Any], context: RestoreContext) -> None:
+        if (mark["mask"] | mark["ignored_mask"]) & ev.FAN_PERMISSION:
+            # Its owner is stopped: the first to touch such a file, we most likely, would wait for it for ever.
+            raise RestoreError(f"{what} decides about accesses, which cannot be restored")
         kind = 0
         if mark["type"] == _INODE and "ie" in mark:
             inode, follow = mark["ie"], not mark["mflags"] & ev.FAN_MARK_DONT_FOLLOW

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from firn.images.store import ImageDir
 
-PAGES_ID = 1
 
 
 class ProcessPages:
@@ -33,6 +32,8 @@ class ProcessPages:
 
     def __init__(self, pid: int, mapped: list[areas.Area], use_scan: bool) -> None:
         self.pid = pid
+        self.pages_id = 0
+        self.held: list[tuple[int, bytes]] = []
         self.use_scan = use_scan
         self.ranges: list[tuple[int, int]] = []
         self.early_ranges: list[tuple[int, int]] = []
@@ -74,23 +75,22 @@ class ProcessPages:
             for start, end in self.guards
         ]
 
-    def hold_early(self) -> list[tuple[int, bytes]]:
-        """The contents of what a fork leaves out, as (address, bytes): few pages, taken while the process stands still."""
-        held = []
+    def hold_early(self) -> None:
+        """Take the contents of what a fork leaves out: few pages, kept here until the others are copied."""
         for low, high, marks in self.marked:
             if not marks & copyout.EARLY:
                 continue
             for start, end in self.runs:
                 first, last = max(low, start), min(high, end)
-                held += [(at, memory.force_read(self.pid, at, min(last - at, 1 << 20))) for at in range(first, last, 1 << 20)]
-        return held
+                for at in range(first, last, 1 << 20):
+                    self.held.append((at, memory.force_read(self.pid, at, min(last - at, 1 << 20))))
 
-    def copy_pages(self, pid: int, target: int, held: list[tuple[int, bytes]]) -> None:
-        """Copy the pages out of *pid* into file *target*; *held* is what :meth:`hold_early` took from the process itself."""
+    def copy_pages(self, pid: int, target: int) -> None:
+        """Copy the pages out of *pid* (the process or its clone) into file *target*."""
         pieces = copyout.plan(self.runs, self.marked)
-        if held:
+        if self.held:
             offsets = self._offsets()
-            for at, content in held:
+            for at, content in self.held:
                 os.pwrite(target, content, offsets(at))
             pieces = [piece for piece in pieces if not piece.marks & copyout.EARLY]
         copyout.copy(pid, pieces, target)
@@ -111,7 +111,7 @@ class ProcessPages:
     def save(self, images: ImageDir) -> None:
         """Write the pagemap."""
         runs = [(start, (end - start) // mman.PAGE, PE_PRESENT) for start, end in self.runs]
-        write_pagemap(images, "PAGEMAP", self.pid, PAGES_ID, runs)
+        write_pagemap(images, "PAGEMAP", self.pid, self.pages_id, runs)
 
     def statistics(self) -> dict[str, int]:
         """Page counts for stats-dump."""

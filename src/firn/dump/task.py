@@ -1,0 +1,229 @@
+"""Collecting one frozen process of a tree into records.
+
+Reads from outside what the kernel shows (/proc, ptrace, copies of descriptors) and asks the task itself for the rest: one
+program in the leader, one small one in every other thread, all threads at once.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st_mode
+
+from firn.abi import ptrace as pt
+from firn.errors import Obstacle
+from firn.host import features, procfs
+from firn.resources import cgroups, creds, process, restart, signals, threads, timers
+from firn.resources.base import MEMFD
+from firn.resources.files.descriptors import Descriptor
+from firn.resources.files.paths import NO_OWNER
+from firn.resources.memory import aio, areas, layout
+from firn.resources.memory.pages import ProcessPages
+from firn.tracee import ptrace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.dump.collect import Collected
+    from firn.tracee.program import Program
+    from firn.tracee.seize import Task, Thread
+
+_PROGRAM_SIZE = 65536
+
+
+class CollectedTask:
+    """Everything about one process. ``cores`` are (tid, core_entry) pairs, the leader's first; their thread_info is still
+    raw, see :mod:`firn.dump.save`."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.pid = task.pid
+        self.stat = procfs.stat(task.pid)
+        self.statuses = {thread.tid: procfs.status(task.pid, thread.tid) for thread in task.threads}
+        self.cgroups = cgroups.Cgroups(task.pid)
+        self.areas: list[areas.Area] = []
+        self.descriptors: list[Descriptor] = []
+        self.fs: dict[str, Any] = {}
+        self.ids: dict[str, int] = {}
+        self.cores: list[tuple[int, dict[str, Any]]] = []
+        self.mm: dict[str, Any] = {}
+        self.exe_id = 0
+        self.memory: ProcessPages
+
+    def pstree(self, ppid: int) -> dict[str, Any]:
+        """The pstree_entry."""
+        return {
+            "pid": self.pid, "ppid": ppid, "pgid": self.stat.pgrp, "sid": self.stat.session,
+            "threads": [thread.tid for thread in self.task.threads],
+        }  # fmt: skip
+
+
+def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | None) -> None:
+    """First part: what is seen from outside, and with it most obstacles."""
+    pid = mine.pid
+    _suspend_seccomp(mine)
+    _check_label(pid, got.obstacles)
+    maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
+    mine.areas = areas.classify(pid, maps, got.obstacles)
+    areas.find_backing(pid, mine.areas, got.obstacles)
+    cwd, root = _named_link(got, pid, "cwd"), _named_link(got, pid, "root")
+    mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[pid]["Umask"], 8)}
+    mine.exe_id = _named_link(got, pid, "exe")
+
+
+def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
+    """Mappings with flags. Those read before the freeze are taken if the mappings are still the same."""
+    now = procfs.maps(pid)
+    return early if [m.key() for m in now] == [m.key() for m in early] else procfs.smaps(pid)
+
+
+def _suspend_seccomp(mine: CollectedTask) -> None:
+    """Filters would stop our own calls inside the task: have the kernel suspend them while we are attached."""
+    for thread in mine.task.threads:
+        if mine.statuses[thread.tid].get("Seccomp", "0") != "0":
+            options = pt.O_TRACESYSGOOD | pt.O_SUSPEND_SECCOMP
+            ptrace.request("suspend seccomp", pt.SETOPTIONS, thread.tid, 0, options)
+
+
+def _check_label(pid: int, obstacles: list[Obstacle]) -> None:
+    try:
+        label = procfs.read(f"/proc/{pid}/attr/current").rstrip(b"\0\n").decode()
+    except OSError:
+        return
+    if label and not label.startswith("unconfined"):
+        obstacles.append(
+            Obstacle(f"process {pid}", f"runs under the security label {label!r}", "labels are not supported yet")
+        )
+
+
+def _named_link(got: Collected, pid: int, name: str) -> int:
+    """The file id of what /proc/PID/*name* leads to."""
+    link = f"/proc/{pid}/{name}"
+    return _plain_file(got, f"process {pid}: {name}", link, os.stat(link), 0)
+
+
+def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
+    """The file id of something that is opened anew at restore: shared by object, path and mode."""
+    key = ("plain", st.st_dev, st.st_ino, os.readlink(link), mode)
+    known = got.table.find(key)
+    if known is not None:
+        return known
+    message = {"flags": mode, "pos": 0}
+    if not (st_mode.S_ISREG(st.st_mode) or st_mode.S_ISDIR(st.st_mode)):
+        message["pos"] = (1 << 64) - 1
+    return got.finder.add(what, link, message, st, key)
+
+
+def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
+    """Give every mapping the file id of what it maps."""
+    for area in mine.areas:
+        if area.kind == "file":
+            assert area.stat is not None
+            what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
+            area.shmid = _plain_file(got, what, area.link(mine.pid), area.stat, area.mode)
+        elif area.kind == "shmem":
+            area.shmid = _memory_object(got, mine.pid, area)
+
+
+def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
+    assert area.stat is not None
+    key = ("memory", area.stat.st_dev, area.stat.st_ino, area.mode)
+    known = got.table.find(key)
+    if known is not None:
+        return known
+    inode = got.objects.inode(area.link(pid), area.stat)
+    return got.table.add(MEMFD, {"flags": area.mode, "pos": 0, "fown": NO_OWNER, "inode_id": inode}, key)
+
+
+# -- asking the task ---------------------------------------------------------------------------------------------------
+
+
+class Questions:
+    """The programs of one process while they run."""
+
+    def __init__(self, mine: CollectedTask) -> None:
+        task = mine.task
+        self.mine = mine
+        posix = procfs.timers(task.pid)
+        size = _PROGRAM_SIZE + 128 * len(posix)
+        task.prepare(extra=size)
+        self.program = task.program(size=size)
+        self.process = process.ask(self.program)
+        self.actions = signals.ask(self.program)
+        self.timers = timers.ask(self.program, posix)
+        self.threads: list[tuple[Thread, Program, threads.Asked]] = [
+            (task.leader, self.program, threads.ask(self.program))
+        ]
+        for thread in task.threads[1:]:
+            own = task.program(thread, size=1024)
+            self.threads.append((thread, own, threads.ask(own)))
+        for _, own, _ in self.threads:
+            own.start()
+
+    def answer(self, got: Collected, waiting: dict[int, restart.Waiting], frozen_at: int) -> None:
+        """Second part: wait for the programs, and build the records from what they brought."""
+        mine, pid, program = self.mine, self.mine.pid, self.program
+        for _, own, _ in self.threads:
+            own.finish()
+        answers = process.Answers(program, self.process)
+        tc = process.save(pid, mine.stat, answers)
+        tc["timers"] = timers.answer(program, self.timers)
+        tc["sigactions"] = signals.answer(program, self.actions)
+        said = [threads.Answers(own, asked) for _, own, asked in self.threads]
+        self._settle_timers()
+        tc["signals_s"] = signals.queue(ptrace.pending_signals(pid, shared=True))
+        stopped = mine.task.stop_signal
+        tc["task_state"] = process.STOPPED if stopped else process.ALIVE
+        if stopped:
+            tc["stop_signo"] = stopped
+        for thread, one in zip(mine.task.threads, said, strict=True):
+            mine.cores.append((thread.tid, _thread_core(got, mine, thread, one, waiting, frozen_at)))
+        tc["blk_sigset"] = mine.task.leader.mask
+        mine.cores[0][1]["tc"] = tc
+        self._collect_memory(got, answers)
+
+    def _collect_memory(self, got: Collected, answers: process.Answers) -> None:
+        mine, pid = self.mine, self.mine.pid
+        _add_mapped_files(got, mine)
+        mine.mm = layout.save(pid, mine.stat, answers, mine.exe_id)
+        mine.mm["aios"] = [aio.save(pid, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]
+        future = layout.locks_future(pid, mine.statuses[pid], mine.task)
+        if future:
+            mine.mm["firn"] = {"lock_future": future}
+        mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
+
+    def _settle_timers(self) -> None:
+        """Pending timer signals must know their overruns before the queues are read."""
+        mine = self.mine
+        for thread, program, _ in self.threads:
+            status, leader = mine.statuses[thread.tid], thread is mine.task.leader
+            if int(status["SigPnd"], 16) or (leader and int(status["ShdPnd"], 16)):
+                shared = ptrace.pending_signals(mine.pid, shared=True) if leader else []
+                private = ptrace.pending_signals(thread.tid, shared=False)
+                signals.settle_timers(program, mine.pid, thread.tid, shared, private)
+
+
+def _thread_core(
+    got: Collected,
+    mine: CollectedTask,
+    thread: Thread,
+    answers: threads.Answers,
+    waiting: dict[int, restart.Waiting],
+    frozen_at: int,
+) -> dict[str, Any]:
+    """The core_entry of one thread."""
+    status = mine.statuses[thread.tid]
+    comm = procfs.stat(mine.pid, thread.tid).comm.decode("utf-8", "surrogateescape")
+    core = threads.save_core(thread, answers, creds.collect(status, answers.securebits), comm)
+    core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
+    core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
+    core["blk_sigset"] = thread.mask
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    deliverable = bool(pending & ~thread.mask & ~int(status["SigIgn"], 16))
+    interrupted = restart.save(mine.pid, thread, waiting, deliverable, frozen_at)
+    thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
+    regs = threads.leave_critical_section(mine.pid, interrupted.regs, core)
+    if interrupted.entry:
+        core["firn"]["restart"] = interrupted.entry
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
+    return {"mtype": threads.X86_64, "thread_info": (regs, thread.xstate, answers.tid_address), "thread_core": core}

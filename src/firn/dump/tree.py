@@ -1,0 +1,135 @@
+"""Freezing a whole process tree.
+
+A process that is frozen makes no children, so the tree is complete as soon as every child of every frozen process is
+frozen too or known to be a zombie: newcomers are looked for until there are none. A child whose parent died while the tree
+was walked turns up again below the subreaper that adopted it, if that is in the tree.
+"""
+
+from __future__ import annotations
+
+import os
+
+from firn.abi import signal as sig
+from firn.errors import FirnError, Obstacle, TargetError
+from firn.host import procfs
+from firn.tracee import seize
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Zombie:
+    """A process that has ended and waits for its parent: its ids, name and wait status."""
+
+    __slots__ = ("pid", "stat")
+
+    def __init__(self, stat: procfs.Stat) -> None:
+        self.pid = stat.pid
+        self.stat = stat
+
+
+class FrozenTree:
+    """The frozen processes (``tasks``), parents before their children, and the zombies among them."""
+
+    __slots__ = ("parents", "tasks", "zombies")
+
+    def __init__(self) -> None:
+        self.tasks: list[seize.Task] = []
+        self.zombies: list[Zombie] = []
+        self.parents: dict[int, int] = {}
+
+    def pids(self) -> list[int]:
+        """All pids, those of zombies last."""
+        return [task.pid for task in self.tasks] + [zombie.pid for zombie in self.zombies]
+
+    def threads(self) -> int:
+        """How many threads are frozen."""
+        return sum(len(task.threads) for task in self.tasks)
+
+    def release(self) -> None:
+        """Let everything run on; one process's trouble does not keep the others."""
+        trouble: list[Exception] = []
+        for task in reversed(self.tasks):
+            try:
+                task.release()
+            except (OSError, FirnError) as error:
+                trouble.append(error)
+        self.tasks = []
+        if trouble:
+            raise trouble[0]
+
+    def kill(self) -> None:
+        """End all processes: all are sent SIGKILL before any is waited for, so none sees another one missing."""
+        for task in self.tasks:
+            os.kill(task.pid, sig.SIGKILL)
+        for task in self.tasks:
+            task.await_death()
+        self.tasks = []
+
+    def stop(self) -> None:
+        """Have all processes stopped by SIGSTOP once they are let go."""
+        for task in self.tasks:
+            os.kill(task.pid, sig.SIGSTOP)
+
+
+def walk(root: int) -> Iterator[int]:
+    """The pids of the running tree below *root*, root first; what vanishes meanwhile is left out."""
+    queue = [root]
+    while queue:
+        pid = queue.pop()
+        yield pid
+        try:
+            queue += procfs.children(pid)
+        except OSError:
+            continue
+
+
+def freeze(root: int, obstacles: list[Obstacle]) -> FrozenTree:
+    """Freeze *root* and all its descendants. Raises TargetError if one of them cannot be traced; then all run on."""
+    tree = FrozenTree()
+    try:
+        tree.tasks.append(seize.freeze(root))
+        tree.parents[root] = 0
+        while _freeze_newcomers(tree, obstacles):
+            pass
+    except BaseException:
+        tree.release()
+        raise
+    return tree
+
+
+def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle]) -> bool:
+    """One pass over the children of all frozen processes; whether there was a new one."""
+    found = False
+    for task in list(tree.tasks):
+        for child in procfs.children(task.pid):
+            if child in tree.parents:
+                continue
+            found = True
+            tree.parents[child] = task.pid
+            try:
+                stat = procfs.stat(child)
+            except OSError:
+                continue
+            if stat.state in "ZX":
+                if procfs.threads(child) != [child]:
+                    obstacles.append(Obstacle(f"process {child}", "its first thread has exited while others live"))
+                tree.zombies.append(Zombie(stat))
+                continue
+            try:
+                tree.tasks.append(seize.freeze(child))
+            except TargetError:
+                if _is_running(child):
+                    raise
+                # It ended meanwhile: look at it again, as a zombie.
+                del tree.parents[child]
+    return found
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return procfs.stat(pid).state not in "ZX"
+    except OSError:
+        return False
+

@@ -1,0 +1,161 @@
+"""What waits in the receive queue of a unix socket (image: sk-queues.img): messages, streams, descriptors on their way.
+
+Kernel: recvmsg(2) with MSG_PEEK at an offset (SO_PEEK_OFF, socket(7)) leaves everything where it is; queued descriptors
+(SCM_RIGHTS, unix(7)) are then copies of ours. What goes wrong: where in a stream descriptors hang is only seen by reading
+less and less of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from firn.resources.sockets.options import SO_PASSCRED, SO_PEEK_OFF, SO_SNDBUF, SOL_SOCKET, set_buffer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+
+SCM_RIGHTS, SCM_CREDENTIALS = 1, 2
+MSG_OOB, MSG_PEEK, MSG_CTRUNC, MSG_TRUNC, MSG_DONTWAIT, MSG_CMSG_CLOEXEC = 1, 2, 8, 0x20, 0x40, 0x40000000
+_CONTROL = 8192
+"""More than 253 descriptors (SCM_MAX_FD), credentials and a security label take."""
+_DATAGRAM = 1 << 18
+_ROOM = 1 << 29
+_INTEGER = 4
+
+
+class Record:
+    """One message, or a run of stream bytes; ``fds`` are descriptors of ours, ``sender`` the name of a datagram's sender."""
+
+    __slots__ = ("credentials", "data", "fds", "flags", "sender")
+
+    def __init__(self, data: bytes, fds: list[int], flags: int, sender: bytes, credentials: bool) -> None:
+        self.data = data
+        self.fds = fds
+        self.flags = flags
+        self.sender = sender
+        self.credentials = credentials
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def _peek(sock: socket, size: int) -> Record | None:
+    """What is at the peek offset, which moves on; None if there is nothing."""
+    try:
+        data, control, flags, address = sock.recvmsg(size, _CONTROL, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        return None
+    fds: list[int] = []
+    credentials = False
+    for level, kind, content in control:
+        if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
+            step = range(0, len(content) - len(content) % _INTEGER, _INTEGER)
+            fds += [int.from_bytes(content[at : at + _INTEGER], "little") for at in step]
+        credentials |= (level, kind) == (SOL_SOCKET, SCM_CREDENTIALS)
+    record = Record(data, fds, flags, os.fsencode(address or b""), credentials)
+    if flags & MSG_CTRUNC:
+        record.close()
+        raise OSError(errno.EMFILE, "queued descriptors cannot be taken")
+    return record
+
+
+def _peek_at(sock: socket, offset: int, size: int) -> Record | None:
+    sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, offset)
+    return _peek(sock, size)
+
+
+def has_urgent(sock: socket) -> bool:
+    """Whether a stream has an out-of-band byte that was not read."""
+    try:
+        return bool(sock.recv(1, MSG_OOB | MSG_PEEK | MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
+def peek_stream(sock: socket, count: int) -> list[Record]:
+    """The *count* bytes in the queue of a stream, cut where descriptors hang. They stay there."""
+    records: list[Record] = []
+    at = 0
+    try:
+        while at < count:
+            record = _peek_at(sock, at, count - at)
+            if record is None or not record.data:
+                break
+            if record.fds:
+                plain = _before_descriptors(sock, at, len(record.data))
+                if plain:
+                    records.append(Record(record.data[:plain], [], 0, b"", False))
+                    record.data = record.data[plain:]
+                    at += plain
+            records.append(record)
+            at += len(record.data)
+    finally:
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+    return records
+
+
+def _before_descriptors(sock: socket, at: int, count: int) -> int:
+    """How many of the *count* bytes at *at* come before those that the descriptors hang on."""
+    low, high = 1, count  # the shortest read that gets the descriptors is within
+    while low < high:
+        middle = (low + high) // 2
+        record = _peek_at(sock, at, middle)
+        assert record is not None
+        if record.fds:
+            record.close()
+            high = middle
+        else:
+            low = middle + 1
+    return low - 1
+
+
+def peek_messages(sock: socket, ended: bool) -> list[Record]:
+    """The messages in the queue of a datagram or seqpacket socket; they stay there.
+
+    *ended*: nothing more can come, so an empty read may be the end instead of an empty message. Only a message has
+    credentials, if they are asked for.
+    """
+    records: list[Record] = []
+    passing = sock.getsockopt(SOL_SOCKET, SO_PASSCRED)
+    if ended:
+        sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
+    try:
+        # An empty message that was peeked at before is not seen at an offset again.
+        first = _peek(sock, 1)
+        if first is None or (ended and not first.credentials):
+            return records
+        if not first.data:
+            records.append(first)
+        else:
+            first.close()
+        at, size = 0, _DATAGRAM
+        while True:
+            record = _peek_at(sock, at, size)
+            if record is None or (ended and not record.credentials):
+                return records
+            if record.flags & MSG_TRUNC:
+                record.close()
+                size *= 4
+                continue
+            records.append(record)
+            at += len(record.data)
+    finally:
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+        if ended:
+            sock.setsockopt(SOL_SOCKET, SO_PASSCRED, passing)
+
+
+def send(sock: socket, data: bytes, fds: list[int], stream: bool, to: str | bytes = "") -> None:
+    """Put one record into the queue of the peer, or of the socket named *to*; sender's buffer permitting, which is made
+    large. Raises :class:`OSError`."""
+    set_buffer(sock, SO_SNDBUF, _ROOM)
+    control = [(SOL_SOCKET, SCM_RIGHTS, b"".join(fd.to_bytes(_INTEGER, "little") for fd in fds))] if fds else []
+    while True:
+        done = sock.sendmsg([data], control, MSG_DONTWAIT, to) if to else sock.sendmsg([data], control, MSG_DONTWAIT)
+        data, control = data[done:], []
+        if not stream or not data:
+            return

@@ -1,0 +1,341 @@
+"""Unix sockets (images: unix_sk_entry, sk-queues.img): how they are saved; :mod:`rebuild` beside this brings them back.
+
+State owned: type, name and socket file, peer, backlog and clients that wait, shutdown, options, what is queued. Kernel:
+sock_diag(7) for peers, names and waiting clients, SIOCUNIXFILE for the socket file, getsockopt(2) and peeking on a copy of
+the descriptor. What goes wrong: a peer outside the tree; data that a client sent before it was accepted, which belongs
+to no socket that can be reached; credentials and errors, for which the images have no place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from firn.abi import nr, poll
+from firn.abi.libc import syscall
+from firn.host import holders, procfs, sockdiag
+from firn.resources.base import UNIXSK, Kind, Open
+from firn.resources.sockets import options, queues
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket
+    from typing import Any
+
+    from firn.host.sockdiag import UnixSocket
+    from firn.images.store import ImageDir
+    from firn.resources.base import DumpContext, RestoreContext
+    from firn.resources.sockets.queues import Record
+    from firn.resources.sockets.rebuild import Rebuild
+
+STREAM, DGRAM, SEQPACKET = 1, 2, 5
+EXTERNAL = 1
+"""uflags: a service outside the tree."""
+_SIOCUNIXFILE = 0x89E0
+_DELETED = " (deleted)"
+_HELP = "dump that process too, or close the socket"
+_NO_OPTIONS = {
+    "so_sndbuf": 0, "so_rcvbuf": 0, "so_snd_tmo_sec": 0, "so_snd_tmo_usec": 0, "so_rcv_tmo_sec": 0, "so_rcv_tmo_usec": 0,
+}  # fmt: skip
+_NO_OWNER = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
+
+
+class Queued:
+    """One record of a queue: its descriptors by file id; those that lead to a socket which is just being collected are
+    still in ``unknown``."""
+
+    __slots__ = ("ids", "record", "unknown")
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.ids: list[int] = []
+        self.unknown: dict[int, Open] = {}
+
+
+class Socket:
+    """A unix socket of the frozen processes."""
+
+    __slots__ = ("id", "open", "queue", "seen")
+
+    def __init__(self, open: Open, seen: UnixSocket) -> None:
+        self.open = open
+        self.seen = seen
+        self.queue: list[Queued] = []
+        self.id = 0
+
+
+def show(name: bytes) -> str:
+    """A socket's name for people."""
+    return "@" + name[1:].decode("utf-8", "replace") if name[:1] == b"\0" else os.fsdecode(name.rstrip(b"\0"))
+
+
+class UnixSockets(Kind):
+    """All unix sockets of a dump or of a restore."""
+
+    def __init__(self) -> None:
+        self.sockets: dict[int, Socket] = {}
+        self.external: set[int] = set()
+        self._all: dict[int, UnixSocket] | None = None
+        self._pidfd = -1
+        self._rebuild: Rebuild | None = None
+
+    # -- collect -----------------------------------------------------------------------------------------------------
+
+    def _seen(self) -> dict[int, UnixSocket]:
+        """All unix sockets of the machine, as they are now that the processes stand still."""
+        if self._all is None:
+            self._all = sockdiag.unix_sockets()
+        return self._all
+
+    def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
+        """The unix_sk_entry."""
+        import _socket
+
+        inode = open.stat.st_ino
+        seen = self._seen().get(inode)
+        if seen is None:
+            context.refuse(open, "is a unix socket of another network namespace", "not supported yet; close it")
+            return None
+        if inode in self.external:
+            return _external(seen)
+        found = self.sockets[inode] = Socket(open, seen)
+        copy = _socket.socket(fileno=os.dup(open.copy()))
+        try:
+            reasons = self._obstacles(found, copy)
+            if not reasons:
+                self._collect_queue(found, copy, context)
+                reasons = _queue_obstacles(found, copy)
+            for reason in reasons:
+                context.refuse(open, reason, "close it before the dump, or let the program finish with it")
+            return None if reasons else self._message(found, copy, context)
+        finally:
+            copy.close()
+
+    def _obstacles(self, found: Socket, copy: socket) -> list[str]:
+        seen = found.seen
+        reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
+        if poll.state(copy.fileno()) & poll.POLLERR:
+            reasons.append("is a unix socket with an error that was not reported yet, which images cannot hold")
+        if seen.type == STREAM and seen.state != sockdiag.LISTEN and seen.received and queues.has_urgent(copy):
+            reasons.append("has an out-of-band byte that was not read, which images cannot hold")
+        if seen.type != DGRAM and seen.state == sockdiag.ESTABLISHED and self._listener(seen) and seen.sent:
+            reasons.append("has sent data over a connection that is not accepted yet")
+        return reasons
+
+    def _listener(self, seen: UnixSocket) -> UnixSocket | None:
+        """The listening socket in whose queue the connection of *seen* still waits."""
+        if seen.peer or seen.type == DGRAM or seen.state != sockdiag.ESTABLISHED:
+            return None
+        return next((other for other in self._seen().values() if seen.inode in other.waiting), None)
+
+    def _message(self, found: Socket, copy: socket, context: DumpContext) -> dict[str, Any] | None:
+        open, seen = found.open, found.seen
+        message: dict[str, Any] = {
+            "ino": seen.inode, "type": seen.type, "state": seen.state, "flags": open.flags, "uflags": 0,
+            "backlog": seen.sent, "peer": seen.peer, "fown": context.owner(open), "name": seen.name,
+            "shutdown": seen.shutdown,
+        }  # fmt: skip
+        listener = self._listener(seen)
+        if listener is not None:
+            # Not the diag number, which nobody needs: the place in the listener's queue, which the images cannot tell.
+            message |= {"peer": listener.inode, "backlog": listener.waiting.index(seen.inode)}
+        if f"unix[{seen.inode}]" in context.options.external:
+            message |= {"peer": 0, "state": sockdiag.CLOSE, "shutdown": 0}
+        try:
+            message["opts"] = options.collect(copy)
+        except OSError as error:
+            context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
+            return None
+        if seen.name and seen.name[:1] != b"\0":
+            where = _socket_file(copy.fileno(), seen.name)
+            if where is None:
+                context.refuse(open, f"is bound to {show(seen.name)}, which cannot be found again", "bind a full path")
+                return None
+            message |= where
+        return message
+
+    # -- queues ------------------------------------------------------------------------------------------------------
+
+    def _collect_queue(self, found: Socket, copy: socket, context: DumpContext) -> None:
+        seen = found.seen
+        if seen.state == sockdiag.LISTEN:
+            return
+        if seen.type == STREAM:
+            records = queues.peek_stream(copy, seen.received) if seen.received else []
+        else:
+            records = queues.peek_messages(copy, seen.type == SEQPACKET and bool(seen.shutdown & 1))
+        found.queue = [Queued(record) for record in records]
+        for index, queued in enumerate(found.queue):
+            for place, fd in enumerate(queued.record.fds):
+                self._add_queued(found, index, place, fd, context)
+
+    def _add_queued(self, found: Socket, index: int, place: int, fd: int, context: DumpContext) -> None:
+        """Store what a queued descriptor leads to. The descriptor is ours, and stays open until the end, so the kernel
+        can compare it with others."""
+        if self._pidfd < 0:
+            self._pidfd = syscall("pidfd_open of firn", nr.pidfd_open, os.getpid(), 0)
+        open = Open(os.getpid(), self._pidfd, fd, procfs.fdinfo(os.getpid(), fd))
+        open.what = f"{found.open.what}: descriptor {place} of message {index} in its queue"
+        queued = found.queue[index]
+        queued.ids.append(0)
+        if open.link.startswith("socket:[") and open.stat.st_ino in self.sockets:
+            queued.unknown[place] = open
+            return
+        try:
+            added = context.add_open(open)
+        finally:
+            open.close()
+        if added is not None:
+            queued.ids[place] = added[0]
+
+    # -- finish ------------------------------------------------------------------------------------------------------
+
+    def finish(self, context: DumpContext) -> None:
+        """Peers and clients are all there, or are refused."""
+        for found in list(self.sockets.values()):
+            if any(obstacle.thing == found.open.what for obstacle in context.obstacles):
+                continue
+            self._check_peer(found, context)
+            self._check_clients(found, context)
+            self._check_senders(found, context)
+            for queued in found.queue:
+                for place, open in queued.unknown.items():
+                    queued.ids[place] = (context.add_open(open) or (0, 0))[0]
+                    open.close()
+            if found.queue:
+                found.id = (context.add_open(found.open) or (0, 0))[0]
+
+    def _check_peer(self, found: Socket, context: DumpContext) -> None:
+        seen = found.seen
+        listener = self._listener(seen)
+        peer = listener or (self._seen().get(seen.peer) if seen.peer else None)
+        if not seen.peer and peer is None:
+            return
+        if f"unix[{seen.inode}]" in context.options.external:
+            return
+        inode = peer.inode if peer is not None else seen.peer
+        if inode in self.sockets:
+            if peer is not None and seen.type == DGRAM and not peer.name and peer.peer != seen.inode:
+                context.refuse(found.open, "is connected to a nameless socket that is connected elsewhere", "close it")
+            return
+        if context.options.ext_unix_sk and seen.type == DGRAM and peer is not None and peer.name:
+            if self._add_external(found, inode, context):
+                return
+        context.refuse(found.open, f"is connected to a socket outside the tree: {self._who(found, inode)}", self._help(found))
+
+    def _help(self, found: Socket) -> str:
+        return f"{_HELP}; --external unix[{found.seen.inode}] drops the connection, --ext-unix-sk keeps that of a datagram"\
+            " socket to a name"
+
+    def _who(self, found: Socket, inode: int) -> str:
+        who = holders.find(found.open.stat.st_dev, inode, {os.getpid()})
+        return "; ".join(str(holder) for holder in who) or "nobody in sight (it is on its way through a socket)"
+
+    def _add_external(self, found: Socket, inode: int, context: DumpContext) -> bool:
+        """Store a socket outside the tree by its name."""
+        self.external.add(inode)
+        for holder in holders.find(found.open.stat.st_dev, inode, {os.getpid()}):
+            pidfd = syscall(f"pidfd_open {holder.pid}", nr.pidfd_open, holder.pid, 0)
+            try:
+                open = Open(holder.pid, pidfd, holder.fd, procfs.fdinfo(holder.pid, holder.fd))
+                return context.add_open(open) is not None
+            finally:
+                open.close()
+                os.close(pidfd)
+        return False
+
+    def _check_clients(self, found: Socket, context: DumpContext) -> None:
+        for inode in found.seen.waiting:
+            if inode and inode not in self.sockets:
+                who = self._who(found, inode)
+                context.refuse(found.open, f"has a client outside the tree that it did not accept yet: {who}", _HELP)
+            elif not inode:
+                context.refuse(found.open, "has a client that is gone and was not accepted yet", "let it be accepted")
+
+    def _check_senders(self, found: Socket, context: DumpContext) -> None:
+        """The restore sends from the peer, else from a socket without a name."""
+        if found.seen.type != DGRAM:
+            return
+        peers = [other.seen for other in self.sockets.values() if other.seen.peer == found.seen.inode]
+        name = peers[0].name.rstrip(b"\0") if peers else b""
+        for queued in found.queue:
+            if queued.record.sender.rstrip(b"\0") != name:
+                sender = show(queued.record.sender) or "a socket without name"
+                context.refuse(found.open, f"has a datagram from {sender} in its queue, whose sender images cannot tell")
+                return
+
+    # -- save --------------------------------------------------------------------------------------------------------
+
+    def save(self, images: ImageDir) -> None:
+        """Write the queues."""
+        filled = [found for found in self.sockets.values() if found.queue]
+        if not filled:
+            return
+        with images.writer("SK_QUEUES") as writer:
+            for found in filled:
+                for queued in found.queue:
+                    entry: dict[str, Any] = {"id_for": found.id, "length": len(queued.record.data)}
+                    if queued.ids:
+                        entry["scm"] = [{"type": queues.SCM_RIGHTS, "rights": queued.ids}]
+                    writer.add(entry)
+                    writer.payload(queued.record.data)
+
+    def close(self) -> None:
+        """Close queued descriptors and what was rebuilt."""
+        for found in self.sockets.values():
+            for queued in found.queue:
+                queued.record.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._rebuild is not None:
+            self._rebuild.close()
+
+    # -- restore -----------------------------------------------------------------------------------------------------
+
+    def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
+        """The socket *number*. All of them are made when the first is asked for."""
+        from firn.resources.sockets.rebuild import Rebuild
+
+        if self._rebuild is None:
+            self._rebuild = Rebuild(context)
+            self._rebuild.run()
+        return self._rebuild.take(number)
+
+
+def _queue_obstacles(found: Socket, copy: socket) -> list[str]:
+    if found.queue and copy.getsockopt(options.SOL_SOCKET, options.SO_PASSCRED):
+        return ["has messages with credentials in its queue (SO_PASSCRED), which images cannot hold"]
+    return []
+
+
+def _external(seen: UnixSocket) -> dict[str, Any]:
+    """The entry of a service outside: only its name matters."""
+    return {
+        "ino": seen.inode, "type": seen.type, "state": sockdiag.CLOSE, "flags": os.O_RDWR, "uflags": EXTERNAL,
+        "backlog": 0, "peer": 0, "fown": _NO_OWNER, "name": seen.name, "opts": _NO_OPTIONS,
+    }  # fmt: skip
+
+
+def _socket_file(fd: int, name: bytes) -> dict[str, Any] | None:
+    """What the images say of a bound socket's file; None if a relative name cannot be resolved again."""
+    path_fd = fcntl.ioctl(fd, _SIOCUNIXFILE)
+    try:
+        path, st = os.readlink(f"/proc/self/fd/{path_fd}"), os.fstat(path_fd)
+    finally:
+        os.close(path_fd)
+    told = os.fsdecode(name.split(b"\0")[0])
+    entry: dict[str, Any] = {"file_perms": {"mode": st.st_mode, "uid": st.st_uid, "gid": st.st_gid}}
+    if not st.st_nlink:
+        path = path.removesuffix(_DELETED)
+    if not told.startswith("/"):
+        if not path.endswith("/" + told):
+            return None
+        entry["name_dir"] = path[: -len(told) - 1] or "/"
+        told = path
+    try:
+        there = os.stat(told)
+        entry["deleted"] = (there.st_dev, there.st_ino) != (st.st_dev, st.st_ino)
+    except OSError:
+        entry["deleted"] = True
+    return entry

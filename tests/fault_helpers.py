@@ -1,0 +1,289 @@
+"""For the failure tests: a program that notices what a dump could do to it, and a dump that is cut off anywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from mmap import mmap
+from pathlib import Path
+
+from harness import CACHE, wait_until
+
+import firn.abi.libc as libc
+from firn import api
+from firn.dump import orchestrator
+from firn.log import Log
+
+SOURCE = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <linux/futex.h>
+#include <time.h>
+#include <unistd.h>
+enum { SLEEP, POLL, SPIN, WAIT, FUTEX, KINDS };
+struct shared { volatile uint64_t beats[8]; volatile uint64_t ready; volatile uint64_t wrong; char text[256]; };
+static struct shared *shared;
+static uint32_t beaten;
+static void wrong(int line, const char *what, long value)
+{
+    if (!__sync_fetch_and_add(&shared->wrong, 1))
+        snprintf(shared->text, sizeof shared->text, "line %d: %s: %ld", line, what, value);
+}
+#define CHECK(ok, value) do { if (!(ok)) wrong(__LINE__, #ok, (long)(value)); } while (0)
+static void handler(int number) { wrong(__LINE__, "unexpected signal", number); }
+static uint64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+static uint64_t own_mask(int kind)
+{
+    static const uint64_t masks[KINDS] = {0, 1ull << (SIGTRAP - 1), 1ull << (SIGWINCH - 1) | 1ull << (SIGUSR1 - 1),
+        1ull << (SIGURG - 1) | 1ull << 40, ~(1ull << (SIGKILL - 1) | 1ull << (SIGSTOP - 1) | 3ull << 31)};
+    return masks[kind];
+}
+static void check_mask(int kind)
+{
+    uint64_t mask = 0;
+    CHECK(!syscall(SYS_rt_sigprocmask, SIG_SETMASK, NULL, &mask, 8), errno);
+    CHECK(mask == own_mask(kind), mask);
+}
+static void check_stack(void *mine)
+{
+    stack_t stack;
+    CHECK(!sigaltstack(NULL, &stack), errno);
+    CHECK(stack.ss_sp == mine, (uintptr_t)stack.ss_sp);
+}
+/* All registers hold known values for a while; every one must still hold it at the end. */
+static long spin(uint64_t rounds)
+{
+    static const uint64_t xmm[2] = {0x1122334455667788, 0x99aabbccddeeff00};
+    long bad = 0;
+    __asm__ volatile(
+        "push %%rbp\n"
+        "push %[rounds]\n"
+        "push %[xmm]\n"
+        "mov 8(%%rsp), %%rcx\n"
+        "mov (%%rsp), %%rax\n"
+        "movdqu (%%rax), %%xmm0\n movdqa %%xmm0, %%xmm7\n movdqa %%xmm0, %%xmm15\n"
+        "mov $0x1001, %%rbx\n mov $0x1002, %%rdx\n mov $0x1003, %%rsi\n mov $0x1004, %%rdi\n mov $0x1005, %%rbp\n"
+        "mov $0x1008, %%r8\n mov $0x1009, %%r9\n mov $0x100a, %%r10\n mov $0x100b, %%r11\n mov $0x100c, %%r12\n"
+        "mov $0x100d, %%r13\n mov $0x100e, %%r14\n mov $0x100f, %%r15\n mov $0x1000, %%rax\n"
+        "1: dec %%rcx\n jnz 1b\n"
+        "cmp $0x1000, %%rax\n jne 2f\n cmp $0x1001, %%rbx\n jne 2f\n cmp $0x1002, %%rdx\n jne 2f\n"
+        "cmp $0x1003, %%rsi\n jne 2f\n cmp $0x1004, %%rdi\n jne 2f\n cmp $0x1005, %%rbp\n jne 2f\n"
+        "cmp $0x1008, %%r8\n jne 2f\n cmp $0x1009, %%r9\n jne 2f\n cmp $0x100a, %%r10\n jne 2f\n"
+        "cmp $0x100b, %%r11\n jne 2f\n cmp $0x100c, %%r12\n jne 2f\n cmp $0x100d, %%r13\n jne 2f\n"
+        "cmp $0x100e, %%r14\n jne 2f\n cmp $0x100f, %%r15\n jne 2f\n"
+        "mov (%%rsp), %%rax\n movdqu (%%rax), %%xmm1\n"
+        "pcmpeqb %%xmm1, %%xmm0\n pcmpeqb %%xmm1, %%xmm7\n pcmpeqb %%xmm1, %%xmm15\n"
+        "pand %%xmm7, %%xmm0\n pand %%xmm15, %%xmm0\n pmovmskb %%xmm0, %%eax\n cmp $0xffff, %%eax\n jne 2f\n"
+        "xor %%eax, %%eax\n jmp 3f\n"
+        "2: mov $1, %%eax\n"
+        "3: add $16, %%rsp\n pop %%rbp\n"
+        : "=a"(bad)
+        : [rounds] "r"(rounds), [xmm] "r"(xmm)
+        : "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory", "cc",
+          "xmm0", "xmm1", "xmm7", "xmm15");
+    return bad;
+}
+static void *work(void *argument)
+{
+    int kind = (int)(intptr_t)argument;
+    uint64_t mask = own_mask(kind);
+    stack_t stack = {.ss_sp = malloc(65536), .ss_size = 65536};
+    static uint32_t word;
+    struct pollfd nothing = {.fd = -1};
+    CHECK(!sigaltstack(&stack, NULL), errno);
+    CHECK(!syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, 8), errno);
+    for (;;) {
+        uint64_t begin = now(), least = 0;
+        struct timespec t = {0, 4000000};
+        long result;
+        switch (kind) {
+        case SLEEP:
+            result = syscall(SYS_nanosleep, &t, NULL);
+            CHECK(result == 0, errno);
+            least = 4000000;
+            __sync_fetch_and_add(&beaten, 1);
+            syscall(SYS_futex, &beaten, FUTEX_WAKE, 1, NULL, NULL, 0);
+            break;
+        case POLL:
+            result = poll(&nothing, 1, 7);
+            CHECK(result == 0, errno);
+            least = 6900000;
+            break;
+        case SPIN:
+            CHECK(spin(400000) == 0, 0);
+            result = syscall(SYS_nanosleep, &t, NULL);
+            CHECK(result == 0, errno);
+            break;
+        case WAIT:
+            result = syscall(SYS_futex, &beaten, FUTEX_WAIT, beaten, NULL, NULL, 0);
+            CHECK(result == 0 || errno == EAGAIN, errno);
+            break;
+        case FUTEX:
+            t.tv_nsec = 9000000;
+            result = syscall(SYS_futex, &word, FUTEX_WAIT, 0, &t, NULL, 0);
+            CHECK(result == -1 && errno == ETIMEDOUT, errno);
+            least = 9000000;
+            break;
+        }
+        CHECK(now() - begin >= least, now() - begin);
+        check_mask(kind);
+        check_stack(stack.ss_sp);
+        shared->beats[kind]++;
+    }
+    return NULL;
+}
+int main(int argc, char **argv)
+{
+    int fd = open(argv[1], O_RDWR);
+    if (argc < 2 || fd < 0)
+        return 1;
+    shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    signal(SIGTRAP, handler);
+    signal(SIGWINCH, handler);
+    signal(SIGURG, handler);
+    signal(SIGUSR1, handler);
+    for (intptr_t kind = 1; kind < KINDS; kind++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, work, (void *)kind))
+            return 1;
+    }
+    shared->ready = 1;
+    work((void *)SLEEP);
+}
+"""
+
+KINDS = ("nanosleep", "poll", "registers", "futex without timeout", "futex with timeout")
+READY, WRONG, TEXT = 64, 72, slice(80, 336)
+PATIENCE = 5.0
+
+
+def build_target() -> Path:
+    made = CACHE / f"steady-{hash_of(SOURCE)}"
+    if not made.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        draft = made.with_suffix(f".{os.getpid()}")
+        command = ["gcc", "-std=gnu11", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-static", "-x", "c", "-"]
+        done = subprocess.run([*command, "-o", draft], input=SOURCE, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        draft.rename(made)
+    return made
+
+
+def hash_of(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Steady:
+    """The program, running: five threads wait or compute, and check registers, masks, stacks, times and signals."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "steady.beat"
+        self.path.write_bytes(bytes(4096))
+        with self.path.open("r+b") as file:
+            self._map = mmap(file.fileno(), 4096)
+        null = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            [build_target(), self.path], start_new_session=True, stdin=null, stdout=null, stderr=null, cwd=folder
+        )
+        self.pid = self.process.pid
+        wait_until("the target gets ready", lambda: bool(self._word(READY)))
+        assert not self.trouble()
+
+    def _word(self, offset: int) -> int:
+        return int(struct.unpack_from("<Q", self._map, offset)[0])
+
+    def _beats(self) -> tuple[int, ...]:
+        return struct.unpack_from("<5Q", self._map)
+
+    def trouble(self) -> str:
+        """Waits until every thread has gone round twice; what is wrong with it, empty if nothing is."""
+        before = self._beats()
+        deadline = time.monotonic() + PATIENCE
+        while any(now < then + 2 for now, then in zip(self._beats(), before, strict=True)):
+            if self.process.poll() is not None:
+                return f"the target ended with {self.process.returncode}"
+            if time.monotonic() > deadline:
+                gone = zip(KINDS, self._beats(), before, strict=True)
+                return f"threads hang: {[kind for kind, now, then in gone if now < then + 2]}"
+            time.sleep(0.001)
+        if self._word(WRONG):
+            return self._map[TEXT].split(b"\0", 1)[0].decode()
+        return ""
+
+    def areas(self) -> int:
+        return len(Path(f"/proc/{self.pid}/maps").read_text().splitlines())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def dump_cut_off(pid: int, images: Path, at: int, cut: Callable[[], None]) -> tuple[int, int]:
+    """A dump (left running) in a child of ours that calls *cut* before its system call number *at* (from 1 on).
+
+    Counted is what reaches other tasks: everything through firn.abi.libc, waitpid(2) and pwrite(2). Answers the child's
+    wait status and, if it came through, the number of calls.
+    """
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir()
+    result = images.with_suffix(".count")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            calls = _count_calls(at, cut)
+            signal.signal(signal.SIGTERM, _interrupt)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            orchestrator.dump(api.DumpOptions(tree=pid, images_dir=str(images), leave_running=True), Log(0))
+            result.write_text(str(calls[0]))
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return status, int(result.read_text()) if not status else 0
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _count_calls(at: int, cut: Callable[[], None]) -> list[int]:
+    calls = [0]
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            calls[0] += 1
+            if calls[0] == at:
+                cut()
+            return function(*arguments)
+
+        return call
+
+    for module, name in ((libc, "_syscall"), (os, "waitpid"), (os, "pwrite")):
+        setattr(module, name, counted(getattr(module, name)))
+    return calls
