@@ -29,4 +29,4 @@ class TimeLimit:
     def __exit__(self, *_: object) -> None:
         if self.seconds > 0:
             _signal.setitimer(_ITIMER_REAL, 0)
-            _signal.signal(_SIGALRM, self._old)  # type: ignore[arg-type]
+            _signal.signal(_SIGALRM, self._old)

@@ -16,7 +16,7 @@ Portrait = dict[str, str]
 
 # Field of a portrait (a regular expression, matched in full) -> why a restored process may differ there.
 EXCEPTIONS: dict[str, str] = {
-    r".*status\.(Vm(Peak|HWM|RSS|Pin|PTE|Swap)|Rss\w+)": "high-water marks, and what happens to be in memory",
+    r".*status\.(Vm(Peak|HWM|RSS|Pin|PTE|Swap)|Rss\w+|HugetlbPages)": "high-water marks, what is in memory now",
     r".*status\.(State|FDSize|SigQ|(non)?voluntary_ctxt_switches)": "changes from moment to moment",
     r".*status\.(CoreDumping|TracerPid)": "only of interest while somebody traces the task",
     r".*status\.Ngid": "the NUMA balancer's group",

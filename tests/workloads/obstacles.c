@@ -1,6 +1,12 @@
-/* State that stands against a dump: it must be refused, all of it named, and the program must go on unharmed. */
+/*
+ * State that stands, or once stood, against a dump: where it does, the dump must be refused with all of it named, and
+ * the program must go on unharmed.
+ */
 #include "workload.h"
 
+#include <linux/bpf.h>
+#include <linux/io_uring.h>
+#include <linux/perf_event.h>
 #include <netinet/in.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -10,6 +16,9 @@
 #include <sys/timerfd.h>
 #include <sys/wait.h>
 
+enum { STRANGE = 4 };
+
+static int strange[STRANGE];
 static int pipes[2], sockets[2], event, listener, terminal, poller, timer, signals, watch;
 static pid_t child;
 
@@ -18,10 +27,14 @@ static void make_pipe(void)
 	NEED(!pipe2(pipes, O_CLOEXEC) && write(pipes[1], "piped", 5) == 5);
 }
 
-static void make_sockets(void)
+static void make_socketpair(void)
+{
+	NEED(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) && write(sockets[0], "sent", 4) == 4);
+}
+
+static void make_listener(void)
 {
 	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
-	NEED(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) && write(sockets[0], "sent", 4) == 4);
 	listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	NEED(listener >= 0 && !bind(listener, (void *)&address, sizeof address) && !listen(listener, 3));
 }
@@ -50,12 +63,34 @@ static void make_terminal(void)
 		cannot_run("no terminals here");
 }
 
-static void all_set(void)
+/* Descriptors of what no checkpoint can hold: a ring of requests, a pager, a counter, a kernel-side map. */
+static void strange_set(void)
 {
-	make_pipe();
-	make_sockets();
-	make_events();
-	make_terminal();
+	static struct io_uring_params parameters;
+	static union bpf_attr map = {.map_type = BPF_MAP_TYPE_ARRAY, .key_size = 4, .value_size = 8, .max_entries = 1};
+	static struct perf_event_attr counter = {.type = PERF_TYPE_SOFTWARE, .size = sizeof counter,
+						 .config = PERF_COUNT_SW_TASK_CLOCK};
+	strange[0] = (int)syscall(SYS_io_uring_setup, 4, &parameters);
+	strange[1] = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	strange[2] = (int)syscall(SYS_perf_event_open, &counter, 0, -1, -1, 0);
+	strange[3] = (int)syscall(SYS_bpf, BPF_MAP_CREATE, &map, sizeof map);
+	for (int i = 0; i < STRANGE; i++)
+		if (strange[i] < 0)
+			cannot_run("the kernel lacks io_uring, userfaultfd, perf or bpf");
+}
+
+static int strange_check(void)
+{
+	uint64_t ticks = 0;
+	for (int i = 0; i < STRANGE; i++)
+		CHECK(fcntl(strange[i], F_GETFD) >= 0);
+	CHECK(read(strange[2], &ticks, 8) == 8 && ticks > 0);
+	return 1;
+}
+
+static void strange_harm(void)
+{
+	close(strange[0]);
 }
 
 static int pipe_check(void)
@@ -66,12 +101,17 @@ static int pipe_check(void)
 	return 1;
 }
 
-static int sockets_check(void)
+static int socketpair_check(void)
 {
 	char got[16];
+	CHECK(read(sockets[1], got, 16) == 4 && !memcmp(got, "sent", 4) && write(sockets[0], "sent", 4) == 4);
+	return 1;
+}
+
+static int listener_check(void)
+{
 	int accepting = 0;
 	socklen_t length = sizeof accepting;
-	CHECK(read(sockets[1], got, 16) == 4 && !memcmp(got, "sent", 4) && write(sockets[0], "sent", 4) == 4);
 	CHECK(!getsockopt(listener, SOL_SOCKET, SO_ACCEPTCONN, &accepting, &length) && accepting);
 	return 1;
 }
@@ -94,22 +134,19 @@ static int terminal_check(void)
 	return 1;
 }
 
-static int all_check(void)
-{
-	CHECK_ALL(pipe_check());
-	CHECK_ALL(sockets_check());
-	CHECK_ALL(events_check());
-	return terminal_check();
-}
-
 static void pipe_harm(void)
 {
 	NEED(write(pipes[1], "x", 1) == 1);
 }
 
-static void sockets_harm(void)
+static void socketpair_harm(void)
 {
 	NEED(write(sockets[0], "x", 1) == 1);
+}
+
+static void listener_harm(void)
+{
+	dup2(socket(AF_INET, SOCK_STREAM, 0), listener);
 }
 
 static void events_harm(void)
@@ -146,9 +183,10 @@ static void child_harm(void)
 }
 
 WORKLOAD(
-	{"all", all_set, all_check, events_harm},
+	{"strange", strange_set, strange_check, strange_harm},
 	{"pipe", make_pipe, pipe_check, pipe_harm},
-	{"sockets", make_sockets, sockets_check, sockets_harm},
+	{"socketpair", make_socketpair, socketpair_check, socketpair_harm},
+	{"listener", make_listener, listener_check, listener_harm},
 	{"events", make_events, events_check, events_harm},
 	{"terminal", make_terminal, terminal_check, terminal_harm},
 	{"child", child_set, child_check, child_harm},

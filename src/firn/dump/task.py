@@ -116,11 +116,15 @@ def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: 
 
 def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
     """Give every mapping the file id of what it maps."""
+    known: dict[tuple[object, ...], int] = {}
     for area in mine.areas:
         if area.kind == "file":
             assert area.stat is not None
-            what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
-            area.shmid = _plain_file(got, what, area.link(mine.pid), area.stat, area.mode)
+            key = (area.stat.st_dev, area.stat.st_ino, area.map.name, area.mode)
+            if key not in known:
+                what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
+                known[key] = _plain_file(got, what, area.link(mine.pid), area.stat, area.mode)
+            area.shmid = known[key]
         elif area.kind == "shmem":
             area.shmid = _memory_object(got, mine.pid, area)
 
@@ -155,7 +159,7 @@ class Questions:
             (task.leader, self.program, threads.ask(self.program))
         ]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024)
+            own = task.program(thread, size=1024, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
         for _, own, _ in self.threads:
             own.start()

@@ -137,6 +137,20 @@ def maps(pid: int) -> list[Map]:
     return [_map_line(line) for line in text.split("\n") if line]
 
 
+def named_map(pid: int, name: str) -> Map | None:
+    """The first mapping of *pid* called *name* (like ``[vdso]``); the lines of all others are not parsed."""
+    text = read(f"/proc/{pid}/maps")
+    ending = f" {name}\n".encode("utf-8", "surrogateescape")
+    at = text.find(ending)
+    while at >= 0:
+        line = text[text.rfind(b"\n", 0, at) + 1 : at + len(ending) - 1]
+        found = _map_line(line.decode("utf-8", "surrogateescape"))
+        if found.name == name:
+            return found
+        at = text.find(ending, at + 1)
+    return None
+
+
 def smaps(pid: int) -> list[Map]:
     """The mappings with their VmFlags, page size and amount of huge pages (bytes). Walks page tables: not cheap."""
     text = read(f"/proc/{pid}/smaps").decode("utf-8", "surrogateescape")

@@ -26,10 +26,13 @@ _TRIES = 5
 
 
 class UnixSocket:
-    """One unix socket. ``name`` are the bytes of sun_path, empty if unbound; ``peer`` the inode of its peer (0: none, or
-    one that is closed or not accepted yet); ``waiting`` the inodes of the clients that a listening socket has not
-    accepted, in order; ``received`` and ``sent`` are bytes in the queues (for a listening socket clients and backlog);
-    ``shutdown`` has bit 1 for reading, 2 for writing."""
+    """One unix socket.
+
+    ``name`` are the bytes of sun_path, empty if unbound; ``peer`` the inode of its peer (0: none, or one that is closed
+    or not accepted yet); ``waiting`` the inodes of the clients that a listening socket has not accepted, in order;
+    ``received`` and ``sent`` are bytes in the queues (for a listening socket clients and backlog); ``shutdown`` has
+    bit 1 for reading, 2 for writing.
+    """
 
     __slots__ = ("inode", "name", "peer", "received", "sent", "shutdown", "state", "type", "waiting")
 

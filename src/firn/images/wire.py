@@ -48,6 +48,9 @@ _KINDS = {
     "bool": _BOOL, "f64": _FIXED, "bytes": _RAW, "str": _TEXT,
 }  # fmt: skip
 
+_AT_ONCE = 15
+"""Zeros that are looked for at once, behind one: arrays have a multiple of sixteen numbers."""
+
 _ONE = [bytes((number,)) for number in range(128)]
 
 
@@ -76,7 +79,7 @@ class _Message:
         self.required = frozenset(field.name for field in fields if field.label == schema.REQUIRED)
         self.repeated = [field.name for field in fields if field.label == schema.REPEATED]
         self.rows: dict[int, Row] = {}
-        self.writes: list[tuple[str, int, str, Write]] = []
+        self.writes: list[tuple[str, int, str, Write, bytes]] = []
 
 
 _reading: dict[str, _Message] = {}
@@ -111,7 +114,8 @@ def _for_writing(name: str) -> _Message:
     for field in fields:
         kind = _kind(field)
         tag = _varint(field.number << 3 | _wire_type(kind))
-        message.writes.append((field.name, field.number, field.label, _WRITERS[kind](tag, field)))
+        zero = tag + b"\0" if field.label == schema.REPEATED and kind < _FIXED else b""
+        message.writes.append((field.name, field.number, field.label, _WRITERS[kind](tag, field), zero))
     _writing[name] = message
     return message
 
@@ -124,7 +128,7 @@ def _encode(message: _Message, value: dict[str, Any], depth: int) -> bytes:
     name = UNKNOWN
     try:
         raw = _raw_fields(message, value) if UNKNOWN in value else None
-        for name, number, label, write in message.writes:
+        for name, number, label, write, zero in message.writes:
             while raw and raw[-1][0] < number:
                 parts.append(raw.pop()[1])
             item = value.get(name)
@@ -133,7 +137,9 @@ def _encode(message: _Message, value: dict[str, Any], depth: int) -> bytes:
                     raise ImageError(f"{message.name}: the required field {name!r} is missing")
                 continue
             found += 1
-            if label == "*":
+            if zero and item.count(0) == len(item):
+                parts.append(zero * len(item))  # thousands of numbers in a core image: registers that are not in use
+            elif label == "*":
                 for one in item:
                     parts.append(write(one, depth))
             else:
@@ -317,6 +323,8 @@ def _decode(message: _Message, data: bytes, at: int, end: int, left: list[int]) 
                 raise ImageError(f"{message.name}.{name}: {item} does not fit in {type_}")
         if repeated:
             value[name].append(item)
+            if not item and kind < _FIXED:
+                at = _more_zeros(data, start, at, end, value[name])
         else:
             value[name] = item
     if at != end:
@@ -325,6 +333,15 @@ def _decode(message: _Message, data: bytes, at: int, end: int, left: list[int]) 
         missing = ", ".join(sorted(message.required - value.keys()))
         raise ImageError(f"{message.name}: the required field {missing} is missing")
     return value
+
+
+def _more_zeros(data: bytes, start: int, at: int, end: int, items: list[int]) -> int:
+    """Add what follows the zero in data[start:at], as long as it is the same again and again; the offset behind it."""
+    zeros, more = data[start:at] * _AT_ONCE, items[-1:] * _AT_ONCE
+    while data.startswith(zeros, at, end):
+        items += more
+        at += len(zeros)
+    return at
 
 
 def _read_varint(data: bytes, at: int, where: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 
 from firn.abi import nr, prctl
+from firn.abi.libc import address_of, syscall
 from firn.errors import ImageError, RestoreError
 
 TYPE_CHECKING = False
@@ -64,12 +65,7 @@ def plan(program: Program, entry: dict[str, Any], last: int, before_final: Any =
     inheritable, permitted, effective, bounding, ambient = (
         capability_set(entry, field) & limit for field, _ in _SETS
     )
-    full = program.data(bytes(prctl.CAP_DATA.size))
-    header = program.data(prctl.CAP_HEADER.pack(prctl.CAP_VERSION_3, 0))
-    program.call("capget", nr.capget, header, full)
-    program.run()
-    eff0, prm0, _, eff1, prm1, _ = prctl.CAP_DATA.unpack(program.read(full, prctl.CAP_DATA.size))
-    own_eff, own_prm = eff0 | eff1 << 32, prm0 | prm1 << 32
+    own_eff, own_prm = _present(program.runner.tid)
     fixed = prctl.SECBIT_NO_SETUID_FIXUP | prctl.SECBIT_KEEP_CAPS
     program.call("prctl securebits", nr.prctl, prctl.SET_SECUREBITS, fixed, 0, 0, 0)
     groups = entry.get("groups", [])
@@ -95,6 +91,15 @@ def plan(program: Program, entry: dict[str, Any], last: int, before_final: Any =
     if before_final is not None:
         before_final(program)
     _capset(program, effective, permitted, inheritable)
+
+
+def _present(tid: int) -> tuple[int, int]:
+    """The (effective, permitted) capabilities that thread *tid* has now: capget(2), from outside."""
+    header = bytearray(prctl.CAP_HEADER.pack(prctl.CAP_VERSION_3, tid))
+    found = bytearray(prctl.CAP_DATA.size)
+    syscall(f"capget of task {tid}", nr.capget, address_of(header), address_of(found))
+    effective, permitted, _, effective_high, permitted_high, _ = prctl.CAP_DATA.unpack(found)
+    return effective | effective_high << 32, permitted | permitted_high << 32
 
 
 def _capset(program: Program, effective: int, permitted: int, inheritable: int) -> None:

@@ -220,6 +220,26 @@ def _timespec(pid: int, address: int) -> int:
 # -- coming back ---------------------------------------------------------------------------------------------------
 
 
+def stored(pid: int, core: dict[str, Any], gpregs: dict[str, int], regs: tuple[int, ...]) -> dict[str, Any] | None:
+    """The wait in which a thread of the checkpoint was interrupted, or None.
+
+    An image of CRIU's has EINTR for such a call. Ending a sleep early is worse than letting it last: the call gets what the
+    kernel left in its *rmtp* argument, or its full time.
+    """
+    own = core.get("firn")
+    if own is not None:
+        entry: dict[str, Any] | None = own.get("restart")
+        return entry if entry and entry["nr"] in TIMED else None
+    number = gpregs["orig_ax"]
+    if gpregs["ax"] != _WORD - EINTR or number not in TIMED:
+        return None
+    timeout = {nr.poll: cpu.DX, nr.nanosleep: cpu.DI, nr.clock_nanosleep: cpu.DX, nr.futex: cpu.R10}[number]
+    if number == nr.poll and regs[timeout] >> 31 & 1 or number != nr.poll and not regs[timeout]:
+        return None
+    remaining, exact = _remaining(pid, number, regs, None)
+    return {"nr": number, "remaining_ns": remaining, "exact": exact}
+
+
 def prime(runner: Runner, program: Program, site: int, regs: tuple[int, ...], entry: dict[str, Any]) -> tuple[int, ...]:
     """Put *runner*'s thread back into the wait of *entry* and interrupt it; the registers to let it go with.
 

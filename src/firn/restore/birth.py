@@ -81,7 +81,7 @@ def spawn(pid: int, sibling: bool) -> None:
         for fd in (memfd, alive, child_end):
             if fd >= 0:
                 os.close(fd)
-    options = pt.O_TRACESYSGOOD | pt.O_TRACECLONE | pt.O_EXITKILL
+    options = pt.O_TRACESYSGOOD | pt.O_TRACECLONE | pt.O_TRACEFORK | pt.O_EXITKILL
     ptrace.request("seize", pt.SEIZE, pid, 0, options)
     ptrace.request("interrupt", pt.INTERRUPT, pid)
     while ptrace.wait_stop(pid).event != pt.EVENT_STOP:
@@ -115,17 +115,20 @@ def _clone(pid: int, sibling: bool, memfd: int) -> None:
             os._exit(127)
 
 
-def kill(pid: int, sibling: bool) -> None:
-    """End what was made, threads and all, and reap it."""
-    try:
-        os.kill(pid, sig.SIGKILL)
-    except ProcessLookupError:
-        return
-    # As its tracer we are told of every thread's end, the leader's last; as its parent, once more.
-    while True:
+def kill(families: list[list[int]]) -> None:
+    """End the processes whose thread ids are *families* (leaders first), as far as they exist, and see them dead.
+
+    As their tracer we are told of every thread's end, a leader's after those of its other threads.
+    """
+    for tids in families:
         try:
-            done, status = os.waitpid(-1 if sibling else pid, pt.WALL)
-        except ChildProcessError:
-            return
-        if done == pid and status & 0xFF != 0x7F:
-            return
+            os.kill(tids[0], sig.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for tids in families:
+        for tid in [*tids[1:], tids[0]]:
+            try:
+                while os.waitpid(tid, pt.WALL)[1] & 0xFF == 0x7F:
+                    pass
+            except ChildProcessError:
+                continue

@@ -1,12 +1,11 @@
-"""The load phase: a checkpoint's images, read and checked against each other before anything is made."""
+"""The load stage: a checkpoint's images, read and checked against each other before anything is made."""
 
 from __future__ import annotations
-
-import os
 
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.images.store import ImageDir, read_files
 from firn.resources.memory import areas
+from firn.resources.process import ALIVE, DEAD, STOPPED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,57 +13,52 @@ if TYPE_CHECKING:
 
 VERSIONS = (1, 2)
 _NAMESPACE_NAMES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup")
+_PID_LIMIT = 1 << 30
 
 
-class Checkpoint:
-    """What is in the image directory: one process, its threads, its files."""
+class Process:
+    """One process of the checkpoint and its images. A zombie has only its core."""
 
-    def __init__(self, images: ImageDir) -> None:
-        self.images = images
-        if not images.exists("INVENTORY"):
-            raise ImageError(f"{images.path} is no checkpoint: it has no inventory.img")
-        self.inventory = images.read_one("INVENTORY")
-        _check_inventory(self.inventory)
-        items = images.read_all("PSTREE")
-        if not items:
-            raise ImageError("pstree.img holds no process")
-        if len(items) > 1:
-            raise NotBuilt(f"the checkpoint holds {len(items)} processes; trees are not supported yet")
-        self.item = items[0]
-        self.pid: int = self.item["pid"]
-        self.tids: list[int] = self.item.get("threads", [])
-        if not self.tids or self.tids[0] != self.pid or len(set(self.tids)) != len(self.tids):
-            raise ImageError(f"pstree.img: the threads of process {self.pid} do not begin with itself, or repeat")
-        if any(not 0 < tid < 1 << 30 for tid in self.tids):
-            raise ImageError("pstree.img: impossible thread id")
-        self.cores = [images.read_one("CORE", tid) for tid in self.tids]
+    def __init__(self, images: ImageDir, item: dict[str, Any], inventory: dict[str, Any]) -> None:
+        self.item = item
+        self.pid: int = item["pid"]
+        self.pgid: int = item["pgid"]
+        self.sid: int = item["sid"]
+        self.parent: Process | None = None
+        self.children: list[Process] = []
+        leader = images.read_one("CORE", self.pid)
+        if "tc" not in leader:
+            raise ImageError(f"core-{self.pid}.img has no task part")
+        self.tc: dict[str, Any] = leader["tc"]
+        self.zombie = self.tc["task_state"] == DEAD
+        self.tids: list[int] = [self.pid] if self.zombie else item.get("threads", [])
+        self._check_ids()
+        self.cores = [leader] + [images.read_one("CORE", tid) for tid in self.tids[1:]]
+        if self.zombie:
+            return
         self._check_cores()
         self.ids = images.read_one("IDS", self.pid)
-        self._check_ids()
+        self._check_objects(inventory["root_ids"])
         self.mm = images.read_one("MM", self.pid)
         self.fs = images.read_one("FS", self.pid)
-        self.fdinfo = images.read_all("FDINFO", self.ids["files_id"])
-        self.files = read_files(images)
-        self.remaps = {entry["orig_id"]: entry for entry in images.read_all("REMAP_FPATH")}
-        self.memfds = {entry["inode_id"]: entry for entry in images.read_all("MEMFD_INODE")}
-        filters = images.read_one("SECCOMP") if images.exists("SECCOMP") else {}
-        self.filters: list[dict[str, Any]] = filters.get("seccomp_filters", [])
+        self.fdinfo = sorted(images.read_all("FDINFO", self.ids["files_id"]), key=lambda entry: int(entry["fd"]))
         self._check_vmas()
 
     @property
-    def tc(self) -> dict[str, Any]:
-        """The task_core_entry."""
-        tc: dict[str, Any] = self.cores[0]["tc"]
-        return tc
+    def shares_files(self) -> bool:
+        """Whether the descriptor table is the parent's (CLONE_FILES)."""
+        return self.parent is not None and self.parent.ids["files_id"] == self.ids["files_id"]
 
-    def clocks(self) -> dict[str, Any] | None:
-        """The timens_entry, or None for an image without."""
-        index = self.ids.get("time_ns_id", 0)
-        root = self.inventory["root_ids"].get("time_ns_id", 0)
-        number = 0 if index == root else index
-        return self.images.read_one("TIMENS", number) if self.images.exists("TIMENS", number) else None
+    def _check_ids(self) -> None:
+        if not self.tids or self.tids[0] != self.pid or len(set(self.tids)) != len(self.tids):
+            raise ImageError(f"pstree.img: the threads of process {self.pid} do not begin with itself, or repeat")
+        for number in (*self.tids, self.pgid, self.sid):
+            if not 0 <= number < _PID_LIMIT:
+                raise ImageError(f"pstree.img: process {self.pid} has the impossible id {number}")
 
     def _check_cores(self) -> None:
+        if self.tc["task_state"] not in (ALIVE, STOPPED):
+            raise ImageError(f"core-{self.pid}.img: the task state {self.tc['task_state']} is none")
         for tid, core in zip(self.tids, self.cores, strict=True):
             if core["mtype"] != 1:
                 raise RestoreError(f"core-{tid}.img is of another processor architecture", "restore on that kind")
@@ -73,21 +67,13 @@ class Checkpoint:
                     raise ImageError(f"core-{tid}.img has no {part}")
             if "creds" not in core["thread_core"]:
                 raise ImageError(f"core-{tid}.img has no credentials")
-        if "tc" not in self.cores[0]:
-            raise ImageError(f"core-{self.pid}.img has no task part")
-        if self.tc["task_state"] not in (1, 3):
-            raise ImageError(f"core-{self.pid}.img: task state {self.tc['task_state']} cannot be restored alone")
-        for part in ("sigactions", "timers"):
-            if part not in self.tc:
-                raise ImageError(f"core-{self.pid}.img has no {part}")
+        if "timers" not in self.tc or not self.tc.get("sigactions"):
+            raise ImageError(f"core-{self.pid}.img has no timers or no signal actions")
 
-    def _check_ids(self) -> None:
-        root = self.inventory["root_ids"]
-        if self.ids["files_id"] == root["files_id"]:
-            raise ImageError(f"ids-{self.pid}.img: the process shares its files with the dumping program")
+    def _check_objects(self, root: dict[str, Any]) -> None:
         for kind in _NAMESPACE_NAMES:
             if self.ids.get(f"{kind}_ns_id", 0) != root.get(f"{kind}_ns_id", 0):
-                raise NotBuilt(f"the process has a {kind} namespace of its own, which is not supported yet")
+                raise NotBuilt(f"process {self.pid} has a {kind} namespace of its own, which is not supported yet")
 
     def _check_vmas(self) -> None:
         vmas = self.mm.get("vmas", [])
@@ -105,6 +91,62 @@ class Checkpoint:
             last = end
 
 
+class Checkpoint:
+    """What is in the image directory. ``processes`` are in the order of pstree.img, the root first."""
+
+    def __init__(self, images: ImageDir) -> None:
+        self.images = images
+        if not images.exists("INVENTORY"):
+            raise ImageError(f"{images.path} is no checkpoint: it has no inventory.img")
+        self.inventory = images.read_one("INVENTORY")
+        _check_inventory(self.inventory)
+        self.processes = [Process(images, item, self.inventory) for item in images.read_all("PSTREE")]
+        self._link()
+        self.files = read_files(images)
+        self.remaps = {entry["orig_id"]: entry for entry in images.read_all("REMAP_FPATH")}
+        self.memfds = {entry["inode_id"]: entry for entry in images.read_all("MEMFD_INODE")}
+        filters = images.read_one("SECCOMP") if images.exists("SECCOMP") else {}
+        self.filters: list[dict[str, Any]] = filters.get("seccomp_filters", [])
+
+    @property
+    def root(self) -> Process:
+        """The root of the tree."""
+        return self.processes[0]
+
+    def tids(self) -> list[int]:
+        """All ids that the restore will give out."""
+        return [tid for process in self.processes for tid in process.tids]
+
+    def _link(self) -> None:
+        """Tie parents and children together, and check that it is one tree."""
+        known: dict[int, Process] = {}
+        if not self.processes:
+            raise ImageError("pstree.img holds no process")
+        for process in self.processes:
+            ppid = process.item["ppid"]
+            if process is self.root:
+                if ppid != 0 or process.zombie:
+                    raise ImageError(f"pstree.img: the first process ({process.pid}) is no living root")
+            elif ppid not in known or known[ppid].zombie:
+                raise ImageError(f"pstree.img: process {process.pid} comes before its parent {ppid}, or has none")
+            else:
+                process.parent = known[ppid]
+                known[ppid].children.append(process)
+            known[process.pid] = process
+        ids = self.tids()
+        if len(set(ids)) != len(ids):
+            raise ImageError("pstree.img: a pid or thread id is there twice")
+        if self.root.ids["files_id"] == self.inventory["root_ids"]["files_id"]:
+            raise ImageError("ids image: the root process shares its files with the dumping program (kIDs)")
+
+    def clocks(self) -> dict[str, Any] | None:
+        """The timens_entry, or None for an image without."""
+        index = self.root.ids.get("time_ns_id", 0)
+        own = self.inventory["root_ids"].get("time_ns_id", 0)
+        number = 0 if index == own else index
+        return self.images.read_one("TIMENS", number) if self.images.exists("TIMENS", number) else None
+
+
 def _check_inventory(inventory: dict[str, Any]) -> None:
     version = inventory["img_version"]
     if version not in VERSIONS:
@@ -118,8 +160,3 @@ def _check_inventory(inventory: dict[str, Any]) -> None:
             raise NotBuilt(f"the checkpoint was made with {option}, which is not supported yet")
     if inventory.get("plugins_entry", {}).get("plugins"):
         raise NotBuilt("the checkpoint needs plugins of CRIU")
-
-
-def open_images(path: str) -> ImageDir:
-    """The image directory at *path*, for reading."""
-    return ImageDir.open(os.fspath(path))

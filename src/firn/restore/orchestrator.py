@@ -22,12 +22,13 @@ from firn import faults
 from firn.abi import signal as sig
 from firn.errors import FirnError, RestoreError
 from firn.host import features
+from firn.images.store import ImageDir
 from firn.resources import cgroups, creds
 from firn.resources.files.reopen import Opener
 from firn.restore import birth
 from firn.restore.clocks import TimeNamespace
-from firn.restore.load import Checkpoint, open_images
-from firn.restore.tasks import RestoredTask
+from firn.restore.family import Family
+from firn.restore.load import Checkpoint
 from firn.scripts import run_scripts, write_pidfile
 
 TYPE_CHECKING = False
@@ -54,7 +55,7 @@ class Restore:
         self.options = options
         self.log = log
         self.opener: Opener | None = None
-        self.task: RestoredTask | None = None
+        self.family: Family | None = None
         self.born = False
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
@@ -65,39 +66,43 @@ class Restore:
             getattr(self, name)()
             faults.point(f"restore.{name}.done")
 
+    def _family(self) -> Family:
+        assert self.family is not None
+        return self.family
+
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Read the images."""
-        self.images = open_images(self.options.images_dir)
+        self.images = ImageDir.open(self.options.images_dir)
         self.checkpoint = Checkpoint(self.images)
 
     def check(self) -> None:
         """Refuse what cannot come back here."""
-        checkpoint = self.checkpoint
-        birth.check_pids(checkpoint.tids)
+        checkpoint, root = self.checkpoint, self.checkpoint.root
+        birth.check_pids(checkpoint.tids())
         last, own = features.cap_last_cap(), features.effective_caps()
-        for core in checkpoint.cores:
-            creds.check(core["thread_core"]["creds"], own, last)
-        item, session = checkpoint.item, checkpoint.item["sid"]
-        if session != checkpoint.pid and not self.options.shell_job:
-            raise RestoreError(
-                f"process {checkpoint.pid} belongs to session {session} of another process", "use --shell-job (-j)"
-            )
-        if item["pgid"] not in (checkpoint.pid, item["sid"], 0) and not self.options.shell_job:
-            raise RestoreError(f"process {checkpoint.pid} belongs to the process group of another process")
-        self.moves = cgroups.plan(
-            self.images, checkpoint.cores[0]["thread_core"].get("cg_set", 0), self.options.manage_cgroups
-        )
+        living = [process for process in checkpoint.processes if not process.zombie]
+        for process in living:
+            for core in process.cores:
+                creds.check(core["thread_core"]["creds"], own, last)
+        if root.sid != root.pid and root.sid and not self.options.shell_job:
+            raise RestoreError(f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)")
+        mode = self.options.manage_cgroups
+        self.moves = {
+            process.pid: cgroups.plan(self.images, process.cores[0]["thread_core"].get("cg_set", 0), mode)
+            for process in living
+        }
 
     def open(self) -> None:
         """Open all files."""
         checkpoint = self.checkpoint
         self.opener = Opener(
-            self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds, [checkpoint.pid], self.options
-        )
-        self.task = RestoredTask(checkpoint, self.opener, self.options, self.log)
-        self.task.open_files()
+            self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
+            [process.pid for process in checkpoint.processes], self.options,
+        )  # fmt: skip
+        self.family = Family(checkpoint, self.opener, self.options)
+        self.family.open_files()
         self.opener.remove_temporary()
 
     def birth(self) -> None:
@@ -105,53 +110,61 @@ class Restore:
         started = time.monotonic_ns()
         with TimeNamespace(self.checkpoint.clocks(), self.log):
             self.born = True
-            birth.spawn(self.checkpoint.pid, self.options.restore_sibling)
+            birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling)
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
-        cgroups.move(self.checkpoint.pid, self.moves, self.log)
 
     def rebuild(self) -> None:
-        """Its memory."""
-        assert self.task is not None
-        self.task.rebuild_memory()
-        self.stats["pages_restored"] = self.task.pages
+        """Memory, and with it all other processes, which are cloned by their parents."""
+        self._family().grow()
+        for pid, moves in self.moves.items():
+            cgroups.move(pid, moves, self.log)
+        self.stats["pages_restored"] = self._family().pages()
 
     def join(self) -> None:
-        """Its descriptors, directories, session."""
-        assert self.task is not None
-        self.task.join()
+        """Process groups, zombies, directories, descriptors."""
+        family = self._family()
+        family.join_groups()
+        family.end_zombies()
+        for task in family.tasks:
+            task.join(self.log)
 
     def threads(self) -> None:
-        """Its threads."""
-        assert self.task is not None
-        self.task.make_threads()
+        """All other threads; what needs them or all descriptors."""
+        for task in self._family().tasks:
+            task.make_threads()
+        for task in self._family().tasks:
+            task.finish_descriptors()
 
     def state(self) -> None:
         """The rest."""
-        assert self.task is not None
-        self.task.set_state()
+        for task in self._family().tasks:
+            task.set_state(self.checkpoint.filters)
 
     def finish(self) -> None:
-        """What has to succeed before the task runs."""
+        """What has to succeed before the tree runs."""
         assert self.opener is not None
         if self.options.pidfile:
-            write_pidfile(os.path.join(self.options.work_dir, self.options.pidfile), self.checkpoint.pid)
+            write_pidfile(os.path.join(self.options.work_dir, self.options.pidfile), self.checkpoint.root.pid)
         self.opener.succeeded()
 
     def resume(self) -> None:
-        """Let the task go."""
-        assert self.task is not None
-        self.task.resume(self.options.leave_stopped)
+        """Let the tree go, children first: a parent that runs finds all of them."""
+        tasks = self._family().tasks
+        for task in tasks:
+            task.make_ready()
+        for task in reversed(tasks):
+            task.let_go(self.options.leave_stopped)
         self.born = False
 
     def undo(self) -> None:
         """Kill what was made."""
         if self.born:
-            birth.kill(self.checkpoint.pid, self.options.restore_sibling)
+            birth.kill([process.tids for process in self.checkpoint.processes])
 
     def close(self) -> None:
         """Close what was opened."""
-        if self.task is not None:
-            self.task.close()
+        if self.family is not None:
+            self.family.close()
         if self.opener is not None:
             self.opener.close()
 
@@ -164,7 +177,7 @@ def restore(options: RestoreOptions, log: Log) -> Result:
         _scripts(work, "pre-restore", 0)
         for name in ("load", "check", "open", "birth", "rebuild", "join", "threads", "state"):
             work.stage(name)
-        pid = work.checkpoint.pid
+        pid = work.checkpoint.root.pid
         _scripts(work, "post-restore", pid)
         work.stage("finish")
         _scripts(work, "pre-resume", pid)
@@ -189,8 +202,6 @@ def _scripts(work: Restore, action: str, pid: int) -> None:
 
 
 def _save_stats(work: Restore) -> None:
-    from firn.images.store import ImageDir
-
     try:
         target = ImageDir.open(work.options.work_dir, create_files=True)
         target.write_one("STATS_RESTORE", {"restore": {key: min(value, 0xFFFFFFFF) for key, value in work.stats.items()}})

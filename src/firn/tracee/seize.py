@@ -65,22 +65,31 @@ class Task:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def runner(self, thread: Thread) -> Runner:
-        """Make *thread* ready to run programs: everything blocked but the signal that ends a program."""
+    def runner(self, thread: Thread, status: dict[str, str] | None = None) -> Runner:
+        """Make *thread* ready to run programs: everything blocked but the signal that ends a program.
+
+        *status* is the thread's status file, as read since the freeze (default: it is read now).
+        """
         if thread.runner is None:
-            pending = procfs.status(self.pid, thread.tid)
-            taken = int(pending["SigPnd"], 16) | int(pending["ShdPnd"], 16)
-            free = [s for s in (sig.SIGWINCH, sig.SIGURG, sig.SIGCHLD) if not taken & sig.bit(s)]
-            if not free:
-                raise TargetError(
-                    f"task {thread.tid}: SIGWINCH, SIGURG and SIGCHLD are all pending", "let it handle one of them"
-                )
-            thread.runner = Runner(self.pid, thread.tid, thread.regs, free[0])
+            pending = status or procfs.status(self.pid, thread.tid)
+            stop_signal = self._stop_signal(thread, int(pending["SigPnd"], 16) | int(pending["ShdPnd"], 16))
+            thread.runner = Runner(self.pid, thread.tid, thread.regs, stop_signal)
             thread.touched = True
             ptrace.set_sigmask(thread.tid, thread.runner.mask())
             if self.scratch is not None:
                 self._arm_frame(thread)
         return thread.runner
+
+    def _stop_signal(self, thread: Thread, taken: int) -> int:
+        """A signal that is not among those pending (*taken*)."""
+        free = [s for s in (sig.SIGWINCH, sig.SIGURG, sig.SIGCHLD) if not taken & sig.bit(s)]
+        if not free:
+            raise TargetError(
+                f"task {thread.tid}: SIGWINCH, SIGURG and SIGCHLD are all pending", "let it handle one of them"
+            )
+        # The leader's choice was made later than this thread's status was read, if that was handed in.
+        leader = self.leader.runner
+        return leader.stop_signal if leader is not None and leader.stop_signal in free else free[0]
 
     def prepare(self, extra: int = 0) -> Scratch:
         """Map the scratch area (room for *extra* bytes beyond the programs) and make every thread a runner."""
@@ -119,11 +128,13 @@ class Task:
         memory.write(self.pid, thread.frame, cpu.signal_frame(regs, thread.mask, at_xstate))
         thread.runner.frame = thread.frame + 8
 
-    def program(self, thread: Thread | None = None, size: int = 49152) -> Program:
-        """A new program for *thread* (default: the leader) in an area of *size* bytes."""
+    def program(
+        self, thread: Thread | None = None, size: int = 49152, status: dict[str, str] | None = None
+    ) -> Program:
+        """A new program for *thread* (default: the leader) in an area of *size* bytes; *status* as in :meth:`runner`."""
         thread = thread or self.leader
         scratch = self.prepare()
-        runner = self.runner(thread)
+        runner = self.runner(thread, status)
         program = Program(runner, scratch, scratch.area(size), size)
         # rt_sigreturn sets the alternate stack too: the way back needs the thread's own.
         program.call("sigaltstack", nr.sigaltstack, 0, thread.frame + cpu.FRAME_STACK_OFFSET)
@@ -219,13 +230,22 @@ def kernel_restart(regs: tuple[int, ...]) -> tuple[int, ...]:
 
 def find_syscall(pid: int) -> int:
     """The address of a system-call instruction in an executable mapping of *pid*: the vdso has one."""
-    executable = [m for m in procfs.maps(pid) if m.perms[2] == "x" and m.name != "[vsyscall]"]
-    executable.sort(key=lambda m: m.name != "[vdso]")
-    for area in executable:
-        at = memory.force_read(pid, area.start, min(area.end - area.start, 1 << 20)).find(cpu.SYSCALL_INSTRUCTION)
-        if at >= 0:
-            return area.start + at
+    vdso = procfs.named_map(pid, "[vdso]")
+    at = _syscall_in(pid, vdso) if vdso is not None else 0
+    if at:
+        return at
+    for area in procfs.maps(pid):
+        if area.perms[2] == "x" and area.name not in ("[vdso]", "[vsyscall]"):
+            at = _syscall_in(pid, area)
+            if at:
+                return at
     raise TargetError(f"process {pid} has no system-call instruction in its memory")
+
+
+def _syscall_in(pid: int, area: procfs.Map) -> int:
+    """The address of a system-call instruction in *area*, 0 if there is none."""
+    at = memory.force_read(pid, area.start, min(area.end - area.start, 1 << 20)).find(cpu.SYSCALL_INSTRUCTION)
+    return area.start + at if at >= 0 else 0
 
 
 def _seize(pid: int, tid: int) -> bool:

@@ -164,6 +164,7 @@ class _Piped(Kind):
 
     def __init__(self) -> None:
         self.pipes: dict[tuple[int, int], _Pipe] = {}
+        self.numbers: set[int] = set()
         self.contents = Contents()
         self.filled: set[int] = set()
         self._records: dict[int, Records] | None = None
@@ -176,9 +177,10 @@ class _Piped(Kind):
         key = open.stat.st_dev, open.stat.st_ino
         pipe = self.pipes.get(key)
         if pipe is None:
-            number, taken = open.stat.st_ino & 0xFFFFFFFF, {other.id for other in self.pipes.values()}
-            while number in taken:  # FIFOs of two file systems
+            number = open.stat.st_ino & 0xFFFFFFFF
+            while number in self.numbers:  # FIFOs of two file systems
                 number = number + 1 & 0xFFFFFFFF
+            self.numbers.add(number)
             pipe = self.pipes[key] = _Pipe(number, fcntl.fcntl(copy, fcntl.F_GETPIPE_SZ))
         pipe.ends.append(open)
         mine = sides(open.flags)
@@ -338,6 +340,7 @@ class Pipes(_Piped):
     def __init__(self) -> None:
         super().__init__()
         self.made: dict[int, _Made] = {}
+        self._count: dict[int, int] = {}
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The pipe_entry."""
@@ -353,8 +356,7 @@ class Pipes(_Piped):
             raise ImageError(f"files image: pipe end {number} is open for nothing (flags {flags:#o})")
         made = self.made.get(pipe_id)
         if made is None:
-            entries = (entry["pipe"] for (kind, _), entry in context.files.items() if kind == PIPE)
-            made = self.made[pipe_id] = _Made(sum(entry["pipe_id"] == pipe_id for entry in entries))
+            made = self.made[pipe_id] = _Made(self._ends(context)[pipe_id])
             self._fill(pipe_id, made.free[WRITE], context)
         fd = made.free.pop(sides(flags), -1) if not flags & O_LARGEFILE else -1
         if fd < 0:
@@ -365,6 +367,15 @@ class Pipes(_Piped):
             # Else the tasks would not see that the other end is closed.
             made.close()
         return fd
+
+    def _ends(self, context: RestoreContext) -> dict[int, int]:
+        """How many entries each pipe has."""
+        if not self._count:
+            for (kind, _), entry in context.files.items():
+                if kind == PIPE:
+                    number = entry["pipe"]["pipe_id"]
+                    self._count[number] = self._count.get(number, 0) + 1
+        return self._count
 
     def close(self) -> None:
         """Close what no entry has got."""

@@ -9,6 +9,7 @@ state, locks, guard regions. Reading precedes madvise and mlock, so that no page
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 
 from firn.abi import mman, nr
 from firn.errors import ImageError
@@ -16,19 +17,24 @@ from firn.resources.memory import areas
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
-    from firn.tracee.program import Program, Scratch
+    from firn.tracee.program import Program
 
 TASK_TOP = (1 << 47) - mman.PAGE
 HUGE = 2 << 20
 _IOV_MAX = 1024
 _IOVEC = struct.Struct("<QQ")
+_POPULATE = 64 << 10
+"""Bytes from which on it pays to make a run's pages before they are read."""
+_STEP = 1 << 20
 _KEEP_FLAGS = (
     mman.MAP_SHARED | mman.MAP_PRIVATE | mman.MAP_DROPPABLE | mman.MAP_ANONYMOUS | mman.MAP_GROWSDOWN | mman.MAP_NORESERVE
     | mman.MAP_HUGETLB | 0x3F << mman.MAP_HUGE_SHIFT
 )  # fmt: skip
 _FIRST_ADVICE = (mman.MADV_HUGEPAGE, mman.MADV_NOHUGEPAGE)
+_WITH_FILE = areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED
 PR_SET_VMA = 0x53564D41
 
 
@@ -71,75 +77,120 @@ def with_pages(vmas: list[dict[str, Any]], runs: list[Run]) -> set[int]:
     return found
 
 
-def plan_clear(program: Program, scratch: Scratch) -> None:
-    """Unmap everything but the scratch area."""
-    low, high = scratch.code, scratch.data + scratch.size
-    program.call("munmap below", nr.munmap, 0, low)
-    program.call("munmap above", nr.munmap, high, TASK_TOP - high)
-
-
-def plan_maps(program: Program, vmas: list[dict[str, Any]], fds: dict[tuple[int, int], int], writable: set[int]) -> None:
-    """Make all ordinary mappings; *fds* are the task's descriptors by :func:`file_key`."""
+def plan_maps(
+    program: Program,
+    vmas: list[dict[str, Any]],
+    fds: dict[tuple[int, int], int],
+    writable: set[int],
+    kept: list[tuple[int, int]],
+) -> None:
+    """Make all ordinary mappings except the *kept* ranges; *fds* are the task's descriptors by :func:`file_key`."""
     for vma in vmas:
         if is_special(vma):
             continue
-        status, flags = vma["status"], vma["flags"]
-        prot = vma["prot"]
+        flags, prot = vma["flags"], vma["prot"]
         if vma["start"] in writable:
             prot |= mman.PROT_WRITE
-        fd, offset = -1, 0
-        if not flags & mman.MAP_ANONYMOUS or status & (areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED):
-            fd, offset = fds[file_key(vma)], vma["pgoff"]
+        fd, base = -1, 0
+        if not flags & mman.MAP_ANONYMOUS or vma["status"] & _WITH_FILE:
+            fd, base = fds[file_key(vma)], vma["pgoff"]
             flags &= ~mman.MAP_ANONYMOUS
-        start, length = vma["start"], vma["end"] - vma["start"]
-        program.call(
-            _label("mmap", start, length), nr.mmap, start, length, prot, flags & _KEEP_FLAGS | mman.MAP_FIXED, fd, offset
-        )
-        for advice in _FIRST_ADVICE:
-            if vma.get("madv", 0) >> advice & 1:
-                program.call(_label("madvise", start, length), nr.madvise, start, length, advice)
+        for start, end, is_kept in pieces(vma["start"], vma["end"], kept):
+            length = end - start
+            if is_kept:
+                if vma["start"] in writable:
+                    program.call(_label("mprotect", start, length), nr.mprotect, start, length, prot)
+                continue
+            offset = base + start - vma["start"] if fd >= 0 else 0
+            program.call(
+                _label("mmap", start, length), nr.mmap, start, length, prot, flags & _KEEP_FLAGS | mman.MAP_FIXED, fd, offset
+            )
+            for advice in _FIRST_ADVICE:
+                if vma.get("madv", 0) >> advice & 1:
+                    program.call(_label("madvise", start, length), nr.madvise, start, length, advice)
+
+
+def _from(kept: list[tuple[int, int]], start: int) -> Iterator[tuple[int, int]]:
+    """The ranges of *kept* from the last one that begins before *start* on."""
+    for index in range(max(bisect_right(kept, (start, 0)) - 1, 0), len(kept)):
+        yield kept[index]
+
+
+def pieces(start: int, end: int, kept: list[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """[start, end) cut at the borders of the ascending *kept* ranges, each piece with whether it is kept."""
+    for low, high in _from(kept, start):
+        if high <= start:
+            continue
+        if low >= end:
+            break
+        if start < low:
+            yield start, low, False
+        yield max(start, low), min(end, high), True
+        start = min(end, high)
+    if start < end:
+        yield start, end, False
 
 
 def _label(what: str, start: int, length: int) -> str:
     return f"{what} {start:#x}-{start + length:#x}"
 
 
+class _Reads:
+    """The calls that read pages into place. Small parts that follow each other in one file are read by one preadv(2)."""
+
+    __slots__ = ("batch", "checks", "fds", "first", "program", "size")
+
+    def __init__(self, program: Program, fds: dict[int, int]) -> None:
+        self.program = program
+        self.fds = fds
+        self.checks: list[tuple[int, int]] = []
+        self.batch: list[tuple[int, int]] = []
+        self.first = Run(0, 0, -1, 0)
+        self.size = 0
+
+    def add(self, run: Run) -> None:
+        """Read *run*."""
+        if run.size >= _POPULATE:
+            self.flush()
+            for done in range(0, run.size, _STEP):
+                self._populated(run.address + done, min(_STEP, run.size - done), run.fd, run.offset + done)
+            return
+        first = self.first
+        follows = run.fd == first.fd and run.offset == first.offset + self.size
+        if not self.batch or not follows or len(self.batch) == _IOV_MAX:
+            self.flush()
+            self.first = run
+        self.batch.append((run.address, run.size))
+        self.size += run.size
+
+    def _populated(self, at: int, size: int, fd: int, offset: int) -> None:
+        # To make the pages first, in the kernel, is cheaper than one fault for each; in steps that stay in the cache.
+        # Where it cannot be done (before Linux 5.14, or files that got shorter), the read says what is wrong, if anything.
+        self.program.call(_label("populate", at, size), nr.madvise, at, size, mman.MADV_POPULATE_WRITE, flags=1)
+        self._read(at, size, nr.pread64, fd, at, size, offset)
+
+    def _read(self, at: int, size: int, number: int, fd: int, *args: int) -> None:
+        self.checks.append((self.program.call(_label("read pages", at, size), number, self.fds[fd], *args), size))
+
+    def flush(self) -> None:
+        """Read what has been gathered."""
+        first, batch, size = self.first, self.batch, self.size
+        if len(batch) == 1:
+            self._read(first.address, size, nr.pread64, first.fd, first.address, size, first.offset)
+        elif batch:
+            self.program.reserve(3, _IOVEC.size * len(batch))
+            vector = self.program.data(b"".join([_IOVEC.pack(*part) for part in batch]))
+            self._read(first.address, size, nr.preadv, first.fd, vector, len(batch), first.offset, 0)
+        self.batch, self.size = [], 0
+
+
 def plan_pages(program: Program, runs: list[Run], fds: dict[int, int]) -> list[tuple[int, int]]:
     """Read the pages into place; returns (call, bytes it must have read). *fds*: our descriptor -> the task's."""
-    checks: list[tuple[int, int]] = []
-    batch: list[tuple[int, int]] = []
-    first: Run | None = None
-    following = (-1, -1)
-
-    def flush() -> None:
-        if first is None or not batch:
-            return
-        size = sum(length for _, length in batch)
-        if len(batch) == 1:
-            call = program.call(_label("read pages", first.address, size), nr.pread64, fds[first.fd], batch[0][0], size, first.offset)
-        else:
-            vector = program.data(b"".join(_IOVEC.pack(*part) for part in batch))
-            call = program.call(
-                _label("read pages", first.address, size), nr.preadv, fds[first.fd], vector, len(batch), first.offset, 0
-            )
-        checks.append((call, size))
-        batch.clear()
-
-    total = 0
+    reads = _Reads(program, fds)
     for run in runs:
-        at, size, offset = run.address, run.size, run.offset
-        while size:
-            # One read(2) moves at most 2 GB less a page (MAX_RW_COUNT, include/linux/fs.h).
-            part = min(size, 1 << 30)
-            if (run.fd, offset) != following or len(batch) == _IOV_MAX or total + part > 1 << 30:
-                flush()
-                first, total = Run(at, part, run.fd, offset), 0
-            batch.append((at, part))
-            total += part
-            at, size, offset = at + part, size - part, offset + part
-            following = (run.fd, offset)
-    flush()
-    return checks
+        reads.add(run)
+    reads.flush()
+    return reads.checks
 
 
 def plan_finish(program: Program, vmas: list[dict[str, Any]], writable: set[int], present: dict[int, int]) -> None:

@@ -103,7 +103,7 @@ def _set_filter(fd: int, program: list[int]) -> None:
 
 
 def set_buffer(sock: socket, number: int, size: int) -> None:
-    """SO_SNDBUF or SO_RCVBUF: *size* as the kernel reports it, which is twice what is set. Beyond the limits if allowed."""
+    """SO_SNDBUF or SO_RCVBUF: *size* as the kernel reports it, twice what is set. Beyond the limits if allowed."""
     if not size or sock.getsockopt(SOL_SOCKET, number) == size:
         return
     try:

@@ -1,15 +1,18 @@
 """What waits in the receive queue of a unix socket (image: sk-queues.img): messages, streams, descriptors on their way.
 
-Kernel: recvmsg(2) with MSG_PEEK at an offset (SO_PEEK_OFF, socket(7)) leaves everything where it is; queued descriptors
-(SCM_RIGHTS, unix(7)) are then copies of ours. What goes wrong: where in a stream descriptors hang is only seen by reading
-less and less of it.
+Kernel: recvmsg(2) with MSG_PEEK at an offset (SO_PEEK_OFF, socket(7)) leaves everything where it is; queued
+descriptors (SCM_RIGHTS, unix(7)) are then copies of ours. What goes wrong: where in a stream descriptors hang is
+only seen by a read that fails there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import struct
 
+from firn.abi import nr
+from firn.abi.libc import address_of, syscall
 from firn.resources.sockets.options import SO_PASSCRED, SO_PEEK_OFF, SO_SNDBUF, SOL_SOCKET, set_buffer
 
 TYPE_CHECKING = False
@@ -23,10 +26,13 @@ _CONTROL = 8192
 _DATAGRAM = 1 << 18
 _ROOM = 1 << 29
 _INTEGER = 4
+_IOVEC = struct.Struct("<2Q")
+_MSGHDR = struct.Struct("<QI4xQQQQI4x")
+"""struct msghdr: name, its length, buffers, their number, control, its length, flags."""
 
 
 class Record:
-    """One message, or a run of stream bytes; ``fds`` are descriptors of ours, ``sender`` the name of a datagram's sender."""
+    """One message, or a run of stream bytes; ``fds`` are descriptors of ours, ``sender`` names a datagram's sender."""
 
     __slots__ = ("credentials", "data", "fds", "flags", "sender")
 
@@ -99,18 +105,23 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
 
 
 def _before_descriptors(sock: socket, at: int, count: int) -> int:
-    """How many of the *count* bytes at *at* come before those that the descriptors hang on."""
-    low, high = 1, count  # the shortest read that gets the descriptors is within
-    while low < high:
-        middle = (low + high) // 2
-        record = _peek_at(sock, at, middle)
-        assert record is not None
-        if record.fds:
-            record.close()
-            high = middle
-        else:
-            low = middle + 1
-    return low - 1
+    """How many of the *count* bytes at *at* come before those that the descriptors hang on.
+
+    Peeking at less than *count* bytes brings the descriptors nevertheless. But a read ends with the last whole piece if
+    a buffer of the next one is not there, and the descriptors hang on the last piece: so one byte has no buffer.
+    """
+    if count == 1:
+        return 0
+    sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)
+    buffer = bytearray(count - 1)
+    parts = bytearray(_IOVEC.pack(address_of(buffer), count - 1) + _IOVEC.pack(0, 1))
+    head = bytearray(_MSGHDR.pack(0, 0, address_of(parts), 2, 0, 0, 0))
+    try:
+        return syscall("recvmsg", nr.recvmsg, sock.fileno(), address_of(head), MSG_PEEK | MSG_DONTWAIT)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return 0
 
 
 def peek_messages(sock: socket, ended: bool) -> list[Record]:

@@ -5,9 +5,9 @@ fill      queues have what they had, sent by the peer, or by a temporary one
 connect   datagram sockets are connected (only now, for a connected one takes nothing from others)
 finish    options, backlogs, shutdown, flags are as they were
 
-Connections are made through the listening socket whose name the accepted end bears, or a temporary one, because there is
-no other way to give an accepted socket its name. Names that are not on disk any more are bound in a root directory of our
-own, so that nothing that has the name now is touched.
+Connections are made through the listening socket whose name the accepted end bears, or a temporary one, because there
+is no other way to give an accepted socket its name. Names that are not on disk any more are bound in a root directory
+of our own, so that nothing that has the name now is touched.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _PAYLOAD_LIMIT = 1 << 30
 
 
 class Made:
-    """A socket of the checkpoint on its way back. ``at`` is an O_PATH descriptor of its file; ``peer`` the other end of a
-    connected pair, ``helper`` a temporary socket in its place."""
+    """A socket of the checkpoint on its way back. ``at`` is an O_PATH descriptor of its file; ``peer`` the other end of
+    a connected pair, ``helper`` a temporary socket in its place."""
 
     __slots__ = ("at", "entry", "helper", "id", "peer", "sock", "taken")
 
@@ -95,6 +95,7 @@ class Rebuild:
             number: Made(number, entry["usk"]) for (kind, number), entry in context.files.items() if kind == UNIXSK
         }
         self.by_inode = {made.inode: made for made in self.made.values()}
+        self.listeners = {(made.name, made.type): made for made in self.made.values() if made.listens}
         self.records: dict[int, list[tuple[dict[str, Any], Any]]] = {}
         for record, payload in context.images.read_with_payload("SK_QUEUES"):
             self.records.setdefault(record["id_for"], []).append((record, payload))
@@ -131,13 +132,14 @@ class Rebuild:
         if made.external:
             raise ImageError(f"{made} is a service outside, no file")
         made.taken = True
-        return made.get().detach()
+        return made.get().fileno()
 
     def close(self) -> None:
         """Close what nobody took."""
         for made in self.made.values():
-            if made.sock is not None and not made.taken:
-                made.sock.close()
+            if made.sock is not None:
+                # What was taken is closed by its taker.
+                made.sock.detach() if made.taken else made.sock.close()
 
     # -- sockets -----------------------------------------------------------------------------------------------------
 
@@ -183,13 +185,17 @@ class Rebuild:
         if made.peer is not None:
             made.sock, made.peer.sock = _pair(DGRAM)
             self._bind(made.peer)
-        elif not made.name and (made.entry["state"] == ESTABLISHED or made.id in self.records) and not made.entry["peer"]:
-            # One of a pair whose other end is closed.
+        elif self._had_peer(made):
             made.sock, made.helper = _pair(DGRAM)
             self._temporary.append(made.helper)
         else:
             made.sock = _new(DGRAM)
         self._bind(made)
+
+    def _had_peer(self, made: Made) -> bool:
+        """Whether a datagram socket is one of a pair whose other end is closed."""
+        used = made.entry["state"] == ESTABLISHED or made.id in self.records
+        return used and not made.name and not made.entry["peer"]
 
     def _make_connected(self, made: Made) -> None:
         """A stream or seqpacket socket and its peer, or a temporary one if that is closed."""
@@ -215,12 +221,11 @@ class Rebuild:
         return bool(one.inode > other.inode)
 
     def _listener(self, server: Made) -> Made | None:
-        for made in self.made.values():
-            if made.listens and made.name == server.name and made.type == server.type:
-                return made
-        return None
+        return self.listeners.get((server.name, server.type))
 
-    def _connect_through(self, server: Made, client: Made | None) -> tuple[_socket.socket, _socket.socket]:
+    def _connect_through(
+        self, server: Made, client: Made | None
+    ) -> tuple[_socket.socket, _socket.socket]:
         """(accepted socket, its client); the accepted one bears the listening socket's name."""
         listener = self._listener(server)
         own = None
@@ -229,9 +234,10 @@ class Rebuild:
             own.sock = _new(server.type)
             self._bind(own)
             own.sock.listen(1)
-        other = client.sock = _new(server.type) if client is not None else _new(server.type)
+        other = _new(server.type)
         try:
             if client is not None:
+                client.sock = other
                 self._bind(client)
             other.connect(listener.address())
             fd, _ = listener.get()._accept()  # type: ignore[attr-defined]

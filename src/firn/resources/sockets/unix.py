@@ -1,9 +1,9 @@
 """Unix sockets (images: unix_sk_entry, sk-queues.img): how they are saved; :mod:`rebuild` beside this brings them back.
 
-State owned: type, name and socket file, peer, backlog and clients that wait, shutdown, options, what is queued. Kernel:
-sock_diag(7) for peers, names and waiting clients, SIOCUNIXFILE for the socket file, getsockopt(2) and peeking on a copy of
-the descriptor. What goes wrong: a peer outside the tree; data that a client sent before it was accepted, which belongs
-to no socket that can be reached; credentials and errors, for which the images have no place.
+State owned: type, name and socket file, peer, backlog and clients that wait, shutdown, options, what is queued.
+Kernel: sock_diag(7) for peers, names and waiting clients, SIOCUNIXFILE for the socket file, getsockopt(2) and peeking
+on a copy of the descriptor. What goes wrong: a peer outside the tree; data that a client sent before it was accepted,
+which belongs to no socket that can be reached; credentials and errors, for which the images have no place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from firn.abi import nr, poll
 from firn.abi.libc import syscall
 from firn.host import holders, procfs, sockdiag
-from firn.resources.base import UNIXSK, Kind, Open
+from firn.resources.base import Kind, Open
 from firn.resources.sockets import options, queues
 
 TYPE_CHECKING = False
@@ -35,7 +35,8 @@ _SIOCUNIXFILE = 0x89E0
 _DELETED = " (deleted)"
 _HELP = "dump that process too, or close the socket"
 _NO_OPTIONS = {
-    "so_sndbuf": 0, "so_rcvbuf": 0, "so_snd_tmo_sec": 0, "so_snd_tmo_usec": 0, "so_rcv_tmo_sec": 0, "so_rcv_tmo_usec": 0,
+    "so_sndbuf": 0, "so_rcvbuf": 0, "so_snd_tmo_sec": 0, "so_snd_tmo_usec": 0, "so_rcv_tmo_sec": 0,
+    "so_rcv_tmo_usec": 0,
 }  # fmt: skip
 _NO_OWNER = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
 
@@ -76,6 +77,7 @@ class UnixSockets(Kind):
         self.sockets: dict[int, Socket] = {}
         self.external: set[int] = set()
         self._all: dict[int, UnixSocket] | None = None
+        self._listeners: dict[int, UnixSocket] = {}
         self._pidfd = -1
         self._rebuild: Rebuild | None = None
 
@@ -85,6 +87,7 @@ class UnixSockets(Kind):
         """All unix sockets of the machine, as they are now that the processes stand still."""
         if self._all is None:
             self._all = sockdiag.unix_sockets()
+            self._listeners = {inode: seen for seen in self._all.values() for inode in seen.waiting}
         return self._all
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
@@ -118,15 +121,13 @@ class UnixSockets(Kind):
             reasons.append("is a unix socket with an error that was not reported yet, which images cannot hold")
         if seen.type == STREAM and seen.state != sockdiag.LISTEN and seen.received and queues.has_urgent(copy):
             reasons.append("has an out-of-band byte that was not read, which images cannot hold")
-        if seen.type != DGRAM and seen.state == sockdiag.ESTABLISHED and self._listener(seen) and seen.sent:
+        if self._listener(seen) and seen.sent:
             reasons.append("has sent data over a connection that is not accepted yet")
         return reasons
 
     def _listener(self, seen: UnixSocket) -> UnixSocket | None:
         """The listening socket in whose queue the connection of *seen* still waits."""
-        if seen.peer or seen.type == DGRAM or seen.state != sockdiag.ESTABLISHED:
-            return None
-        return next((other for other in self._seen().values() if seen.inode in other.waiting), None)
+        return self._listeners.get(seen.inode)
 
     def _message(self, found: Socket, copy: socket, context: DumpContext) -> dict[str, Any] | None:
         open, seen = found.open, found.seen
@@ -218,14 +219,13 @@ class UnixSockets(Kind):
             if peer is not None and seen.type == DGRAM and not peer.name and peer.peer != seen.inode:
                 context.refuse(found.open, "is connected to a nameless socket that is connected elsewhere", "close it")
             return
-        if context.options.ext_unix_sk and seen.type == DGRAM and peer is not None and peer.name:
-            if self._add_external(found, inode, context):
-                return
-        context.refuse(found.open, f"is connected to a socket outside the tree: {self._who(found, inode)}", self._help(found))
-
-    def _help(self, found: Socket) -> str:
-        return f"{_HELP}; --external unix[{found.seen.inode}] drops the connection, --ext-unix-sk keeps that of a datagram"\
-            " socket to a name"
+        named = seen.type == DGRAM and peer is not None and bool(peer.name)
+        if context.options.ext_unix_sk and named and self._add_external(found, inode, context):
+            return
+        help = f"{_HELP}; --external unix[{seen.inode}] drops the connection"
+        if named:
+            help += ", --ext-unix-sk connects again to its name"
+        context.refuse(found.open, f"is connected to a socket outside the tree: {self._who(found, inode)}", help)
 
     def _who(self, found: Socket, inode: int) -> str:
         who = holders.find(found.open.stat.st_dev, inode, {os.getpid()})
@@ -254,14 +254,14 @@ class UnixSockets(Kind):
 
     def _check_senders(self, found: Socket, context: DumpContext) -> None:
         """The restore sends from the peer, else from a socket without a name."""
-        if found.seen.type != DGRAM:
+        if found.seen.type != DGRAM or not found.queue:
             return
         peers = [other.seen for other in self.sockets.values() if other.seen.peer == found.seen.inode]
         name = peers[0].name.rstrip(b"\0") if peers else b""
         for queued in found.queue:
             if queued.record.sender.rstrip(b"\0") != name:
                 sender = show(queued.record.sender) or "a socket without name"
-                context.refuse(found.open, f"has a datagram from {sender} in its queue, whose sender images cannot tell")
+                context.refuse(found.open, f"has a datagram from {sender} in its queue, and images have no senders")
                 return
 
     # -- save --------------------------------------------------------------------------------------------------------
