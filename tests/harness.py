@@ -204,12 +204,12 @@ class Runner:
         assert verdict == 1, f"{when}: verdict {verdict}: {target.beat.text}"
 
     def kill(self, target: Target) -> None:
-        """Ends the process and the children that it has now."""
+        """Ends the process and the descendants that it has now; orphans become ours and are reaped."""
         if target.status is None:
-            children = [Target(pid, None) for pid in _children(target.pid)]
-            for process in (target, *children):
+            below = [Target(pid, None) for pid in _descendants(target.pid)]
+            for process in (target, *below):
                 os.kill(process.pid, signal.SIGKILL)
-            for process in (target, *children):
+            for process in (target, *below):
                 wait_until(f"{process.pid} ends", process.ended)
 
     # ---- firn
@@ -250,13 +250,16 @@ class Runner:
         return code, output + _log(images / "dump.log"), images
 
     def dump(self, target: Target, *options: str) -> Path:
-        """A dump that must work; answers the image folder."""
+        """A dump that must work; answers the image folder. A tree's other tasks end (and are reaped) with it."""
+        below = [Target(pid, None) for pid in _descendants(target.pid)]
         code, output, images = self.try_dump(target, *options)
         assert code == 0, f"dump: exit status {code}\n{_tail(output)}"
         if not {"--leave-running", "--leave-stopped"} & set(options):
             wait_until("the dumped task ends", target.ended)
             assert target.status is not None
             assert os.WIFSIGNALED(target.status), f"the dumped task {target.fate()}"
+            for process in below:
+                wait_until(f"the dumped task {process.pid} ends", process.ended)
         return images
 
     def try_restore(self, images: Path, *options: str) -> tuple[int, str]:
@@ -308,6 +311,13 @@ def _children(pid: int | str = "self") -> list[int]:
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
         found += [int(word) for word in (thread / "children").read_text().split()]
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for child in _children(pid):
+        found += [child, *_descendants(child)]
     return found
 
 

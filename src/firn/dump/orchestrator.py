@@ -33,7 +33,7 @@ from firn.images.store import ImageDir
 from firn.resources import base, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
-from firn.timelimit import TimeLimit
+from firn.tracee.timelimit import TimeLimit
 from firn.tracee import seize
 
 TYPE_CHECKING = False
