@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 CHANGEABLE = tuple(n for n in range(1, sig.LAST + 1) if n not in (sig.SIGKILL, sig.SIGSTOP))
 SI_TIMER = -2
-EAGAIN = 11
 _TABLE_SIZE = sig.SIGACTION.size * len(CHANGEABLE)
 
 
@@ -53,18 +52,17 @@ def settle_timers(program: Program, pid: int, tid: int, shared: list[bytes], pri
     for number in sorted({info_number(info) for info in shared + private if _code(info) == SI_TIMER}):
         own = sum(info_number(info) == number for info in private)
         count = own + sum(info_number(info) == number for info in shared)
-        program.reserve(count, count * sig.SIGINFO_SIZE + 32)
+        program.reserve(2 * count, count * sig.SIGINFO_SIZE + 32)
         wanted, none = program.data(sig.bit(number).to_bytes(8, "little")), program.data(bytes(16))
         table = program.buffer(count * sig.SIGINFO_SIZE)
-        for index in range(count):
-            at = table + index * sig.SIGINFO_SIZE
-            program.call(f"rt_sigtimedwait {number}", nr.rt_sigtimedwait, wanted, at, none, 8, allow=EAGAIN)
-        program.run()
-        raw = program.read(table, count * sig.SIGINFO_SIZE)
-        taken = [raw[at : at + sig.SIGINFO_SIZE] for at in range(0, len(raw), sig.SIGINFO_SIZE)]
-        taken = [info for info in taken if info_number(info)]
-        plan_queue(program, pid, tid, queue(taken[:own]))
-        plan_queue(program, pid, None, queue(taken[own:]))
+        places = [table + index * sig.SIGINFO_SIZE for index in range(count)]
+        for at in places:
+            program.call(f"rt_sigtimedwait {number}", nr.rt_sigtimedwait, wanted, at, none, 8)
+        # In the same program: a timer that fires in between would queue its next signal before this one.
+        for at in places[:own]:
+            program.call(f"rt_tgsigqueueinfo {number}", nr.rt_tgsigqueueinfo, pid, tid, number, at)
+        for at in places[own:]:
+            program.call(f"rt_sigqueueinfo {number}", nr.rt_sigqueueinfo, pid, number, at)
         program.run()
 
 
