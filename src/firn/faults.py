@@ -1,8 +1,8 @@
 """Faults on purpose, for the tests of what happens when something goes wrong at a certain point.
 
-The environment variable FIRN_FAULT names one: ``fail:POINT`` makes the point raise an OSError, ``kill:POINT`` makes firn
-kill itself there with SIGKILL. Points are called ``dump.PHASE`` and ``restore.STAGE``, and with ``.done`` behind it at the
-phase's end; the phases are those of the orchestrators.
+The environment variable FIRN_FAULT names one: ``fail:POINT`` makes the point raise an OSError, ``kill:POINT`` makes
+firn kill itself there with SIGKILL. Points are called ``dump.PHASE`` and ``restore.STAGE``, and with ``.done`` behind
+it at the phase's end; the phases are those of the orchestrators.
 """
 
 from __future__ import annotations

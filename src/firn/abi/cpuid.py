@@ -1,7 +1,7 @@
 """The CPUID instruction, and what it says about the XSAVE area (Intel SDM vol. 1, 13.2: leaf 0xD).
 
-The offsets of the XSAVE components differ between processors, and no file of the kernel tells them; so the controller asks
-the processor itself, by twenty bytes of machine code in a memfd.
+The offsets of the XSAVE components differ between processors, and no file of the kernel tells them; so the controller
+asks the processor itself, by twenty bytes of machine code in a memfd.
 """
 
 from __future__ import annotations

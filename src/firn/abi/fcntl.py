@@ -1,4 +1,5 @@
-"""open(2), fcntl(2), kcmp(2), statx mode bits. Source: include/uapi/asm-generic/fcntl.h, include/uapi/linux/{fcntl,kcmp}.h."""
+"""open(2), fcntl(2), kcmp(2), statx mode bits. Source: include/uapi/asm-generic/fcntl.h,
+include/uapi/linux/{fcntl,kcmp}.h."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ FASYNC = 0o20000
 
 F_SETFD = 2
 F_GETFL, F_SETFL = 3, 4
+F_SETLK = 6
+F_SETOWN = 8
 F_SETSIG, F_GETSIG = 10, 11
 F_SETOWN_EX, F_GETOWN_EX = 15, 16
 F_GETOWNER_UIDS = 17
+F_OFD_SETLK = 37
+F_SETLEASE = 1024
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 FD_CLOEXEC = 1
+LOCK_SH, LOCK_EX, LOCK_NB = 1, 2, 4
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000

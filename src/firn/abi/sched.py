@@ -1,4 +1,5 @@
-"""clone(2), sched(7), ioprio_set(2): flags and structures. Source: include/uapi/linux/sched.h, sched/types.h, ioprio.h."""
+"""clone(2), sched(7), ioprio_set(2): flags and structures. Source: include/uapi/linux/sched.h, sched/types.h,
+ioprio.h."""
 
 from __future__ import annotations
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
-_KCMP = (("vm_id", fc.KCMP_VM, "memory"), ("fs_id", fc.KCMP_FS, "directories"), ("sighand_id", fc.KCMP_SIGHAND, "handlers"))
+_KCMP = (
+    ("vm_id", fc.KCMP_VM, "memory"), ("fs_id", fc.KCMP_FS, "directories"), ("sighand_id", fc.KCMP_SIGHAND, "handlers"),
+)  # fmt: skip
 
 
 class Collected:
@@ -58,7 +60,7 @@ class Collected:
         for task in self.tasks:
             for name, value in task.memory.statistics().items():
                 total[name] = total.get(name, 0) + value
-        return total
+        return total | {"shpages_written": self.objects.pages}
 
 
 def collect(dump: Dump) -> Collected:
@@ -72,7 +74,7 @@ def collect(dump: Dump) -> Collected:
             if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
                 maps = None  # reading the flags again costs little here, and is exact
             one.look(got, mine, maps)
-        _collect_descriptors(got)
+        _collect_descriptors(tree, got)
         if got.obstacles:
             return got
         for first in range(0, len(got.tasks), _AT_ONCE):
@@ -89,11 +91,19 @@ def collect(dump: Dump) -> Collected:
 _AT_ONCE = 64
 
 
-def _collect_descriptors(got: Collected) -> None:
+def _collect_descriptors(tree: FrozenTree, got: Collected) -> None:
     """All descriptors; a table that several tasks share (CLONE_FILES) is collected once and gets one id."""
     for index, mine in enumerate(got.tasks):
         shared = next((other for other in got.tasks[:index] if _same(mine.pid, other.pid, fc.KCMP_FILES)), None)
         if shared is not None:
+            if tree.parents[mine.pid] != shared.pid and shared.ids["files_id"] not in _ids_of(got, tree.parents[mine.pid]):
+                got.obstacles.append(
+                    Obstacle(
+                        f"process {mine.pid}",
+                        f"shares its descriptor table with process {shared.pid}, but not with its parent",
+                        "not supported yet",
+                    )
+                )
             mine.ids["files_id"] = shared.ids["files_id"]
             mine.descriptors = shared.descriptors
             continue
@@ -104,6 +114,28 @@ def _collect_descriptors(got: Collected) -> None:
         finally:
             os.close(pidfd)
     got.collector.finish()
+
+
+def _ids_of(got: Collected, pid: int) -> list[int]:
+    return [task.ids["files_id"] for task in got.tasks if task.pid == pid]
+
+
+def _check_sessions(tree: FrozenTree, got: Collected) -> None:
+    """Every process must be in its own session, its parent's, or the one that its parent was born in: nothing else comes
+    back by being cloned (:mod:`firn.restore.family`)."""
+    stats = {mine.pid: mine.stat for mine in got.tasks} | {zombie.pid: zombie.stat for zombie in tree.zombies}
+    root = got.tasks[0].pid
+    born_in = {root: stats[root].session}
+    for pid, stat in stats.items():
+        parent = tree.parents[pid]
+        if pid == root:
+            continue
+        left = born_in.get(parent, 0)
+        born_in[pid] = left if stat.session == left else stats[parent].session
+        if stat.session not in (pid, stats[parent].session, left):
+            got.obstacles.append(
+                Obstacle(f"process {pid}", f"belongs to session {stat.session}, whose leader is gone", "not supported yet")
+            )
 
 
 def _same(pid: int, other: int, what: int) -> bool:
@@ -117,7 +149,9 @@ def _check_borders(tree: FrozenTree, got: Collected, shell_job: bool) -> None:
     if root.stat.session != root.pid and not shell_job:
         got.obstacles.append(
             Obstacle(
-                f"process {root.pid}", f"belongs to session {root.stat.session} of another process", "use --shell-job (-j)"
+                f"process {root.pid}",
+                f"belongs to session {root.stat.session} of another process",
+                "use --shell-job (-j)",
             )
         )
     parent = root.stat.ppid
@@ -127,6 +161,7 @@ def _check_borders(tree: FrozenTree, got: Collected, shell_job: bool) -> None:
                 got.obstacles.append(
                     Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
                 )
+    _check_sessions(tree, got)
     for index, mine in enumerate(got.tasks):
         for field, code, name in _KCMP:
             mine.ids[field] = FIRST_KCMP_ID + index
@@ -182,7 +217,8 @@ def _zombie_core(zombie: Zombie) -> dict[str, Any]:
     none = {"isec": 0, "iusec": 0, "vsec": 0, "vusec": 0}
     tc = {
         "task_state": process.DEAD, "exit_code": zombie.stat.exit_code, "personality": 0, "flags": 0, "blk_sigset": 0,
-        "comm": zombie.stat.comm.decode("utf-8", "surrogateescape"), "timers": {"real": none, "virt": none, "prof": none},
+        "comm": zombie.stat.comm.decode("utf-8", "surrogateescape"),
+        "timers": {"real": none, "virt": none, "prof": none},
         "rlimits": {"rlimits": []}, "sigactions": [],
     }  # fmt: skip
     return {"mtype": 1, "tc": tc}

@@ -20,28 +20,32 @@ import time
 
 from firn import faults
 from firn.abi import nr
-from firn.abi import signal as sig
 from firn.abi.cpuid import xsave_layout
-from firn.abi.libc import syscall
+from firn.abi.libc import address_of, syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
-from firn.dump.snapshot import Snapshot
 from firn.dump.tree import FrozenTree, freeze, walk
-from firn.errors import Obstacle, Refused, TargetError
+from firn.errors import FirnError, Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
 from firn.resources import base, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
-from firn.tracee.timelimit import TimeLimit
 from firn.tracee import seize
+from firn.tracee.timelimit import TimeLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.api import DumpOptions
+    from firn.dump.snapshot import Snapshot
     from firn.log import Log
+    from firn.tracee.seize import Task
+
+
+_RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
 
 
 class Dump:
@@ -57,6 +61,7 @@ class Dump:
         self.early_maps: dict[int, list[procfs.Map]] = {}
         self.tree = FrozenTree()
         self.collected: Collected | None = None
+        self.take_snapshot: Callable[[Task], Snapshot] | None = None
         self.snapshots: list[Snapshot] = []
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
         self.first_pages = -1
@@ -80,13 +85,17 @@ class Dump:
         self.images.clear_old()
         self.first_pages = self._pages_file(1)
         _raise_fd_limit()
+        if self.options.fork_snapshot:
+            from firn.dump.snapshot import Snapshot
+
+            self.take_snapshot = Snapshot.take
 
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def observe(self) -> None:
-        """Look at the running tree: which kinds of files it has open, where its threads wait, and its mappings if it shall
-        not be stopped for that."""
+        """Look at the running tree: which kinds of files it has open, where its threads wait, and its mappings if it
+        shall not be stopped for that."""
         self.pidfd = syscall(f"pidfd_open {self.pid}", nr.pidfd_open, self.pid, 0)
         for pid in walk(self.pid):
             try:
@@ -122,9 +131,9 @@ class Dump:
         for number, mine in enumerate(self.collected.tasks, 1):
             mine.memory.pages_id = number
             mine.memory.find(mine.pid, early=True)
-            if self.options.fork_snapshot:
+            if self.take_snapshot is not None:
                 mine.memory.hold_early()
-                self.snapshots.append(Snapshot.take(mine.task))
+                self.snapshots.append(self.take_snapshot(mine.task))
             else:
                 self._copy_pages(mine.memory, mine.pid)
 
@@ -199,8 +208,8 @@ class Dump:
 
 
 def run(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]:
-    """Dump the process tree ``options.tree``; the statistics (stats_entry.dump). *post_dump* is called with the pid when
-    all images are written and the target still stands; it raises to call the dump off."""
+    """Dump the process tree ``options.tree``; the statistics (stats_entry.dump). *post_dump* is called with the pid
+    when all images are written and the target still stands; it raises to call the dump off."""
     work = Dump(options, log)
     try:
         for name in ("prepare", "observe", "freeze", "collect", "contents"):
@@ -218,7 +227,20 @@ def run(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]
     finally:
         work.close()
     work.stats |= work.collected.statistics() if work.collected else {}
+    _save_stats(work)
     return work.stats
+
+
+def _save_stats(work: Dump) -> None:
+    """Write stats-dump to the work directory; a failure is only reported, the checkpoint is there."""
+    try:
+        target = ImageDir.open(work.options.work_dir, create_files=True)
+        limit = (1 << 32) - 1
+        entry = {name: min(value, limit) if name.endswith("_time") else value for name, value in work.stats.items()}
+        target.write_one("STATS_DUMP", {"dump": entry})
+        target.close()
+    except (OSError, FirnError) as error:
+        work.log.warn(f"stats-dump cannot be written: {error}")
 
 
 def dump(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]:
@@ -227,8 +249,9 @@ def dump(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int
 
 
 def _raise_fd_limit() -> None:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Not by the resource module: to load its shared library costs more than the rest of this phase.
+    limit = bytearray(16)
+    syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, 0, address_of(limit))
+    hard = limit[8:]
+    if limit[:8] != hard:
+        syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, address_of(hard + hard), 0)

@@ -24,7 +24,9 @@ def save_contents(images: ImageDir, got: Collected) -> None:
 
 def save_records(images: ImageDir, got: Collected, log: Log) -> None:
     """Everything else; the target may be running again."""
-    add_build_ids(got.table.entries, {remap["orig_id"] for remap in got.finder.remaps})
+    nobody = got.collector.locks.leased
+    leased = {entry["id"] for entry in got.table.entries if entry.get("reg", {}).get("name") in nobody}
+    add_build_ids(got.table.entries, leased | {remap["orig_id"] for remap in got.finder.remaps})
     got.namespaces.save(images)
     tables: set[int] = set()
     for mine in got.tasks:

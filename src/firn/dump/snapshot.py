@@ -1,10 +1,10 @@
 """Fork snapshot: a copy-on-write clone of the target, so that the target runs on while its pages are written.
 
 All inside the freeze: the target clones C1, which shares everything with it (CLONE_VM), C1 clones C2, a real copy, and
-exits; the target reaps C1, so it has no new child; C2, orphaned, belongs to init or a subreaper, and lets go of all files.
-A target that is a subreaper itself stops being one for that moment. What a fork does not copy (shared memory,
-MADV_DONTFORK, MADV_WIPEONFORK) is taken from the target before it goes on. C1 and C2 send no signal when they end, and are
-traced from birth, so none of them runs anything but its program.
+exits; the target reaps C1, so it has no new child; C2, orphaned, belongs to init or a subreaper, and lets go of all
+files. A target that is a subreaper itself stops being one for that moment. What a fork does not copy (shared memory,
+MADV_DONTFORK, MADV_WIPEONFORK) is taken from the target before it goes on. C1 and C2 send no signal when they end, and
+are traced from birth, so none of them runs anything but its program.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Collecting one frozen process of a tree into records.
 
-Reads from outside what the kernel shows (/proc, ptrace, copies of descriptors) and asks the task itself for the rest: one
-program in the leader, one small one in every other thread, all threads at once.
+Reads from outside what the kernel shows (/proc, ptrace, copies of descriptors) and asks the task itself for the rest:
+one program in the leader, one small one in every other thread, all threads at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PROGRAM_SIZE = 65536
 
 
 class CollectedTask:
-    """Everything about one process. ``cores`` are (tid, core_entry) pairs, the leader's first; their thread_info is still
-    raw, see :mod:`firn.dump.save`."""
+    """Everything about one process. ``cores`` are (tid, core_entry) pairs, the leader's first; their thread_info is
+    still raw, see :mod:`firn.dump.save`."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -1,8 +1,8 @@
 """Freezing a whole process tree.
 
 A process that is frozen makes no children, so the tree is complete as soon as every child of every frozen process is
-frozen too or known to be a zombie: newcomers are looked for until there are none. A child whose parent died while the tree
-was walked turns up again below the subreaper that adopted it, if that is in the tree.
+frozen too or known to be a zombie: newcomers are looked for until there are none. A child whose parent died while the
+tree was walked turns up again below the subreaper that adopted it, if that is in the tree.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ FANOTIFY, NETLINKSK, NS, TUNF, EXT, TIMERFD, MEMFD, BPFMAP, PIDFD = range(12, 21
 """fd_types of the image format."""
 
 FIELD = {
-    REG: "reg", PIPE: "pipe", FIFO: "fifo", INETSK: "isk", UNIXSK: "usk", EVENTFD: "efd", EVENTPOLL: "epfd", INOTIFY: "ify",
-    SIGNALFD: "sgfd", PACKETSK: "psk", TTY: "tty", FANOTIFY: "ffy", NETLINKSK: "nlsk", NS: "nsf", TUNF: "tunf", EXT: "ext",
-    TIMERFD: "tfd", MEMFD: "memfd", BPFMAP: "bpf", PIDFD: "pidfd",
+    REG: "reg", PIPE: "pipe", FIFO: "fifo", INETSK: "isk", UNIXSK: "usk", EVENTFD: "efd", EVENTPOLL: "epfd",
+    INOTIFY: "ify", SIGNALFD: "sgfd", PACKETSK: "psk", TTY: "tty", FANOTIFY: "ffy", NETLINKSK: "nlsk", NS: "nsf",
+    TUNF: "tunf", EXT: "ext", TIMERFD: "tfd", MEMFD: "memfd", BPFMAP: "bpf", PIDFD: "pidfd",
 }  # fmt: skip
 """The field of file_entry that holds the message of a type."""
 
@@ -83,7 +83,7 @@ class Open:
         self._copy = -1
 
     def copy(self) -> int:
-        """Our own descriptor of the same description, open until :meth:`close`; do not change the description's state."""
+        """Our own descriptor of the same description, open until :meth:`close`; do not change its state."""
         if self._copy < 0:
             self._copy = syscall(f"pidfd_getfd of {self.what}", nr.pidfd_getfd, self.pidfd, self.fd, 0)
         return self._copy
@@ -96,8 +96,8 @@ class Open:
 
 
 class DumpContext:
-    """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by magic
-    link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
+    """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
+    magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
     ``owner`` gives the fown_entry of a description."""
 
     __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids")
@@ -124,9 +124,9 @@ class DumpContext:
 
 
 class RestoreContext:
-    """What a kind may use while it restores: ``message(type, id)`` and ``open(type, id)`` of other files (``open`` gives our
-    own descriptor of it), the images, the options, and all pids of the checkpoint. ``files`` are all file entries by
-    (type, id)."""
+    """What a kind may use while it restores: ``message(type, id)`` and ``open(type, id)`` of other files (``open``
+    gives our own descriptor of it), the images, the options, and all pids of the checkpoint. ``files`` are all file
+    entries by (type, id)."""
 
     __slots__ = ("files", "images", "message", "open", "options", "pids")
 
@@ -155,7 +155,7 @@ class Kind:
         raise NotImplementedError
 
     def finish(self, context: DumpContext) -> None:
-        """All descriptors of all processes are collected, still frozen: look at what belongs together (peers, queues)."""
+        """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
     def save(self, images: ImageDir) -> None:
         """Write images of this kind's own; the processes may be running again."""

@@ -107,7 +107,9 @@ def plan(images: ImageDir, set_id: int, mode: str) -> list[tuple[str, str]]:
     sets = images.read_one("CGROUP").get("sets", []) if images.exists("CGROUP") else []
     chosen = next((item for item in sets if item["id"] == set_id), None)
     if chosen is None:
-        raise RestoreError(f"the checkpoint names cgroup set {set_id}, which it does not hold", "--manage-cgroups=ignore")
+        raise RestoreError(
+            f"the checkpoint names cgroup set {set_id}, which it does not hold", "--manage-cgroups=ignore"
+        )
     ours = dict(membership("self"))
     moves = []
     for ctl in chosen.get("ctls", []):
@@ -115,7 +117,9 @@ def plan(images: ImageDir, set_id: int, mode: str) -> list[tuple[str, str]]:
             continue
         where = mount_point(ctl["name"])
         if where is None:
-            raise RestoreError(f"cgroup hierarchy {ctl['name'] or 'v2'!r} is not mounted here", "--manage-cgroups=ignore")
+            raise RestoreError(
+                f"cgroup hierarchy {ctl['name'] or 'v2'!r} is not mounted here", "--manage-cgroups=ignore"
+            )
         path = where + ctl["path"]
         if not os.path.isdir(path) and mode in ("none", "props"):
             raise RestoreError(f"cgroup {path} does not exist", "create it, or use --manage-cgroups")
@@ -131,7 +135,8 @@ def move(pid: int, moves: list[tuple[str, str]], log: Log) -> None:
         try:
             os.write(fd, str(pid).encode())
         except OSError as error:
-            raise RestoreError(f"process {pid} cannot be put into cgroup {path}: {os.strerror(error.errno or 0)}") from error
+            why = os.strerror(error.errno or 0)
+            raise RestoreError(f"process {pid} cannot be put into cgroup {path}: {why}") from error
         finally:
             os.close(fd)
         log.debug(f"process {pid} is in cgroup {path}")

@@ -1,10 +1,10 @@
 """Credentials of a thread (images: creds_entry).
 
-State owned: user and group ids, groups, the five capability sets, securebits, no_new_privs. Kernel: /proc/PID/task/TID/status
-and prctl(2) inside the thread. They come back by calls of the thread itself, in an order in which no step takes away what
-the next one needs: identities under SECBIT_NO_SETUID_FIXUP (so that they do not touch capabilities), inheritable set,
-bounding set, ambient set, securebits, then the final capset(2) (capabilities(7)). What goes wrong: capabilities that the
-restoring user does not have itself; found before anything is created.
+State owned: user and group ids, groups, the five capability sets, securebits, no_new_privs. Kernel:
+/proc/PID/task/TID/status and prctl(2) inside the thread. They come back by calls of the thread itself, in an order in
+which no step takes away what the next one needs: identities under SECBIT_NO_SETUID_FIXUP (so that they do not touch
+capabilities), inheritable set, bounding set, ambient set, securebits, then the final capset(2) (capabilities(7)). What
+goes wrong: capabilities that the restoring user does not have itself; found before anything is created.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from firn.tracee.program import Program
 
-_SETS = (("cap_inh", "CapInh"), ("cap_prm", "CapPrm"), ("cap_eff", "CapEff"), ("cap_bnd", "CapBnd"), ("cap_amb", "CapAmb"))
+_SETS = (
+    ("cap_inh", "CapInh"), ("cap_prm", "CapPrm"), ("cap_eff", "CapEff"), ("cap_bnd", "CapBnd"), ("cap_amb", "CapAmb"),
+)  # fmt: skip
 
 
 def collect(status: dict[str, str], securebits: int) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def capability_set(entry: dict[str, Any], field: str) -> int:
 
 
 def check(entry: dict[str, Any], own: int, last: int) -> None:
-    """Refuse a creds_entry that asks for capabilities beyond *own* (ours); *last* is the kernel's highest capability."""
+    """Refuse a creds_entry that asks for capabilities beyond *own* (ours); *last*: the kernel's highest one."""
     missing = capability_set(entry, "cap_prm") & ~own & (2 << last) - 1
     if missing:
         numbers = [n for n in range(last + 1) if missing >> n & 1]
@@ -60,7 +62,10 @@ def check(entry: dict[str, Any], own: int, last: int) -> None:
 
 
 def plan(program: Program, entry: dict[str, Any], last: int, before_final: Any = None) -> None:
-    """Add the calls that give the thread these credentials; *before_final* adds what needs the capabilities once more."""
+    """Add the calls that give the thread these credentials; *before_final* adds what needs the capabilities too.
+
+    What the thread has now is asked at once, not when the program runs.
+    """
     limit = (2 << last) - 1
     inheritable, permitted, effective, bounding, ambient = (
         capability_set(entry, field) & limit for field, _ in _SETS
@@ -78,7 +83,8 @@ def plan(program: Program, entry: dict[str, Any], last: int, before_final: Any =
     _capset(program, own_eff, own_prm, inheritable)
     for number in range(last + 1):
         if not bounding >> number & 1:
-            program.call(f"drop capability {number} from the bounding set", nr.prctl, prctl.CAPBSET_DROP, number, 0, 0, 0)
+            label = f"drop capability {number} from the bounding set"
+            program.call(label, nr.prctl, prctl.CAPBSET_DROP, number, 0, 0, 0)
     program.call("clear ambient", nr.prctl, prctl.CAP_AMBIENT, prctl.CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for number in range(last + 1):
         if ambient >> number & 1:
@@ -108,7 +114,8 @@ def _capset(program: Program, effective: int, permitted: int, inheritable: int) 
     header = program.data(prctl.CAP_HEADER.pack(prctl.CAP_VERSION_3, 0))
     data = program.data(
         prctl.CAP_DATA.pack(
-            effective & low, permitted & low, inheritable & low, effective >> high, permitted >> high, inheritable >> high
+            effective & low, permitted & low, inheritable & low,
+            effective >> high, permitted >> high, inheritable >> high,
         )
-    )
+    )  # fmt: skip
     program.call("capset", nr.capset, header, data)

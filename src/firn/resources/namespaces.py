@@ -1,7 +1,7 @@
 """Namespaces, as far as one host goes (images: task_kobj_ids_entry, timens-N.img).
 
-State owned: which namespaces a task is in, compared with ours. Kernel: /proc/PID/ns links. A time namespace of its own is
-what every restored process has (see :mod:`firn.restore.clocks`); its clocks are saved as it sees them. Tasks in any
+State owned: which namespaces a task is in, compared with ours. Kernel: /proc/PID/ns links. A time namespace of its own
+is what every restored process has (see :mod:`firn.restore.clocks`); its clocks are saved as it sees them. Tasks in any
 other namespace than ours are refused until these are supported.
 """
 
@@ -54,7 +54,9 @@ class Namespaces:
                 )
         for pid in pids[1:]:
             obstacles += [
-                Obstacle(f"process {pid}", f"is in another {kind} namespace than the root of the tree", "not supported yet")
+                Obstacle(
+                    f"process {pid}", f"is in another {kind} namespace than the root of the tree", "not supported yet"
+                )
                 for kind, link in links(pid).items()
                 if link != root[kind]
             ]

@@ -1,10 +1,10 @@
 """What belongs to a process as a whole (images: task_core_entry).
 
-State owned: resource limits, personality, dumpable, child-subreaper, OOM adjustment, core-dump filter, login uid, umask,
-membarrier registrations, and the process-wide switches of prctl(2): THP, KSM, MDWE, TSC, machine-check policy, io flusher.
-Kernel: /proc/PID files from outside, the rest by calls of the task itself (prlimit(2) on another user's process needs
-CAP_SYS_RESOURCE, getrlimit(2) of one's own does not). It comes back by the task's own calls and writes to /proc/PID.
-What goes wrong: hard limits above ours cannot be set without CAP_SYS_RESOURCE.
+State owned: resource limits, personality, dumpable, child-subreaper, OOM adjustment, core-dump filter, login uid,
+umask, membarrier registrations, and the process-wide switches of prctl(2): THP, KSM, MDWE, TSC, machine-check policy,
+io flusher. Kernel: /proc/PID files from outside, the rest by calls of the task itself (prlimit(2) on another user's
+process needs CAP_SYS_RESOURCE, getrlimit(2) of one's own does not). It comes back by the task's own calls and writes to
+/proc/PID. What goes wrong: hard limits above ours cannot be set without CAP_SYS_RESOURCE.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 State owned: a call in which a thread was waiting when it was frozen. Kernel: the result register then holds a code of
 include/linux/errno.h. 512-514: the same call is simply made again, so the image has the registers stepped back onto the
-instruction. 516 (ERESTART_RESTARTBLOCK: nanosleep, clock_nanosleep, poll, futex with a relative timeout): the deadline is
-in the kernel's restart block, which nobody can read. The remaining time is taken from where the kernel left it (the
+instruction. 516 (ERESTART_RESTARTBLOCK: nanosleep, clock_nanosleep, poll, futex with a relative timeout): the deadline
+is in the kernel's restart block, which nobody can read. The remaining time is taken from where the kernel left it (the
 *rmtp* argument), or computed from when the thread went to sleep: just before the freeze, ``se.exec_start`` of
 /proc/PID/task/TID/sched is that moment. When neither is known the call waits its full time again: never too short.
 EINTR from a call that the freeze alone has ended (epoll_wait, rt_sigtimedwait): made again as well.
 
 It comes back by letting the restored thread make the call with the remaining time, interrupting it at once, and then
-giving it its original registers with code 516: the kernel's own restart block is then as it was. CRIU returns EINTR from
-such calls; the image has that in the place where CRIU looks.
+giving it its original registers with code 516: the kernel's own restart block is then as it was. CRIU returns EINTR
+from such calls; the image has that in the place where CRIU looks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _FUTEX_WAIT_BITSET = 9
 
 
 class Waiting:
-    """What a thread was seen waiting in before the freeze: system call and, if known, since when (CLOCK_MONOTONIC ns)."""
+    """What a thread was seen waiting in before the freeze: system call and, if known, since when (CLOCK_MONOTONIC
+    ns)."""
 
     __slots__ = ("number", "since")
 
@@ -96,15 +97,16 @@ def _exec_start(path: str) -> int | None:
 
 
 class _Skews:
-    """CLOCK_MONOTONIC minus the scheduler's clock in ns, per processor: each has its own, which leaves out stolen time."""
+    """CLOCK_MONOTONIC minus the scheduler's clock in ns, per processor: each has its own, which leaves out stolen
+    time."""
 
     def __init__(self) -> None:
         self._known: dict[int, int | None] = {}
         self._home = os.sched_getaffinity(0)
 
     def of(self, processor: int) -> int | None:
-        """Measured there: a task that just woke up has the present in its own exec_start. The clock is read after that, so
-        the skew comes out a little too large, and a wait never too short."""
+        """Measured there: a task that just woke up has the present in its own exec_start. The clock is read after that,
+        so the skew comes out a little too large, and a wait never too short."""
         if processor not in self._known:
             try:
                 os.sched_setaffinity(0, {processor})
@@ -223,8 +225,8 @@ def _timespec(pid: int, address: int) -> int:
 def stored(pid: int, core: dict[str, Any], gpregs: dict[str, int], regs: tuple[int, ...]) -> dict[str, Any] | None:
     """The wait in which a thread of the checkpoint was interrupted, or None.
 
-    An image of CRIU's has EINTR for such a call. Ending a sleep early is worse than letting it last: the call gets what the
-    kernel left in its *rmtp* argument, or its full time.
+    An image of CRIU's has EINTR for such a call. Ending a sleep early is worse than letting it last: the call gets what
+    the kernel left in its *rmtp* argument, or its full time.
     """
     own = core.get("firn")
     if own is not None:
@@ -234,7 +236,8 @@ def stored(pid: int, core: dict[str, Any], gpregs: dict[str, int], regs: tuple[i
     if gpregs["ax"] != _WORD - EINTR or number not in TIMED:
         return None
     timeout = {nr.poll: cpu.DX, nr.nanosleep: cpu.DI, nr.clock_nanosleep: cpu.DX, nr.futex: cpu.R10}[number]
-    if number == nr.poll and regs[timeout] >> 31 & 1 or number != nr.poll and not regs[timeout]:
+    forever = regs[timeout] >> 31 & 1 if number == nr.poll else not regs[timeout]
+    if forever:
         return None
     remaining, exact = _remaining(pid, number, regs, None)
     return {"nr": number, "remaining_ns": remaining, "exact": exact}
@@ -243,8 +246,8 @@ def stored(pid: int, core: dict[str, Any], gpregs: dict[str, int], regs: tuple[i
 def prime(runner: Runner, program: Program, site: int, regs: tuple[int, ...], entry: dict[str, Any]) -> tuple[int, ...]:
     """Put *runner*'s thread back into the wait of *entry* and interrupt it; the registers to let it go with.
 
-    *site* is a system-call instruction. An interrupt that is pending at the entry of the call ends the wait as soon as it
-    begins, with its restart block set; if the wait was over at once, its result stays.
+    *site* is a system-call instruction. An interrupt that is pending at the entry of the call ends the wait as soon as
+    it begins, with its restart block set; if the wait was over at once, its result stays.
     """
     number, remaining = entry["nr"], entry["remaining_ns"]
     spec = program.area + program.size - 64

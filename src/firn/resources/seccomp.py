@@ -1,9 +1,9 @@
 """Seccomp (images: seccomp.img, thread_core_entry.seccomp_mode and seccomp_filter).
 
-State owned: the mode of each thread and its chain of filters. Kernel: PTRACE_SECCOMP_GET_FILTER and _GET_METADATA (index 0
-is the oldest filter). It comes back by seccomp(2) in the thread itself, oldest filter first, while the tracer suspends
-filtering (PTRACE_O_SUSPEND_SECCOMP), because the restore's own calls would not pass. Chains with equal contents are
-stored once.
+State owned: the mode of each thread and its chain of filters. Kernel: PTRACE_SECCOMP_GET_FILTER and _GET_METADATA
+(index 0 is the oldest filter). It comes back by seccomp(2) in the thread itself, oldest filter first, while the tracer
+suspends filtering (PTRACE_O_SUSPEND_SECCOMP), because the restore's own calls would not pass. Chains with equal
+contents are stored once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Interval timers and POSIX timers (images: task_core_entry.timers).
 
-State owned: ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF; every timer of timer_create(2) with its id, clock, notification and
-overrun. Kernel: getitimer(2), timer_gettime(2), timer_getoverrun(2) inside the task; /proc/PID/timers for the list. Times
-are kept as what remains. Ids come back by PR_TIMER_CREATE_RESTORE_IDS (Linux 6.15), before that by creating and deleting
-timers until the wanted id is reached.
+State owned: ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF; every timer of timer_create(2) with its id, clock, notification
+and overrun. Kernel: getitimer(2), timer_gettime(2), timer_getoverrun(2) inside the task; /proc/PID/timers for the list.
+Times are kept as what remains. Ids come back by PR_TIMER_CREATE_RESTORE_IDS (Linux 6.15), before that by creating and
+deleting timers until the wanted id is reached.
 """
 
 from __future__ import annotations

@@ -45,20 +45,27 @@ def check_pids(pids: list[int]) -> None:
             raise RestoreError(
                 f"pid {pid} is above this machine's limit of {maximum}", f"sysctl -w kernel.pid_max={pid + 1}"
             )
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            continue
-        except PermissionError:
-            pass
-        raise _taken(pid)
+        if _is_used(pid) or _is_used(-pid):
+            raise taken(pid)
 
 
-def _taken(pid: int) -> RestoreError:
+def _is_used(pid: int) -> bool:
+    """Whether there is a process *pid*, or for a negative number a process group."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def taken(pid: int) -> RestoreError:
+    """The error for a pid that is in use: by a process, or as the id of a group or session of others."""
     try:
         who = f" by {procfs.stat(pid).comm.decode(errors='replace')!r}"
     except OSError:
-        who = ""
+        who = " as the id of a process group or session"
     return RestoreError(f"pid {pid} is taken{who}", "end that process, or restore in another pid namespace")
 
 
@@ -98,7 +105,7 @@ def _clone(pid: int, sibling: bool, memfd: int) -> None:
         child = syscall(f"clone3 with pid {pid}", nr.clone3, address_of(args), len(args))
     except OSError as error:
         if error.errno == errno.EEXIST:
-            raise _taken(pid) from None
+            raise taken(pid) from None
         if error.errno in (errno.ENOSYS, errno.E2BIG, errno.EINVAL):
             raise KernelError("this kernel cannot give a chosen pid (clone3 set_tid)", "Linux 5.5 or later") from None
         if error.errno == errno.EPERM:

@@ -8,6 +8,8 @@ pid, which ends when its members have joined. A zombie is a child that ends as i
 
 from __future__ import annotations
 
+import errno
+
 from firn.abi import mman, nr, prctl, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
@@ -17,7 +19,7 @@ from firn.host import procfs
 from firn.resources import signals
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
-from firn.restore.birth import SYSCALL_SITE
+from firn.restore import birth
 from firn.restore.memory import SPARE, TaskMemory
 from firn.restore.tasks import LEADER_AREA, THREAD_AREA, RestoredTask, Stub, await_birth, plan_clone
 from firn.tracee import memory, ptrace
@@ -103,8 +105,8 @@ class Family:
         ptrace.set_sigmask(root.pid, runner.mask())
         flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_FIXED_NOREPLACE
         single = runner.single
-        single(SYSCALL_SITE, nr.mmap, code, mman.PAGE, mman.PROT_READ | mman.PROT_EXEC, flags, _NONE, 0)
-        single(SYSCALL_SITE, nr.mmap, code + mman.PAGE, data, mman.PROT_READ | mman.PROT_WRITE, flags, _NONE, 0)
+        single(birth.SYSCALL_SITE, nr.mmap, code, mman.PAGE, mman.PROT_READ | mman.PROT_EXEC, flags, _NONE, 0)
+        single(birth.SYSCALL_SITE, nr.mmap, code + mman.PAGE, data, mman.PROT_READ | mman.PROT_WRITE, flags, _NONE, 0)
         scratch = Scratch(root.pid, code, code + mman.PAGE, data)
         memory.force_write(root.pid, code, cpu.INTERPRETER)
         self._settle(root, Stub(root.pid, runner, scratch))
@@ -141,10 +143,18 @@ class Family:
     def _clone(self, parent: Process, child: Process) -> None:
         born_of = self.stubs[parent.pid]
         flags = sched.CLONE_FILES if not child.zombie and child.shares_files else 0
-        plan_clone(born_of.program, child.pid, flags, sig.SIGCHLD)
-        born_of.program.run()
+        self._give_birth(born_of, child.pid, flags, sig.SIGCHLD)
         self.sessions[child.pid] = self.sessions[parent.pid]
         self._settle(child, self._newborn(child.pid, born_of))
+
+    def _give_birth(self, parent: Stub, pid: int, flags: int, exit_signal: int) -> None:
+        plan_clone(parent.program, pid, flags, exit_signal)
+        try:
+            parent.program.run()
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                raise birth.taken(pid) from None
+            raise
 
     def _newborn(self, pid: int, born_of: Stub) -> Stub:
         scratch = Scratch(pid, born_of.scratch.code, born_of.scratch.data, born_of.scratch.size)
@@ -181,8 +191,7 @@ class Family:
         if member.pgid in self._helpers:
             return
         stub = self.stubs[member.pid]
-        plan_clone(stub.program, member.pgid, 0, 0)
-        stub.program.run()
+        self._give_birth(stub, member.pgid, 0, 0)
         helper = self._newborn(member.pgid, stub)
         helper.program.call("setpgid", nr.setpgid, 0, 0)
         helper.program.run()

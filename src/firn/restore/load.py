@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.images.store import ImageDir, read_files
+from firn.resources.base import MEMFD
 from firn.resources.memory import areas
 from firn.resources.process import ALIVE, DEAD, STOPPED
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 VERSIONS = (1, 2)
 _NAMESPACE_NAMES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup")
 _PID_LIMIT = 1 << 30
+_OLD_SHARED = 1 << 32
+"""Added to an inode number, it is an id that no file has."""
 
 
 class Process:
@@ -105,6 +108,7 @@ class Checkpoint:
         self.files = read_files(images)
         self.remaps = {entry["orig_id"]: entry for entry in images.read_all("REMAP_FPATH")}
         self.memfds = {entry["inode_id"]: entry for entry in images.read_all("MEMFD_INODE")}
+        self._take_old_shared_memory()
         filters = images.read_one("SECCOMP") if images.exists("SECCOMP") else {}
         self.filters: list[dict[str, Any]] = filters.get("seccomp_filters", [])
 
@@ -138,6 +142,22 @@ class Checkpoint:
             raise ImageError("pstree.img: a pid or thread id is there twice")
         if self.root.ids["files_id"] == self.inventory["root_ids"]["files_id"]:
             raise ImageError("ids image: the root process shares its files with the dumping program (kIDs)")
+
+    def _take_old_shared_memory(self) -> None:
+        """Shared anonymous memory in its older form (no MEMFD entry, only an inode number): put into the present one."""
+        for process in self.processes:
+            for vma in [] if process.zombie else process.mm["vmas"]:
+                status = vma["status"]
+                if not status & areas.ANON_SHARED or status & areas.SYSVIPC:
+                    continue
+                shmid = vma["shmid"]
+                number = _OLD_SHARED + shmid
+                message = {"id": number, "flags": 2, "pos": 0, "inode_id": number}
+                self.files[MEMFD, number] = {"type": MEMFD, "id": number, "memfd": message}
+                entry = {"name": "/dev/zero", "uid": 0, "gid": 0, "size": 0, "shmid": shmid, "seals": 1, "inode_id": number}
+                known = self.memfds.setdefault(number, entry)
+                known["size"] = max(known["size"], vma["pgoff"] + vma["end"] - vma["start"])
+                vma |= {"status": areas.REGULAR | areas.FILE_SHARED | areas.MEMFD, "shmid": number, "fdflags": 2}
 
     def clocks(self) -> dict[str, Any] | None:
         """The timens_entry, or None for an image without."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from firn.abi import mman, nr, prctl
-from firn.errors import ImageError, RestoreError
+from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import aio, areas, inherit, layout, rebuild
@@ -68,8 +68,6 @@ class TaskMemory:
                 found[rebuild.file_key(vma)] = (MEMFD, *rebuild.file_key(vma))
             elif status & (areas.FILE_PRIVATE | areas.FILE_SHARED):
                 found[rebuild.file_key(vma)] = (REG, *rebuild.file_key(vma))
-            elif status & areas.ANON_SHARED:
-                raise ImageError(f"mapping {vma['start']:#x}: shared memory in the old form is not supported yet")
         return found
 
     # -- inside the task ---------------------------------------------------------------------------------------------

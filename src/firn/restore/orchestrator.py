@@ -126,7 +126,9 @@ class Restore:
         family.join_groups()
         family.end_zombies()
         for task in family.tasks:
-            task.join(self.log)
+            task.enter(self.log)
+        for task in family.tasks:
+            task.join()
 
     def threads(self) -> None:
         """All other threads; what needs them or all descriptors."""
@@ -134,6 +136,12 @@ class Restore:
             task.make_threads()
         for task in self._family().tasks:
             task.finish_descriptors()
+        if self.images.exists("FILE_LOCKS"):
+            from firn.resources.files import locks
+
+            assert self.opener is not None
+            tasks = {task.pid: (task.leader.program, task.descriptors) for task in self._family().tasks}
+            locks.restore(self.images, self.opener, tasks)
 
     def state(self) -> None:
         """The rest."""

@@ -91,16 +91,18 @@ class RestoredTask:
 
     # -- join ----------------------------------------------------------------------------------------------------------
 
-    def join(self, log: Log) -> None:
-        """Directories, descriptors and what is set early."""
+    def enter(self, log: Log) -> None:
+        """Directories and what is set early. Nobody has descriptors yet: a table may be shared with a relative."""
         program = self.leader.program
         process.set_outside(self.pid, self.tc, log)
         process.plan_early(program, self.tc, self.process.fs.get("umask", 0o22))
         process.plan_loginuid(program, self.tc)
-        if not self.process.shares_files:
-            self._enter_directories(program)
-            if not self._has_late():
-                self.install_descriptors()
+        self._enter_directories(program)
+
+    def join(self) -> None:
+        """Descriptors, except for tables that have some which must wait."""
+        if not self.process.shares_files and not self._has_late():
+            self.install_descriptors()
 
     def _enter_directories(self, program: Program) -> None:
         table = take_files(program, self.opener, [self.cwd, self.root])

@@ -1,7 +1,7 @@
 """Reading and writing another task's memory.
 
-``process_vm_readv(2)`` and ``process_vm_writev(2)`` obey the protection of the pages; ``/proc/PID/mem`` of a traced task
-does not, and serves for what they refuse.
+``process_vm_readv(2)`` and ``process_vm_writev(2)`` obey the protection of the pages; ``/proc/PID/mem`` of a traced
+task does not, and serves for what they refuse.
 """
 
 from __future__ import annotations

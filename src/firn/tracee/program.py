@@ -1,41 +1,55 @@
 """System-call programs: lists of calls that a task runs by itself, in one go.
 
 A :class:`Scratch` is the memory in a task (or address space) that holds the interpreter and the programs. A
-:class:`Program` is built in Python, sent with one write, run, and its results are read back with one read; when its area
-is full it runs what it has so far by itself. A :class:`Runner` is the task that runs programs.
+:class:`Program` is built in Python, sent with one write, run, and its results are read back with one read; when its
+area is full it runs what it has so far by itself. A :class:`Runner` is the task that runs programs.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
+from firn.abi.libc import address_of
+from firn.errors import TargetError
+from firn.host import procfs
 from firn.tracee import memory, ptrace
 
 _MASK = (1 << 64) - 1
 STOP_SIGNAL = sig.SIGWINCH
+_PATIENCE = 5.0
+"""Seconds after which a task that does not stop by itself is interrupted, and again as long until it is given up."""
 
 
 class Runner:
     """A stopped, traced task that can run programs and single calls.
 
-    ``base`` are the registers that every run starts from; ``frame`` is the stack pointer of a signal frame in the task's
-    scratch memory through which it goes back to its own work if the controller dies (0: none). ``stop_signal`` must not be
-    pending in the task. Foreign signals that arrive meanwhile (only SIGSTOP and ``stop_signal`` are not blocked) are kept
-    in ``seen`` for whoever releases the task.
+    ``base`` are the registers that every run starts from. A task with work of its own has a ``home``, the address of
+    code that leads back to that work (:func:`firn.abi.x86_64.way_home`), and an ``own_mask``: it has its own registers
+    and mask before and after every run, and goes home if the controller dies in between. A task without (own_mask None)
+    stays where the program ended, keeps the mask that its owner has set, and exits if the controller dies.
+
+    ``stop_signal`` ends programs; it should not be pending in the task. ``noticed``: the task would notice it (has a
+    handler, or blocks it) if it came through. Foreign signals that arrive meanwhile (only SIGSTOP and ``stop_signal``
+    are not blocked) are kept in ``seen``, as siginfo_t, for whoever releases the task.
     """
 
-    __slots__ = ("base", "frame", "pid", "seen", "stop_signal", "tid")
+    __slots__ = ("away", "base", "home", "noticed", "own_mask", "pid", "seen", "stop_signal", "tid")
 
     def __init__(self, pid: int, tid: int, base: tuple[int, ...], stop_signal: int = STOP_SIGNAL) -> None:
         self.pid = pid
         self.tid = tid
         self.base = base
-        self.frame = 0
+        self.home = 0
+        self.own_mask: int | None = None
         self.stop_signal = stop_signal
-        self.seen: list[int] = []
+        self.noticed = False
+        self.seen: list[bytes] = []
+        self.away = False
 
     def mask(self) -> int:
         """What must be blocked while programs run."""
@@ -51,8 +65,8 @@ class Runner:
 
     def start(self, code: int, record: int) -> None:
         """Begin the program whose records lie at *record*; *code* is where the interpreter lies."""
-        regs = self.registers(ip=code, bx=record, r12=self.frame, r15=self.stop_signal)
-        ptrace.set_regs(self.tid, regs)
+        home = self.home or code + cpu.EXIT_AT
+        self._leave(self.registers(ip=code, bx=record, r12=home, r15=self.stop_signal), self.mask())
         ptrace.request("continue", pt.CONT, self.tid)
 
     def finish(self, code: int) -> int:
@@ -62,37 +76,115 @@ class Runner:
             if stop.signal == self.stop_signal and not stop.event:
                 regs = ptrace.get_regs(self.tid)
                 if regs[cpu.IP] == code + cpu.STOPPED_AT:
+                    self._return()
                     return regs[cpu.BX]
             self._foreign(stop)
             ptrace.request("continue", pt.CONT, self.tid)
-
-    def _foreign(self, stop: ptrace.Stop) -> None:
-        if not stop.event:
-            self.seen.append(stop.signal)
 
     def single(self, site: int, number: int, *args: int) -> int:
         """Make one call by registers alone, at the system-call instruction at *site*; OSError on failure."""
         padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
         di, si, dx, r10, r8, r9 = padded
         regs = self.registers(ip=site, ax=number, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
-        ptrace.set_regs(self.tid, regs)
-        for _ in ("entry", "exit"):
-            ptrace.request("system call", pt.SYSCALL, self.tid)
-            while True:
-                stop = ptrace.wait_stop(self.tid)
-                if stop.signal == sig.SIGTRAP | 0x80:
-                    break
-                self._foreign(stop)
-                ptrace.request("system call", pt.SYSCALL, self.tid)
+        self._leave(regs, sig.ALL)
+        self._to_syscall_stop()
+        self._to_syscall_stop()
         result = ptrace.get_regs(self.tid)[cpu.AX]
+        if self.own_mask is not None:
+            self._give_back(self.own_mask)
         if result > _MASK - 4095:
             error = _MASK + 1 - result
             raise OSError(error, f"system call {number} in task {self.tid}: {os.strerror(error)}")
         return result
 
+    def settle(self) -> None:
+        """Whatever came in between: give the task its own state again. TargetError if it cannot be stopped."""
+        if not self.away or self.own_mask is None:
+            return
+        await_stopped(self.pid, self.tid)
+        info = bytearray(pt.SYSCALL_INFO_SIZE)
+        ptrace.request("system call info", pt.GET_SYSCALL_INFO, self.tid, len(info), address_of(info))
+        if info[0] == pt.SYSCALL_INFO_ENTRY:
+            # Registers set here would be those of the call.
+            self._to_syscall_stop()
+        self._return()
+
+    def unwanted(self) -> int:
+        """The stop signal (as a mask) if it would stay pending in the task when the controller dies, else 0."""
+        return sig.bit(self.stop_signal) & (self.own_mask or 0)
+
+    def _leave(self, regs: list[int], mask: int) -> None:
+        """Set *regs*, and then *mask*: with the registers the task finds its way home whatever becomes of us."""
+        self.away = True
+        ptrace.set_regs(self.tid, regs)
+        if self.own_mask is not None:
+            ptrace.set_sigmask(self.tid, mask)
+
+    def _return(self) -> None:
+        if self.own_mask is None:
+            return
+        if self.noticed:
+            # Out of the stop for our signal into one without any, so that it is gone before the way home is left.
+            ptrace.request("interrupt", pt.INTERRUPT, self.tid)
+            ptrace.request("continue", pt.CONT, self.tid)
+            stop = ptrace.wait_stop(self.tid)
+            while stop.event != pt.EVENT_STOP:
+                self._foreign(stop)
+                ptrace.request("continue", pt.CONT, self.tid)
+                stop = ptrace.wait_stop(self.tid)
+        self._give_back(self.own_mask)
+
+    def _give_back(self, mask: int) -> None:
+        """Set the own *mask*, and then the registers: a task on its way home may have its mask already."""
+        ptrace.set_sigmask(self.tid, mask)
+        ptrace.set_regs(self.tid, self.base)
+        self.away = False
+
+    def _to_syscall_stop(self) -> None:
+        # Not PTRACE_SINGLESTEP: its stop is that of a SIGTRAP, which the task would receive if we died.
+        ptrace.request("system call", pt.SYSCALL, self.tid)
+        while (stop := ptrace.wait_stop(self.tid)).signal != sig.SIGTRAP | 0x80:
+            self._foreign(stop)
+            ptrace.request("system call", pt.SYSCALL, self.tid)
+
+    def _foreign(self, stop: ptrace.Stop) -> None:
+        if not stop.event:
+            info = bytearray(sig.SIGINFO_SIZE)
+            ptrace.request("signal information", pt.GETSIGINFO, self.tid, 0, address_of(info))
+            self.seen.append(bytes(info))
+
+
+def await_stopped(pid: int, tid: int) -> None:
+    """Wait until traced thread *tid* of process *pid* is in a ptrace stop, also one that was reported before.
+
+    It is interrupted if that takes too long. Raises :class:`TargetError` if it is dead or does not stop.
+    """
+    started = time.monotonic()
+    interrupted = False
+    while True:
+        try:
+            ptrace.get_regs(tid)
+            return
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise
+        try:
+            dead = procfs.stat(pid, tid).state in "ZX"
+        except OSError:
+            dead = True
+        if dead:
+            raise TargetError(f"task {tid} ended meanwhile")
+        waited = time.monotonic() - started
+        if waited > 2 * _PATIENCE:
+            raise TargetError(f"task {tid} does not stop")
+        if waited > _PATIENCE and not interrupted:
+            interrupted = True
+            ptrace.request("interrupt", pt.INTERRUPT, tid)
+        time.sleep(0.0005)
+
 
 class Scratch:
-    """The part of a task's memory that belongs to us: the interpreter at ``code``, ``size`` bytes of room at ``data``."""
+    """The part of a task's memory that is ours: the interpreter at ``code``, ``size`` bytes of room at ``data``."""
 
     __slots__ = ("code", "data", "pid", "size", "used")
 

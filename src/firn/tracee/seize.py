@@ -1,15 +1,21 @@
 """Freezing a process and letting it go again.
 
-A frozen process has every thread in a ptrace stop, seized (PTRACE_SEIZE), never with a trace of ours in its registers or
-signals. Everything done to it afterwards is undone by :meth:`Task.release`; and if the controller dies instead, the kernel
-lets a seized task run on by itself (ptrace(2)), which is why registers of ours are in a task only while a program runs,
-and why such a program falls through to an rt_sigreturn into the task's own state (see :mod:`firn.abi.x86_64`).
+A frozen process has every thread in a ptrace stop, seized (PTRACE_SEIZE), never with a trace of ours in its registers
+or signals. Everything done to it afterwards is undone by :meth:`Task.release`; and if the controller dies instead, the
+kernel lets a seized task run on by itself (ptrace(2)), which is why registers of ours are in a task only while a program
+runs, and why such a program falls through to code that leads home into the task's own state (see
+:mod:`firn.abi.x86_64`).
+
+Mapping and unmapping the memory for programs are calls that cannot be made from it. They are made by one-off code in
+bytes that nobody uses, such as the zeros with which the vdso ends, and are followed by the way home as well. The price
+is a private copy of that page.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import struct
 
 from firn.abi import mman, nr
 from firn.abi import ptrace as pt
@@ -18,16 +24,26 @@ from firn.abi import x86_64 as cpu
 from firn.errors import FirnError, TargetError
 from firn.host import procfs
 from firn.tracee import memory, ptrace
-from firn.tracee.program import Program, Runner, Scratch
+from firn.tracee.program import Program, Runner, Scratch, await_stopped
 
 THREAD_AREA = 2048
 """Room for the program of one thread among many."""
+_TOP = (1 << 47) - mman.PAGE
+_BOTTOM = 1 << 16
+_MARGIN = 1 << 25
+"""Bytes kept free between the scratch area and the mappings around it: stack and heap may grow if it is ever left."""
+_SIGINFO = struct.Struct("<iii")
+"""si_signo, si_errno, si_code."""
+_SI_TKILL = -6
+_STOP_CHOICE = (sig.SIGURG, sig.SIGWINCH, sig.SIGCHLD)
+_SYNCHRONOUS = (4, 5, 7, 8, 11, 31)
+"""SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: the kernel forces them on a task even if it ignores them."""
 
 
 class Thread:
     """One frozen thread and the state that the kernel saved for it at the stop."""
 
-    __slots__ = ("frame", "mask", "regs", "resume_regs", "runner", "tid", "touched", "xstate")
+    __slots__ = ("held", "home", "mask", "regs", "resume_regs", "runner", "tid", "xstate")
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
@@ -36,8 +52,8 @@ class Thread:
         self.mask = 0
         self.xstate = b""
         self.runner: Runner | None = None
-        self.touched = False
-        self.frame = 0
+        self.home = 0
+        self.held = True
 
     def read_state(self) -> None:
         """Registers, extended state and mask as they are now."""
@@ -49,14 +65,15 @@ class Thread:
 class Task:
     """A frozen process."""
 
-    __slots__ = ("pid", "scratch", "site", "stop_signal", "threads")
+    __slots__ = ("pid", "room", "scratch", "stop_again", "stop_signal", "threads")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.threads: list[Thread] = []
         self.stop_signal = 0
         self.scratch: Scratch | None = None
-        self.site = 0
+        self.room = 0
+        self.stop_again = False
 
     @property
     def leader(self) -> Thread:
@@ -71,106 +88,184 @@ class Task:
         *status* is the thread's status file, as read since the freeze (default: it is read now).
         """
         if thread.runner is None:
-            pending = status or procfs.status(self.pid, thread.tid)
-            stop_signal = self._stop_signal(thread, int(pending["SigPnd"], 16) | int(pending["ShdPnd"], 16))
-            thread.runner = Runner(self.pid, thread.tid, thread.regs, stop_signal)
-            thread.touched = True
-            ptrace.set_sigmask(thread.tid, thread.runner.mask())
-            if self.scratch is not None:
-                self._arm_frame(thread)
+            stop_signal, noticed = self._stop_signal(thread, status or procfs.status(self.pid, thread.tid))
+            runner = Runner(self.pid, thread.tid, thread.regs, stop_signal)
+            runner.noticed = noticed
+            runner.own_mask = thread.mask
+            runner.home = thread.home
+            thread.runner = runner
+            if runner.home and runner.unwanted():
+                memory.force_write(self.pid, runner.home, self._way_home(thread))
         return thread.runner
 
-    def _stop_signal(self, thread: Thread, taken: int) -> int:
-        """A signal that is not among those pending (*taken*)."""
-        free = [s for s in (sig.SIGWINCH, sig.SIGURG, sig.SIGCHLD) if not taken & sig.bit(s)]
+    def _way_home(self, thread: Thread) -> bytes:
+        unwanted = thread.runner.unwanted() if thread.runner is not None else 0
+        return cpu.way_home(kernel_restart(thread.regs), thread.mask, unwanted)
+
+    def _stop_signal(self, thread: Thread, status: dict[str, str]) -> tuple[int, bool]:
+        """A signal that is not pending, and whether the thread would notice it: preferably not, for if we die between
+        sending it and taking it away, it comes through."""
+        pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+        ignored = int(status["SigIgn"], 16) & ~sum(sig.bit(s) for s in (sig.SIGCONT, *sig.STOP_SIGNALS, *_SYNCHRONOUS))
+        others = [s for s in range(1, sig.LAST + 1) if ignored & sig.bit(s)] if ignored else []
+        free = [s for s in (*_STOP_CHOICE, *others) if not pending & sig.bit(s)]
         if not free:
             raise TargetError(
                 f"task {thread.tid}: SIGWINCH, SIGURG and SIGCHLD are all pending", "let it handle one of them"
             )
+        caught = int(status["SigCgt"], 16)
+        silent = [s for s in free if not caught & sig.bit(s)]
+        quiet = [s for s in silent if not thread.mask & sig.bit(s)]
+        choice = quiet or silent or free
         # The leader's choice was made later than this thread's status was read, if that was handed in.
         leader = self.leader.runner
-        return leader.stop_signal if leader is not None and leader.stop_signal in free else free[0]
+        return leader.stop_signal if leader is not None and leader.stop_signal in choice else choice[0], not quiet
 
     def prepare(self, extra: int = 0) -> Scratch:
-        """Map the scratch area (room for *extra* bytes beyond the programs) and make every thread a runner."""
+        """Map the scratch area (room for *extra* bytes beyond the programs), with a way home for every thread."""
         if self.scratch is None:
-            runner = self.runner(self.leader)
-            frame = cpu.FRAME_SIZE + len(self.leader.xstate) + 256
-            size = 65536 + extra + len(self.threads) * (THREAD_AREA + frame)
-            self.scratch = self._map_scratch(runner, (size + 4095) & ~4095)
-            self._arm_frame(self.leader)
+            homes = len(cpu.INTERPRETER) + -len(cpu.INTERPRETER) % 64
+            code_size = _pages(homes + len(self.threads) * cpu.HOME_SIZE)
+            data_size = _pages(65536 + extra + len(self.threads) * THREAD_AREA)
+            code, self.room = self._places(code_size + data_size)
+            # Known before it is there, so that it goes whatever happens meanwhile.
+            self.scratch = Scratch(self.pid, code, code + code_size, data_size)
+            self._map_scratch(self.scratch, code_size)
+            content = bytearray(homes + len(self.threads) * cpu.HOME_SIZE)
+            content[: len(cpu.INTERPRETER)] = cpu.INTERPRETER
+            for index, thread in enumerate(self.threads):
+                way = self._way_home(thread)
+                at = homes + index * cpu.HOME_SIZE
+                content[at : at + len(way)] = way
+                thread.home = code + at
+                if thread.runner is not None:
+                    thread.runner.home = thread.home
+            memory.force_write(self.pid, code, bytes(content))
         return self.scratch
 
-    def _map_scratch(self, runner: Runner, size: int) -> Scratch:
-        self.site = find_syscall(self.pid)
-        flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS
+    def _map_scratch(self, scratch: Scratch, code_size: int) -> None:
+        flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_FIXED_NOREPLACE
         rx, rw = mman.PROT_READ | mman.PROT_EXEC, mman.PROT_READ | mman.PROT_WRITE
+
+        def mmap(start: int, size: int, protection: int) -> None:
+            self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+
         try:
-            code = runner.single(self.site, nr.mmap, 0, size + 4096, rx | rw, flags, -1 & (1 << 64) - 1, 0)
-            data = code + 4096
+            mmap(scratch.code, code_size + scratch.size, rx | rw)
         except OSError as error:
+            if error.errno == errno.EEXIST:
+                self.scratch = None
             if error.errno not in (errno.EACCES, errno.EPERM):
                 raise
             # Memory that is writable and executable is forbidden here (PR_SET_MDWE, SELinux execmem).
-            code = runner.single(self.site, nr.mmap, 0, 4096, rx, flags, -1 & (1 << 64) - 1, 0)
-            data = runner.single(self.site, nr.mmap, 0, size, rw, flags, -1 & (1 << 64) - 1, 0)
-        memory.force_write(self.pid, code, cpu.INTERPRETER)
-        return Scratch(self.pid, code, data, size)
+            mmap(scratch.code, code_size, rx)
+            mmap(scratch.data, scratch.size, rw)
 
-    def _arm_frame(self, thread: Thread) -> None:
-        """Lay down the way back into the thread's own work, for the case that the controller dies."""
-        assert self.scratch is not None and thread.runner is not None
-        xstate = cpu.xstate_for_frame(thread.xstate)
-        at_xstate = self.scratch.area(len(xstate))
-        thread.frame = self.scratch.area(cpu.FRAME_SIZE)
-        regs = kernel_restart(thread.resume_regs)
-        memory.write(self.pid, at_xstate, xstate)
-        memory.write(self.pid, thread.frame, cpu.signal_frame(regs, thread.mask, at_xstate))
-        thread.runner.frame = thread.frame + 8
+    def _places(self, size: int) -> tuple[int, int]:
+        """Two addresses: of a gap for *size* bytes, and of room for one-off code."""
+        lines = procfs.read(f"/proc/{self.pid}/maps").splitlines()
+        gap, room = _find_gap(lines, size), self._find_room(lines)
+        if not gap or not room:
+            raise TargetError(f"process {self.pid} has no room for system calls of ours in its memory")
+        return gap, room
+
+    def _find_room(self, lines: list[bytes]) -> int:
+        """Room for one-off code at the end of a private executable mapping, best of the vdso; 0 if there is none."""
+        executable = [line for line in lines if line.split(None, 2)[1][2:] == b"xp"]
+        executable.sort(key=lambda line: not line.endswith(b"[vdso]"))
+        for line in executable:
+            address = int(line[line.index(b"-") + 1 : line.index(b" ")], 16) - cpu.HOME_SIZE
+            if address < _TOP and self._is_room(address):
+                return address
+        return 0
+
+    def _is_room(self, address: int) -> bool:
+        """Whether nobody uses the code at *address*: there are zeros, or what a firn that was killed has left."""
+        try:
+            there = memory.force_read(self.pid, address, cpu.HOME_SIZE)
+        except OSError:
+            return False
+        if any(address <= thread.regs[cpu.IP] < address + cpu.HOME_SIZE for thread in self.threads):
+            return False
+        return there == bytes(cpu.HOME_SIZE) or cpu.is_one_call(there)
+
+    def _lone(self, thread: Thread, number: int, *args: int) -> int:
+        """Make one call outside the scratch area; OSError if it fails."""
+        runner = self.runner(thread)
+        memory.force_write(self.pid, self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
+        try:
+            return runner.single(self.room, number, *args)
+        finally:
+            runner.settle()
+            memory.force_write(self.pid, self.room, bytes(cpu.HOME_SIZE))
 
     def program(
         self, thread: Thread | None = None, size: int = 49152, status: dict[str, str] | None = None
     ) -> Program:
-        """A new program for *thread* (default: the leader) in an area of *size* bytes; *status* as in :meth:`runner`."""
+        """A program for *thread* (default: the leader) in an area of *size* bytes; *status* as for :meth:`runner`."""
         thread = thread or self.leader
         scratch = self.prepare()
         runner = self.runner(thread, status)
-        program = Program(runner, scratch, scratch.area(size), size)
-        # rt_sigreturn sets the alternate stack too: the way back needs the thread's own.
-        program.call("sigaltstack", nr.sigaltstack, 0, thread.frame + cpu.FRAME_STACK_OFFSET)
-        return program
+        return Program(runner, scratch, scratch.area(size), size)
 
     # -- the way out -----------------------------------------------------------------------------------------------
 
     def restore_state(self) -> None:
-        """Take our memory out of the task and give every thread its own registers and mask back."""
-        if self.scratch is not None:
-            scratch, self.scratch = self.scratch, None
-            runner = self.runner(self.leader)
-            if scratch.data == scratch.code + 4096:
-                runner.single(self.site, nr.munmap, scratch.code, scratch.size + 4096)
-            else:
-                runner.single(self.site, nr.munmap, scratch.data, scratch.size)
-                runner.single(self.site, nr.munmap, scratch.code, 4096)
+        """Take our memory out of the task and give every thread its own state back; what is done is not done again."""
         for thread in self.threads:
-            if thread.touched:
+            if thread.runner is not None:
+                thread.runner.settle()
+        for thread in self.threads:
+            if thread.runner is not None:
+                self._send_again(thread, thread.runner)
+        if self.scratch is not None:
+            start, end = self.scratch.code, self.scratch.data + self.scratch.size
+            self._lone(self.leader, nr.munmap, start, end - start)
+            self.scratch = None
+        for thread in self.threads:
+            if thread.resume_regs is not thread.regs:
                 ptrace.set_regs(thread.tid, thread.resume_regs)
-                ptrace.set_sigmask(thread.tid, thread.mask)
-                thread.touched = False
+
+    def _send_again(self, thread: Thread, runner: Runner) -> None:
+        """Queue the foreign signals that came while programs ran: only the receiver may use any siginfo."""
+        while runner.seen:
+            info = runner.seen[0]
+            number, _, code = _SIGINFO.unpack_from(info)
+            if number == sig.SIGSTOP:
+                self.stop_again = True
+            elif self.scratch is not None:
+                memory.write(self.pid, self.scratch.data, info)
+                if code == _SI_TKILL:
+                    self._lone(thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, self.scratch.data)
+                else:
+                    self._lone(thread, nr.rt_sigqueueinfo, self.pid, number, self.scratch.data)
+            del runner.seen[0]
 
     def release(self) -> None:
-        """Let the process run on as if nothing had happened. Dead threads are passed over."""
-        try:
-            self.restore_state()
-        except (OSError, FirnError):
-            if self.alive():
-                raise
+        """Let the process run on as if nothing had happened. May be called again if it was interrupted.
+
+        Dead threads are passed over. OSError, FirnError if the process is alive but cannot be given its state back.
+        """
+        trouble: Exception | None = None
+        for _ in range(2):
+            try:
+                self.restore_state()
+                trouble = None
+                break
+            except (OSError, FirnError) as error:
+                trouble = error
         for thread in self.threads:
-            seen = thread.runner.seen if thread.runner else []
-            detach(thread.tid)
-            for signal in seen:
-                if signal != sig.SIGTRAP:
-                    resend(self.pid, thread.tid, signal)
+            if thread.held:
+                try:
+                    detach(thread.tid)
+                    thread.held = False
+                except OSError as error:
+                    trouble = error
+        if self.stop_again:
+            self.stop_again = False
+            resend(self.pid, sig.SIGSTOP)
+        if trouble is not None and self.alive():
+            raise trouble
 
     def alive(self) -> bool:
         """Whether the process is still there and no zombie."""
@@ -182,8 +277,8 @@ class Task:
     def await_death(self) -> None:
         """After a SIGKILL: wait until the process is dead. Its parent sees a child killed by signal 9.
 
-        A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were taken;
-        then the real parent is told.
+        A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were
+        taken; then the real parent is told.
         """
         for thread in [*self.threads[1:], self.leader]:
             try:
@@ -202,15 +297,37 @@ def detach(tid: int) -> None:
             raise
 
 
-def resend(pid: int, tid: int, signal: int) -> None:
-    """Send *signal* again that we took from a thread."""
-    from firn.abi.libc import syscall
-
+def resend(pid: int, signal: int) -> None:
+    """Send *signal* to the process again that we took from it."""
     try:
-        syscall(f"tgkill {signal} to task {tid}", nr.tgkill, pid, tid, signal)
-    except OSError as error:
-        if error.errno != errno.ESRCH:
-            raise
+        os.kill(pid, signal)
+    except ProcessLookupError:
+        return
+
+
+def _let_go(task: Task, tid: int) -> None:
+    """Detach a thread that may still be on its way into its stop."""
+    try:
+        await_stopped(task.pid, tid)
+        detach(tid)
+    except (OSError, TargetError):
+        return
+
+
+def _find_gap(lines: list[bytes], size: int) -> int:
+    """The start of *size* bytes between the mappings of *lines* (a maps file), 0 if there are none."""
+    above = _TOP
+    for line in reversed(lines):
+        start, end = (int(word, 16) for word in line[: line.index(b" ")].split(b"-"))
+        if start < _TOP:
+            if above - end >= size + 2 * _MARGIN:
+                return end + _MARGIN
+            above = start
+    return _BOTTOM + _MARGIN if above - _BOTTOM >= size + 2 * _MARGIN else 0
+
+
+def _pages(size: int) -> int:
+    return size + -size % mman.PAGE
 
 
 def kernel_restart(regs: tuple[int, ...]) -> tuple[int, ...]:
@@ -226,26 +343,6 @@ def kernel_restart(regs: tuple[int, ...]) -> tuple[int, ...]:
         r[cpu.IP] -= 2
     r[cpu.ORIG_AX] = cpu.NO_SYSCALL
     return tuple(r)
-
-
-def find_syscall(pid: int) -> int:
-    """The address of a system-call instruction in an executable mapping of *pid*: the vdso has one."""
-    vdso = procfs.named_map(pid, "[vdso]")
-    at = _syscall_in(pid, vdso) if vdso is not None else 0
-    if at:
-        return at
-    for area in procfs.maps(pid):
-        if area.perms[2] == "x" and area.name not in ("[vdso]", "[vsyscall]"):
-            at = _syscall_in(pid, area)
-            if at:
-                return at
-    raise TargetError(f"process {pid} has no system-call instruction in its memory")
-
-
-def _syscall_in(pid: int, area: procfs.Map) -> int:
-    """The address of a system-call instruction in *area*, 0 if there is none."""
-    at = memory.force_read(pid, area.start, min(area.end - area.start, 1 << 20)).find(cpu.SYSCALL_INSTRUCTION)
-    return area.start + at if at >= 0 else 0
 
 
 def _seize(pid: int, tid: int) -> bool:
@@ -312,10 +409,11 @@ def freeze(pid: int) -> Task:
             if not fresh:
                 break
             known.update(fresh)
-            seized = [Thread(tid) for tid in fresh if _seize(pid, tid)]
-            for thread in seized:
-                task.threads.append(thread)
-            for thread in seized:
+            seized = len(task.threads)
+            for tid in fresh:
+                if _seize(pid, tid):
+                    task.threads.append(Thread(tid))
+            for thread in task.threads[seized:]:
                 if not _await_freeze(task, thread.tid):
                     task.threads.remove(thread)
         if not task.threads or task.threads[0].tid != pid:
@@ -328,7 +426,7 @@ def freeze(pid: int) -> Task:
             thread.read_state()
     except BaseException:
         for thread in task.threads:
-            detach(thread.tid)
+            _let_go(task, thread.tid)
         raise
     return task
 

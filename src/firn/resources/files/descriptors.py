@@ -1,9 +1,10 @@
 """The descriptors of a process (images: fdinfo-N.img and the files behind them).
 
-State owned: which number leads to which open file description, close-on-exec, and of the description its flags, position
-and SIGIO owner. Kernel: /proc/PID/fd, /proc/PID/fdinfo, kcmp(2) for identity, a copy by pidfd_getfd(2) for F_GETOWN_EX.
-It comes back by opening each description once, in the controller, and by the task's own pidfd_getfd(2) and dup3(2).
-What goes wrong: kinds that cannot be opened again by a path; they are refused, all at once, each with its reason.
+State owned: which number leads to which open file description, close-on-exec, and of the description its flags,
+position and SIGIO owner. Kernel: /proc/PID/fd, /proc/PID/fdinfo, kcmp(2) for identity, a copy by pidfd_getfd(2) for
+F_GETOWN_EX. It comes back by opening each description once, in the controller, and by the task's own pidfd_getfd(2) and
+dup3(2). What goes wrong: kinds that cannot be opened again by a path; they are refused, all at once, each with its
+reason.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from firn.abi import nr
 from firn.abi.libc import syscall
 from firn.errors import Obstacle
 from firn.host import procfs
+from firn.resources import base
+from firn.resources.files import locks
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
-from firn.resources import base
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
@@ -33,8 +35,7 @@ CHARACTER_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9, 
 """null, zero, full, random, urandom, kmsg (Documentation/admin-guide/devices.txt): opening them again is the same."""
 
 KINDS = (
-    ("pipe:", "is a pipe", "pipes are not supported yet; close it or redirect it to a file"),
-    ("socket:", "is a socket", "sockets are not supported yet; close it before the dump"),
+    ("socket:", "is a socket of a family that is not supported yet", "close it before the dump"),
     ("anon_inode:[userfaultfd]", "is a userfaultfd", "its faults are served by a process outside; close it"),
     ("anon_inode:[io_uring]", "is an io_uring", "its requests live in the kernel; close it before the dump"),
     ("anon_inode:[perf_event]", "is a performance counter", "close it before the dump"),
@@ -57,8 +58,6 @@ def _why_refused(link: str, st: os.stat_result) -> tuple[str, str]:
         return f"is the character device {major}:{minor} ({link}), whose state only its driver knows", "close it"
     if stat.S_ISBLK(st.st_mode):
         return f"is the block device {link}", "close it before the dump"
-    if stat.S_ISFIFO(st.st_mode):
-        return f"is the FIFO {link}", "FIFOs are not supported yet; close it"
     return f"is of a kind that firn does not know ({link})", "close it before the dump"
 
 
@@ -125,6 +124,7 @@ class Collector:
         self.obstacles = obstacles
         self.descriptions = Descriptions()
         self.kinds: dict[int, base.Kind] = {}
+        self.locks = locks.Locks(pids)
         self.context = base.DumpContext(obstacles, options, pids, self._owner, self._add_path, self.add)
         self._types: dict[int, int] = {}
 
@@ -146,11 +146,13 @@ class Collector:
         """After the last process: what the kinds have to see as a whole."""
         for kind in list(self.kinds.values()):
             kind.finish(self.context)
+        self.locks.finish(self.obstacles, self.context.options.file_locks)
 
     def save(self, images: ImageDir) -> None:
         """Write the kinds' own images."""
         for kind in self.kinds.values():
             kind.save(images)
+        self.locks.save(images)
 
     def close(self) -> None:
         """Let go of what the kinds hold."""
@@ -161,19 +163,18 @@ class Collector:
         """Add a description to the table, once: (file id, type), or None if it is refused."""
         key = (open.stat.st_dev, open.stat.st_ino, open.flags, open.position)
         known, place = self.descriptions.find(key, open.pid, open.fd)
-        if known is not None:
-            return known, self._types[known]
-        if "lock" in open.info:
-            self.context.refuse(open, f"holds a file lock on {open.link}", "locks are not supported yet")
-            return None
-        added = self._new(open)
-        if added is not None:
+        added = self._new(open) if known is None else (known, self._types[known])
+        if known is None and added is not None:
             self._types[added[0]] = added[1]
             self.descriptions.insert(key, place, open.pid, open.fd, added[0])
+        if "lock" in open.info and added is not None:
+            self.locks.add(open, added[0])
         return added
 
     def _new(self, open: base.Open) -> tuple[int, int] | None:
         link, mode = open.link, open.stat.st_mode
+        if "lock" in open.info and locks.refuse_nameless(open, self.obstacles):
+            return None
         message: dict[str, Any] = {"flags": open.flags, "pos": open.position}
         o_path = open.flags & fc.O_PATH
         if link.startswith("/memfd:") and stat.S_ISREG(mode):
@@ -182,7 +183,8 @@ class Collector:
                 return None
             message |= {"fown": self._owner(open), "inode_id": self.objects.inode(open.path, open.stat)}
             return self.table.add(base.MEMFD, message), base.MEMFD
-        plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISCHR(mode) and open.stat.st_rdev in CHARACTER_DEVICES)
+        device = stat.S_ISCHR(mode) and open.stat.st_rdev in CHARACTER_DEVICES
+        plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or device
         if link.startswith("/") and (plain or o_path):
             if not o_path:
                 message["fown"] = self._owner(open)

@@ -1,23 +1,23 @@
 """Memory objects: memfds and shared anonymous memory (images: memfd.img, MEMFD entries, pagemap-shmem-*).
 
-State owned: name, owner, mode, size, seals and contents of a shmem inode, and which pages exist. Kernel: memfd_create(2);
-the inode is reached through /proc/PID/fd or /proc/PID/map_files, its pages by SEEK_DATA. It comes back as a memfd, or, for
-anonymous shared memory, as a mapping of the controller's own that is opened through its map_files link, so that the
-restored mapping is called ``/dev/zero (deleted)`` again. What goes wrong: seals forbid what the restore itself has to do,
-so they are set last.
+State owned: name, owner, mode, size, seals and contents of a shmem inode, and which pages exist. Kernel:
+memfd_create(2); the inode is reached through /proc/PID/fd or /proc/PID/map_files, its pages by SEEK_DATA. It comes back
+as a memfd, or, for anonymous shared memory, as a mapping of the controller's own that is opened through its map_files
+link, so that the restored mapping is called ``/dev/zero (deleted)`` again. What goes wrong: seals forbid what the
+restore itself has to do, so they are set last.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 
 from firn.abi import fcntl as fc
 from firn.abi import mman, nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import RestoreError
+from firn.images.pages import PE_PRESENT, PagemapReader, write_pagemap
 from firn.resources.files.paths import DELETED, extents
 
 TYPE_CHECKING = False
@@ -38,6 +38,7 @@ class MemoryObjects:
     def __init__(self) -> None:
         self.inodes: dict[tuple[int, int], dict[str, Any]] = {}
         self.fds: dict[int, int] = {}
+        self.pages = 0
 
     def inode(self, link: str, st: os.stat_result) -> int:
         """The inode_id of the object behind *link*, which is kept open until :meth:`close`."""
@@ -60,12 +61,10 @@ class MemoryObjects:
         number = entry["inode_id"]
         return int(number)
 
-    def save(self, images: ImageDir, next_pages_id: int) -> int:
-        """Write memfd.img and the contents; returns the next free pages id."""
-        from firn.images.pages import PE_PRESENT, write_pagemap
-
+    def save(self, images: ImageDir, next_pages_id: int) -> None:
+        """Write memfd.img and the contents, the pages into images from number *next_pages_id* on."""
         if not self.inodes:
-            return next_pages_id
+            return
         images.write_all("MEMFD_INODE", list(self.inodes.values()))
         for entry in self.inodes.values():
             fd, size = self.fds[entry["inode_id"]], entry["size"]
@@ -83,7 +82,7 @@ class MemoryObjects:
                 images, "PAGEMAP_SHMEM", entry["shmid"], next_pages_id, [(at, n, PE_PRESENT) for at, n in runs]
             )
             next_pages_id += 1
-        return next_pages_id
+            self.pages += sum(count for _, count in runs)
 
     def close(self) -> None:
         """Let go of the objects."""
@@ -127,8 +126,8 @@ def _copy_huge(source: int, offset: int, target: int, length: int, size: int) ->
 
 
 def _huge_runs(fd: int, size: int) -> list[tuple[int, int]]:
-    """(offset, pages) of the huge pages that hold anything: hugetlbfs does not tell holes, but reading one allocates nothing
-    (a mapping would)."""
+    """(offset, pages) of the huge pages that hold anything: hugetlbfs does not tell holes, but reading one allocates
+    nothing (a mapping would)."""
     runs: list[tuple[int, int]] = []
     for offset in range(0, size, _HUGE_STEP):
         if os.pread(fd, _HUGE_STEP, offset).strip(b"\0"):
@@ -155,8 +154,6 @@ class RestoredObject:
 
 def restore(entry: dict[str, Any], images: ImageDir) -> RestoredObject:
     """Make the object of memfd_inode_entry *entry* and fill it from its pages image."""
-    from firn.images.pages import PagemapReader
-
     size = entry["size"]
     if entry["name"] in ANONYMOUS:
         fd = _anonymous(size, entry.get("hugetlb_flag", 0))
@@ -183,7 +180,7 @@ def restore(entry: dict[str, Any], images: ImageDir) -> RestoredObject:
 
 def _anonymous(size: int, huge: int) -> int:
     """A descriptor of new shared anonymous memory of *size* bytes."""
-    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mman.MAP_NORESERVE
+    flags = mman.MAP_SHARED | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE
     if huge:
         flags |= mman.MAP_HUGETLB | huge
     address = syscall("mmap shared memory", nr.mmap, 0, size, mman.PROT_READ | mman.PROT_WRITE, flags, -1, 0)
@@ -207,6 +204,8 @@ def _fill(source: int, offset: int, target: int, at: int, length: int, name: str
 
 def _fill_huge(source: int, offset: int, target: int, at: int, length: int, name: str) -> None:
     """The same for huge pages, which cannot be written to (hugetlbfs has no write): through a mapping."""
+    import mmap
+
     with mmap.mmap(target, at + length) as area, memoryview(area) as view:
         while length:
             got = os.preadv(source, [view[at : at + min(length, 1 << 30)]], offset)

@@ -1,9 +1,11 @@
-"""Where an open file can be found again: paths, unlinked files, hard links (images: reg entries, remap-fpath, ghost-file).
+"""Where an open file can be found again: paths, unlinked files, hard links (images: reg entries, remap-fpath,
+ghost-file).
 
-State owned: the name under which a restore finds the file, and the contents of files that have none any more. Kernel: the
-magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (deleted)`` when its directory entry is gone, but a
-file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to another
-file (replaced), or the file lives on under another hard link only: then a link of our own is needed (``--link-remap``).
+State owned: the name under which a restore finds the file, and the contents of files that have none any more. Kernel:
+the magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (deleted)`` when its directory entry is gone,
+but a file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to
+another file (replaced), or the file lives on under another hard link only: then a link of our own is needed
+(``--link-remap``).
 """
 
 from __future__ import annotations
@@ -184,8 +186,9 @@ def _link_to(link: str, path: str) -> None:
     """Give the file behind magic *link* the further name *path* (os.link does not follow the link)."""
     source, target = bytearray(os.fsencode(link) + b"\0"), bytearray(os.fsencode(path) + b"\0")
     syscall(
-        f"link {path}", nr.linkat, fc.AT_FDCWD, address_of(source), fc.AT_FDCWD, address_of(target), fc.AT_SYMLINK_FOLLOW
-    )
+        f"link {path}",
+        nr.linkat, fc.AT_FDCWD, address_of(source), fc.AT_FDCWD, address_of(target), fc.AT_SYMLINK_FOLLOW,
+    )  # fmt: skip
 
 
 def extents(fd: int, size: int) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
 """Opening the files of a checkpoint again (images: reg_file_entry, remap-fpath, ghost-file, memfd entries).
 
-Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is one
-clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task. Unlinked
-files are made under their old name, opened, and unlinked again; hard links that a dump left (link_remap) are taken away
-when the restore has succeeded.
+Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
+one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
+Unlinked files are made under their old name, opened, and unlinked again; hard links that a dump left (link_remap) are
+taken away when the restore has succeeded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import stat
 
 from firn.abi import fcntl as fc
 from firn.errors import ImageError, NotBuilt, RestoreError
+from firn.resources import base
+from firn.resources.base import FIELD, MEMFD, REG
 from firn.resources.files import memfd
 from firn.resources.files.buildid import read_build_id, to_words
 from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
-from firn.resources import base
-from firn.resources.base import FIELD, MEMFD, REG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ TMPFILE_BIT = 0o20000000
 AS_RECORDED = -1
 _NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | TMPFILE_BIT | fc.FASYNC
 _KIND_NAMES = {
-    2: "pipe", 3: "FIFO", 4: "internet socket", 5: "unix socket", 6: "eventfd", 7: "epoll instance", 8: "inotify instance",
-    9: "signalfd", 10: "packet socket", 11: "terminal", 12: "fanotify group", 13: "netlink socket", 14: "namespace file",
-    15: "tun device", 16: "external file", 17: "timerfd", 19: "BPF map", 20: "pidfd",
+    2: "pipe", 3: "FIFO", 4: "internet socket", 5: "unix socket", 6: "eventfd", 7: "epoll instance",
+    8: "inotify instance", 9: "signalfd", 10: "packet socket", 11: "terminal", 12: "fanotify group",
+    13: "netlink socket", 14: "namespace file", 15: "tun device", 16: "external file", 17: "timerfd", 19: "BPF map",
+    20: "pidfd",
 }  # fmt: skip
 
 
@@ -95,8 +96,8 @@ class Opener:
         return name.startswith(self.own_proc) or name + "/" in self.own_proc
 
     def open(self, kind: int, number: int, mode: int = AS_RECORDED) -> int:
-        """Our descriptor of file *number*, opened once per access *mode* (O_RDONLY, O_WRONLY, O_RDWR; mappings have one of
-        their own, the descriptions behind descriptors are opened as recorded)."""
+        """Our descriptor of file *number*, opened once per access *mode* (O_RDONLY, O_WRONLY, O_RDWR; mappings have one
+        of their own, the descriptions behind descriptors are opened as recorded)."""
         key = (kind, number, mode)
         if key not in self.fds:
             message = self.message(kind, number)
@@ -129,7 +130,8 @@ class Opener:
         try:
             fd = os.open(path, flags)
         except OSError as error:
-            raise RestoreError(f"{name} cannot be opened: {os.strerror(error.errno or 0)}", "put the file back") from None
+            why = os.strerror(error.errno or 0)
+            raise RestoreError(f"{name} cannot be opened: {why}", "put the file back") from None
         if not remapped:
             self._validate(fd, message)
         position = message["pos"]
@@ -158,18 +160,22 @@ class Opener:
             return
         if st.st_size != message["size"]:
             raise RestoreError(
-                f"{name} was changed since the dump: {st.st_size} bytes instead of {message['size']}", "put the file back"
+                f"{name} was changed since the dump: {st.st_size} bytes instead of {message['size']}",
+                "put the file back",
             )
         recorded = message.get("build_id")
         if recorded and self.validation == "buildid":
             found = read_build_id(f"/proc/self/fd/{fd}")
             if found is not None and to_words(found) != recorded:
-                raise RestoreError(f"{name} was changed since the dump: its build-id is another one", "put the file back")
+                raise RestoreError(
+                    f"{name} was changed since the dump: its build-id is another one", "put the file back"
+                )
 
     # -- unlinked files ------------------------------------------------------------------------------------------------
 
     def _remap(self, number: int, name: str, remap: dict[str, Any]) -> bool:
-        """Make sure that *name* (or what ``_ghosts`` says) leads to the file; True if contents are not to be checked."""
+        """Make sure that *name* (or what ``_ghosts`` says) leads to the file; True if contents are not to be
+        checked."""
         kind, target = remap.get("remap_type"), remap["remap_id"]
         if kind is None:
             kind, target = (GHOST, target & 0x7FFFFFFF) if target >> 31 else (LINKED, target)

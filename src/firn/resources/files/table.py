@@ -1,8 +1,8 @@
 """The file table of a checkpoint: every open file description once, under one id (images: files.img).
 
-State: descriptions opened by descriptors, executables, working and root directories, mapped files. Identity comes from the
-kernel: descriptors are compared with kcmp(2); things that are opened anew at restore anyway (mappings, directories, the
-executable) are shared by device, inode, path and mode.
+State: descriptions opened by descriptors, executables, working and root directories, mapped files. Identity comes from
+the kernel: descriptors are compared with kcmp(2); things that are opened anew at restore anyway (mappings, directories,
+the executable) are shared by device, inode, path and mode.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """AIO contexts (images: mm_entry.aios, AIORING mappings).
 
-State owned: the ring of io_setup(2), which is a mapping whose address is the context's id, and the completed events in it
-that nobody has fetched yet. Kernel: the ring's header (struct aio_ring, fs/aio.c) in the process's memory. It comes back
-by io_setup(2) and mremap(2) to the old address (the kernel follows the move); unfetched events are made by as many reads of
-/dev/null, which complete at once, and are then overwritten with the saved ones. The positions of head and tail in the ring
-need not be the old ones: libraries and io_getevents(2) read them from the header. What goes wrong: requests in flight at
-the dump are not visible in the ring; their events are lost, as with CRIU.
+State owned: the ring of io_setup(2), which is a mapping whose address is the context's id, and the completed events in
+it that nobody has fetched yet. Kernel: the ring's header (struct aio_ring, fs/aio.c) in the process's memory. It comes
+back by io_setup(2) and mremap(2) to the old address (the kernel follows the move); unfetched events are made by as many
+reads of /dev/null, which complete at once, and are then overwritten with the saved ones. The positions of head and tail
+in the ring need not be the old ones: libraries and io_getevents(2) read them from the header. What goes wrong: requests
+in flight at the dump are not visible in the ring; their events are lost, as with CRIU.
 """
 
 from __future__ import annotations

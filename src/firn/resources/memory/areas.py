@@ -2,8 +2,8 @@
 
 State owned: the virtual memory areas with protection, kind and madvise(2) state. Kernel: /proc/PID/smaps (VmFlags) and
 /proc/PID/map_files. It comes back by mmap(2), madvise(2), mlock2(2), mprotect(2) in the restored task
-(:mod:`firn.resources.memory.rebuild`). What goes wrong: mappings of devices and of kernel objects that no mmap of a file
-brings back are refused by name.
+(:mod:`firn.resources.memory.rebuild`). What goes wrong: mappings of devices and of kernel objects that no mmap of a
+file brings back are refused by name.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MADVICE = (
 class Area:
     """A mapping and what it is.
 
-    ``kind`` is one of anon, heap, file, memfd, shmem, aio, vdso, vvar, vsyscall, hugetlb; ``stat`` is that of the mapped
-    object, ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id, where there is one.
+    ``kind`` is one of anon, heap, file, memfd, shmem, aio, vdso, vvar, vsyscall, hugetlb; ``stat`` is that of the
+    mapped object, ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id, where there is one.
     """
 
     __slots__ = ("kind", "map", "mode", "shmid", "stat")
@@ -95,8 +95,9 @@ def _kind(pid: int, m: Map, obstacles: list[Obstacle]) -> str | None:
     if name.startswith("/SYSV") and m.device[0] == 0:
         obstacles.append(_obstacle(pid, m, "is System V shared memory", "not supported yet; detach it (shmdt) first"))
         return None
-    if name.startswith(("socket:", "anon_inode:")) or name.startswith("/anon_inode") or name.startswith("/dmabuf"):
-        obstacles.append(_obstacle(pid, m, "is memory of a kernel object that cannot be mapped again", "unmap it first"))
+    if name.startswith(("socket:", "anon_inode:", "/anon_inode", "/dmabuf")):
+        reason = "is memory of a kernel object that cannot be mapped again"
+        obstacles.append(_obstacle(pid, m, reason, "unmap it first"))
         return None
     if name.startswith("/secretmem"):
         obstacles.append(_obstacle(pid, m, "is secret memory (memfd_secret), which nobody may read", "unmap it first"))

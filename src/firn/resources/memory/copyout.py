@@ -1,7 +1,7 @@
 """Moving pages out: from a process's memory into the page image, without passing through Python objects.
 
-Two workers copy with process_vm_readv(2) into buffers of their own and pwrite(2) from there; the system calls release the
-interpreter lock, so both cores are busy. Pages that the process itself may not read come through /proc/PID/mem.
+Two workers copy with process_vm_readv(2) into buffers of their own and pwrite(2) from there; the system calls release
+the interpreter lock, so both cores are busy. Pages that the process itself may not read come through /proc/PID/mem.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Piece:
 
 
 def plan(runs: list[tuple[int, int]], marked: list[tuple[int, int, int]], offset: int = 0) -> list[Piece]:
-    """Cut *runs* into pieces laid out one after the other from *offset*; *marked* (start, end, marks) ranges, ascending and
-    disjoint, get pieces of their own."""
+    """Cut *runs* into pieces laid out one after the other from *offset*; *marked* (start, end, marks) ranges, ascending
+    and disjoint, get pieces of their own."""
     pieces: list[Piece] = []
     ahead = iter([*marked, (1 << 64, 1 << 64, 0)])
     low, high, bits = next(ahead)
@@ -105,7 +105,8 @@ class _Worker:
             ctypes.addressof(self.local), 1, ctypes.addressof(remote), len(piece.parts), 0,
         )  # fmt: skip
         if got != piece.size:
-            raise OSError(14, f"memory of process {self.pid} at {piece.parts[0][0]:#x}: only {got} of {piece.size} bytes")
+            where = f"memory of process {self.pid} at {piece.parts[0][0]:#x}"
+            raise OSError(14, f"{where}: only {got} of {piece.size} bytes")
 
     def _read_forced(self, piece: Piece) -> None:
         if self.mem < 0:
@@ -121,8 +122,9 @@ class _Worker:
         done = 0
         while done < piece.size:
             done += syscall(
-                "write pages image", nr.pwrite64, self.target, self.address + done, piece.size - done, piece.offset + done
-            )
+                "write pages image",
+                nr.pwrite64, self.target, self.address + done, piece.size - done, piece.offset + done,
+            )  # fmt: skip
 
 
 def copy(pid: int, pieces: list[Piece], target: int, workers: int = 2) -> None:

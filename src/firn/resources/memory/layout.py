@@ -1,8 +1,8 @@
 """The address space as a whole (images: mm-PID.img): limits of code, data, heap, stack, arguments; auxv; executable.
 
-Kernel: /proc/PID/stat and auxv, brk(2) inside the task, PR_GET_DUMPABLE. It comes back by PR_SET_MM_MAP (prctl(2)), which
-needs no capability beyond CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN for the executable, and refuses (EBUSY) as long as the
-old executable is mapped.
+Kernel: /proc/PID/stat and auxv, brk(2) inside the task, PR_GET_DUMPABLE. It comes back by PR_SET_MM_MAP (prctl(2)),
+which needs no capability beyond CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN for the executable, and refuses (EBUSY) as long
+as the old executable is mapped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int) -> dict[str
 
 def locks_future(pid: int, before: dict[str, str], task: Task) -> int:
     """The MCL_* flags of mlockall(2) that hold for future mappings. No file tells them; but our scratch area is such a
-    mapping: the locked amount has grown since status *before* if it was locked, and it was filled in unless MCL_ONFAULT."""
+    mapping: the locked amount has grown since status *before* if it was locked, and it was filled in unless
+    MCL_ONFAULT."""
     scratch = task.scratch
     if scratch is None or procfs.status(pid).get("VmLck") == before.get("VmLck"):
         return 0

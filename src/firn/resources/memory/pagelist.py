@@ -1,8 +1,8 @@
 """Which pages of a process have to be saved.
 
 Kernel: the PAGEMAP_SCAN ioctl of /proc/PID/pagemap (Linux 6.7), else the words of /proc/PID/pagemap
-(Documentation/admin-guide/mm/pagemap.rst). A page belongs to the process alone, and is saved, if it is present or swapped
-and neither page cache nor the kernel's zero page.
+(Documentation/admin-guide/mm/pagemap.rst). A page belongs to the process alone, and is saved, if it is present or
+swapped and neither page cache nor the kernel's zero page.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _REGIONS = 16384
 
 
 class Pages:
-    """Ascending, disjoint byte ranges: ``runs`` to be saved, ``guards`` made by MADV_GUARD_INSTALL, ``huge`` in THPs."""
+    """Ascending, disjoint byte ranges: ``runs`` to be saved, ``guards`` made by MADV_GUARD_INSTALL, ``huge`` in
+    THPs."""
 
     __slots__ = ("guards", "huge", "runs")
 
@@ -44,7 +45,8 @@ def _append(runs: list[tuple[int, int]], start: int, end: int) -> None:
 
 
 def scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """PAGEMAP_SCAN of [start, end): (start, end, categories) of own pages and guard pages, over all mappings at once."""
+    """PAGEMAP_SCAN of [start, end): (start, end, categories) of own pages and guard pages, over all mappings at
+    once."""
     vector = bytearray(mman.PAGE_REGION.size * _REGIONS)
     vector_address = address_of(vector)
     # A guard marker counts as swapped; it is told apart by its own category (Linux 6.15).
@@ -54,9 +56,10 @@ def scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     while start < end:
         arg = bytearray(
             mman.PM_SCAN_ARG.pack(
-                mman.PM_SCAN_ARG.size, 0, start, end, 0, vector_address, _REGIONS, 0, inverted, inverted, wanted, returned
+                mman.PM_SCAN_ARG.size, 0, start, end, 0, vector_address, _REGIONS, 0,
+                inverted, inverted, wanted, returned,
             )
-        )
+        )  # fmt: skip
         try:
             count = fcntl.ioctl(fd, mman.PAGEMAP_SCAN, arg)
         except OSError as error:

@@ -1,8 +1,8 @@
 """The private pages of a process (images: pagemap-PID.img, pages-N.img).
 
 State owned: the contents of private mappings: exactly the pages that are the process's own. Kernel: which they are,
-:mod:`firn.resources.memory.pagelist`; their contents, :mod:`firn.resources.memory.copyout`. The vdso's code goes with them,
-so that a restore can compare it with the running kernel's.
+:mod:`firn.resources.memory.pagelist`; their contents, :mod:`firn.resources.memory.copyout`. The vdso's code goes with
+them, so that a restore can compare it with the running kernel's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class ProcessPages:
     """What has to be saved of one process's memory, and where it goes.
 
-    With a copy-on-write clone (:mod:`firn.dump.snapshot`) the clone is scanned and read instead of the process, except for
-    what a fork leaves out: mappings with MADV_DONTFORK and MADV_WIPEONFORK.
+    With a copy-on-write clone (:mod:`firn.dump.snapshot`) the clone is scanned and read instead of the process, except
+    for what a fork leaves out: mappings with MADV_DONTFORK and MADV_WIPEONFORK.
     """
 
     def __init__(self, pid: int, mapped: list[areas.Area], use_scan: bool) -> None:

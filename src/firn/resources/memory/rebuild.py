@@ -1,9 +1,9 @@
 """Rebuilding an address space inside a restored task (the other half of :mod:`firn.resources.memory.areas`).
 
 Order: everything but the scratch area is unmapped; the vdso is mapped where it was (it can only be placed while none is
-mapped); every mapping is made at its place, writable where pages have to be read in; the layout is told to the kernel (it
-checks that the old executable is gone); pages are read straight from the image into place; then protection, madvise(2)
-state, locks, guard regions. Reading precedes madvise and mlock, so that no page appears that was not there.
+mapped); every mapping is made at its place, writable where pages have to be read in; the layout is told to the kernel
+(it checks that the old executable is gone); pages are read straight from the image into place; then protection,
+madvise(2) state, locks, guard regions. Reading precedes madvise and mlock, so that no page appears that was not there.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _POPULATE = 64 << 10
 """Bytes from which on it pays to make a run's pages before they are read."""
 _STEP = 1 << 20
 _KEEP_FLAGS = (
-    mman.MAP_SHARED | mman.MAP_PRIVATE | mman.MAP_DROPPABLE | mman.MAP_ANONYMOUS | mman.MAP_GROWSDOWN | mman.MAP_NORESERVE
-    | mman.MAP_HUGETLB | 0x3F << mman.MAP_HUGE_SHIFT
+    mman.MAP_SHARED | mman.MAP_PRIVATE | mman.MAP_DROPPABLE | mman.MAP_ANONYMOUS | mman.MAP_GROWSDOWN
+    | mman.MAP_NORESERVE | mman.MAP_HUGETLB | 0x3F << mman.MAP_HUGE_SHIFT
 )  # fmt: skip
 _FIRST_ADVICE = (mman.MADV_HUGEPAGE, mman.MADV_NOHUGEPAGE)
 _WITH_FILE = areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED
@@ -102,9 +102,8 @@ def plan_maps(
                     program.call(_label("mprotect", start, length), nr.mprotect, start, length, prot)
                 continue
             offset = base + start - vma["start"] if fd >= 0 else 0
-            program.call(
-                _label("mmap", start, length), nr.mmap, start, length, prot, flags & _KEEP_FLAGS | mman.MAP_FIXED, fd, offset
-            )
+            how = flags & _KEEP_FLAGS | mman.MAP_FIXED
+            program.call(_label("mmap", start, length), nr.mmap, start, length, prot, how, fd, offset)
             for advice in _FIRST_ADVICE:
                 if vma.get("madv", 0) >> advice & 1:
                     program.call(_label("madvise", start, length), nr.madvise, start, length, advice)
@@ -136,7 +135,8 @@ def _label(what: str, start: int, length: int) -> str:
 
 
 class _Reads:
-    """The calls that read pages into place. Small parts that follow each other in one file are read by one preadv(2)."""
+    """The calls that read pages into place. Small parts that follow each other in one file are read by one
+    preadv(2)."""
 
     __slots__ = ("batch", "checks", "fds", "first", "program", "size")
 
@@ -165,7 +165,8 @@ class _Reads:
 
     def _populated(self, at: int, size: int, fd: int, offset: int) -> None:
         # To make the pages first, in the kernel, is cheaper than one fault for each; in steps that stay in the cache.
-        # Where it cannot be done (before Linux 5.14, or files that got shorter), the read says what is wrong, if anything.
+        # Where it cannot be done (before Linux 5.14, or files that got shorter), the read says what is wrong, if
+        # anything.
         self.program.call(_label("populate", at, size), nr.madvise, at, size, mman.MADV_POPULATE_WRITE, flags=1)
         self._read(at, size, nr.pread64, fd, at, size, offset)
 

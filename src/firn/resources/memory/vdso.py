@@ -1,10 +1,10 @@
 """The vdso of a restored process.
 
-State owned: where vvar and vdso lie, and which code the process expects there (its auxv and its C library hold addresses
-into it). Kernel: arch_prctl(ARCH_MAP_VDSO_64) maps vvar and vdso of the running kernel together at a chosen address, after
-the old ones are gone. If the running kernel's vdso is the one that was dumped, it simply goes to the old place. If it
-differs, the old pages stay as ordinary memory at the old place, and every function in them starts with a jump to the
-running kernel's, which lies elsewhere. Sources: vdso(7), arch/x86/entry/vdso/vma.c, elf(5).
+State owned: where vvar and vdso lie, and which code the process expects there (its auxv and its C library hold
+addresses into it). Kernel: arch_prctl(ARCH_MAP_VDSO_64) maps vvar and vdso of the running kernel together at a chosen
+address, after the old ones are gone. If the running kernel's vdso is the one that was dumped, it simply goes to the old
+place. If it differs, the old pages stay as ordinary memory at the old place, and every function in them starts with a
+jump to the running kernel's, which lies elsewhere. Sources: vdso(7), arch/x86/entry/vdso/vma.c, elf(5).
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _functions(image: bytes) -> dict[str, int]:
 class Placement:
     """How a dumped vdso comes back.
 
-    ``map_at`` is the address for ARCH_MAP_VDSO_64 (of the vvar, which comes first); ``patches`` are (address, bytes) to be
-    written over the dumped vdso's own pages, empty if the running kernel's vdso takes their place (``replaces``).
+    ``map_at`` is the address for ARCH_MAP_VDSO_64 (of the vvar, which comes first); ``patches`` are (address, bytes) to
+    be written over the dumped vdso's own pages, empty if the running kernel's vdso takes their place (``replaces``).
     """
 
     __slots__ = ("map_at", "patches", "replaces")
@@ -97,7 +97,8 @@ class Placement:
 
 
 def place(own: Own, dumped: bytes, vvar_start: int, vdso_start: int, spare: int) -> Placement:
-    """Decide: *dumped* is the code in the checkpoint, *spare* an address where vvar and vdso fit beside everything else."""
+    """Decide: *dumped* is the code in the checkpoint, *spare* an address where vvar and vdso fit beside everything
+    else."""
     same_shape = vdso_start - vvar_start == own.vvar_size and len(dumped) == own.vdso_size
     if same_shape and dumped == own.code:
         return Placement(vvar_start, True, [])
@@ -107,7 +108,8 @@ def place(own: Own, dumped: bytes, vvar_start: int, vdso_start: int, spare: int)
         target = new.get(name)
         if target is None:
             raise RestoreError(
-                f"the process uses the vdso function {name}, which this kernel does not have", "restore on its own kernel"
+                f"the process uses the vdso function {name}, which this kernel does not have",
+                "restore on its own kernel",
             )
         address = spare + own.vvar_size + target
         patches.append((vdso_start + offset, _JUMP + address.to_bytes(8, "little") + _JUMP_END))
@@ -118,7 +120,7 @@ def _without_overlap(patches: list[tuple[int, bytes]]) -> list[tuple[int, bytes]
     """Aliases (clock_gettime and __vdso_clock_gettime) are one function: one patch."""
     unique = dict(patches)
     ordered = sorted(unique.items())
-    for (at, code), (following, _) in zip(ordered, ordered[1:], strict=False):
-        if at + len(code) > following:
+    for index, (at, code) in enumerate(ordered[:-1]):
+        if at + len(code) > ordered[index + 1][0]:
             raise RestoreError("the dumped vdso's functions lie too close to be replaced", "restore on its own kernel")
     return ordered

@@ -126,7 +126,8 @@ def _affinity(tid: int) -> bytes:
 
 
 def leave_critical_section(pid: int, regs: tuple[int, ...], core: dict[str, Any]) -> tuple[int, ...]:
-    """The registers of a thread that may be inside an rseq critical section: such a thread goes on at the abort address.
+    """The registers of a thread that may be inside an rseq critical section: such a thread goes on at the abort
+    address.
 
     struct rseq: cpu_id_start, cpu_id, rseq_cs (offset 8); struct rseq_cs: version, flags, start, length, abort
     (include/uapi/linux/rseq.h).
@@ -183,7 +184,8 @@ def load_registers(info: dict[str, Any]) -> tuple[int, ...]:
 def plan_own(program: Program, core: dict[str, Any], comm: str) -> None:
     """The calls that a restored thread makes for itself before its credentials change."""
     program.reserve(6, 128)
-    program.call("set_robust_list", nr.set_robust_list, core["futex_rla"], core["futex_rla_len"], flags=0 if core["futex_rla"] else 1)
+    head = core["futex_rla"]
+    program.call("set_robust_list", nr.set_robust_list, head, core["futex_rla_len"], flags=0 if head else 1)
     name = os.fsencode(comm)[:15] + b"\0"
     program.call("prctl name", nr.prctl, prctl.SET_NAME, program.data(name), 0, 0, 0)
     stack = core.get("sas")

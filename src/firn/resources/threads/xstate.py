@@ -1,8 +1,8 @@
 """The extended processor state (images: user_x86_fpregs_entry, user_x86_xsave_entry).
 
-State owned: x87, SSE, AVX, AVX-512, PKRU, and whatever else XSAVE holds. Kernel: ptrace NT_X86_XSTATE. The image has an array
-per component, so the offsets of the processor that dumped do not matter; components that CRIU has no array for (AMX) are
-kept as a raw area in firn's own field.
+State owned: x87, SSE, AVX, AVX-512, PKRU, and whatever else XSAVE holds. Kernel: ptrace NT_X86_XSTATE. The image has an
+array per component, so the offsets of the processor that dumped do not matter; components that CRIU has no array for
+(AMX) are kept as a raw area in firn's own field.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def save(area: bytes) -> tuple[dict[str, Any], bytes]:
     cwd, swd, twd, fop, rip, rdp, mxcsr, mask = _LEGACY.unpack_from(area)
     entry: dict[str, Any] = {
         "cwd": cwd, "swd": swd, "twd": twd, "fop": fop, "rip": rip, "rdp": rdp, "mxcsr": mxcsr, "mxcsr_mask": mask,
-        "st_space": list(struct.unpack_from("<32I", area, 32)), "xmm_space": list(struct.unpack_from("<64I", area, 160)),
+        "st_space": list(struct.unpack_from("<32I", area, 32)),
+        "xmm_space": list(struct.unpack_from("<64I", area, 160)),
     }  # fmt: skip
     if len(area) < cpu.XSAVE_MIN:
         return entry, b""
@@ -53,7 +54,8 @@ def load(entry: dict[str, Any], raw: bytes, template: bytes) -> bytes:
     if raw:
         if len(raw) != len(template):
             raise RestoreError(
-                f"the checkpoint holds {len(raw)} bytes of extended processor state, this processor has {len(template)}",
+                f"the checkpoint holds {len(raw)} bytes of extended processor state, "
+                f"this processor has {len(template)}",
                 "restore on the same kind of processor",
             )
         area[:] = raw

@@ -1,0 +1,190 @@
+/*
+ * A tree that grows from a text in the file "plan", one letter per step of the process that it is in:
+ *
+ *     ( ... )  a child by fork takes the steps in between, and then lives on     [ ... ]  the same, sharing descriptors
+ *     S setsid     G a group of its own     J the group that was made last, if it can be joined
+ *     P private pages     A shared anonymous memory     F an open file with a position     D a duplicate of it
+ *     T another thread     U another user     X ends with an exit code     K ends by a signal     W is stopped
+ */
+#include "members.h"
+
+static int slot, threads_made, file = -1, stops;
+static uint64_t *pages[MEMBERS], *common;
+static int page_count;
+static pid_t *last_group;
+
+static int member_right(void)
+{
+	for (int i = 0; i < page_count; i++)
+		CHECK(same(pages[i], 4 * PAGE, (uint64_t)slot * 100 + i));
+	if (file >= 0)
+		CHECK(lseek(file, 0, SEEK_CUR) > 0);
+	if (common)
+		CHECK(__atomic_add_fetch(common, 1, __ATOMIC_SEQ_CST));
+	return 1;
+}
+
+static void *thread_body(void *unused)
+{
+	for (;;)
+		nap_ms(5);
+	return unused;
+}
+
+/* The children's pages are not the parent's: each checks what it has made itself. */
+static void forget(void)
+{
+	page_count = 0;
+}
+
+static int count_slots(const char *plan)
+{
+	int count = 0;
+	for (; *plan; plan++)
+		count += *plan == '(' || *plan == '[';
+	return count;
+}
+
+static const char *after_child(const char *plan)
+{
+	int depth = 1;
+	while (depth) {
+		char c = *plan++;
+		depth += (c == '(' || c == '[') - (c == ')' || c == ']');
+	}
+	return plan;
+}
+
+static void step(char letter)
+{
+	switch (letter) {
+	case 'S':
+		setsid();
+		break;
+	case 'G':
+		if (!setpgid(0, 0))
+			*last_group = getpid();
+		break;
+	case 'J':
+		if (*last_group)
+			setpgid(0, *last_group);
+		break;
+	case 'P':
+		pages[page_count] = map_anon(4);
+		fill(pages[page_count], 4 * PAGE, (uint64_t)slot * 100 + page_count);
+		page_count++;
+		break;
+	case 'A':
+		common = map_pages(2, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
+		break;
+	case 'F':
+		file = make_file("data", 4096, 1);
+		NEED(lseek(file, 8 + slot, SEEK_SET) == 8 + slot);
+		break;
+	case 'D':
+		NEED(file < 0 || dup(file) >= 0);
+		break;
+	case 'T':
+		start_thread(thread_body, NULL);
+		threads_made++;
+		break;
+	case 'U':
+		NEED(!setresgid(1000 + slot, 1000, 1000) && !setresuid(1000 + slot, 1000, 1000));
+		break;
+	case 'W':
+		stops = 1;
+		break;
+	case 'X':
+		_exit(slot + 1);
+	case 'K':
+		kill(getpid(), SIGKILL);
+		pause();
+	}
+}
+
+static void follow(const char *plan, int next);
+
+static void child(const char *plan, int i, int shares_files)
+{
+	SLOT(i)->pid = 0;
+	pid_t pid = (pid_t)syscall(SYS_clone, SIGCHLD | (shares_files ? CLONE_FILES : 0), 0, 0, 0, 0);
+	NEED(pid >= 0);
+	if (!pid) {
+		slot = i;
+		stops = 0;
+		forget();
+		follow(plan, i + 1);
+		note_self();
+		/* Stopped and running members alike tell that they are set up by their pid. */
+		SLOT(i)->word = stops;
+		__atomic_store_n(&SLOT(i)->pid, getpid(), __ATOMIC_SEQ_CST);
+		if (stops)
+			raise(SIGSTOP);
+		live_in(i, member_right);
+	}
+	siginfo_t info;
+	while (!__atomic_load_n(&SLOT(i)->pid, __ATOMIC_SEQ_CST)) {
+		info.si_pid = 0;
+		if (!waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid) {
+			SLOT(i)->word = -1;
+			break;
+		}
+		nap_ms(1);
+	}
+	if (SLOT(i)->word == 1)
+		NEED(waitpid(pid, NULL, WUNTRACED) == pid);
+}
+
+/* Takes the steps of `plan` up to the bracket that ends it; children take slots from `next` on. */
+static void follow(const char *plan, int next)
+{
+	for (;;) {
+		char letter = *plan++;
+		if (letter == '(' || letter == '[') {
+			const char *end = after_child(plan);
+			child(plan, next, letter == '[');
+			for (; plan < end; plan++)
+				next += *plan == '(' || *plan == '[';
+			next++;
+		} else if (!letter || letter == ')' || letter == ']') {
+			return;
+		} else {
+			step(letter);
+		}
+	}
+}
+
+static char plan_text[2048];
+static int members;
+
+static void plan_set(void)
+{
+	NEED(slurp("plan", plan_text, sizeof plan_text) >= 0);
+	members = count_slots(plan_text);
+	NEED(members < MEMBERS);
+	last_group = map_pages(1, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
+	slot = MEMBERS;
+	follow(plan_text, 0);
+}
+
+static int plan_check(void)
+{
+	for (int i = 0; i < members; i++)
+		if (SLOT(i)->word == 0)
+			CHECK_ALL(ask_members(i, i + 1));
+		else if (SLOT(i)->word == 1)
+			CHECK(state_of(SLOT(i)->pid) == 'T');
+	CHECK_ALL(member_right());
+	return 1;
+}
+
+static void plan_harm(void)
+{
+	kill(SLOT(0)->pid, SIGKILL);
+	reaches_state(SLOT(0)->pid, 'Z');
+	SLOT(0)->word = 0;
+}
+
+WORKLOAD(
+	{"plan", plan_set, plan_check, plan_harm},
+)

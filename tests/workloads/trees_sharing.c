@@ -1,0 +1,229 @@
+/* What parent and child share: descriptor tables, memory, positions in files, pages not written since the fork. */
+#include "members.h"
+
+#include <sys/mman.h>
+
+static int fd = -1, other = -1;
+static uint64_t *shared, *view, seen;
+
+/* ---- one descriptor table (CLONE_FILES) in parent, child and grandchild; slot 2 has one of its own ---- */
+
+/* On request each of the members opens a descriptor with a number of its own, that all sharers see at once. */
+static int file_slot;
+
+static int open_here(void)
+{
+	CHECK(fcntl(fd, F_GETFD) == FD_CLOEXEC && lseek(fd, 0, SEEK_CUR) == 24);
+	CHECK(dup2(fd, 100 + file_slot) == 100 + file_slot);
+	return 1;
+}
+
+static int open_apart(void)
+{
+	CHECK(fcntl(100, F_GETFD) < 0 && errno == EBADF);
+	return open_here();
+}
+
+static pid_t bear_sharer(int i, void (*early)(void))
+{
+	SLOT(i)->pid = 0;
+	pid_t child = (pid_t)syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+	NEED(child >= 0);
+	if (!child) {
+		file_slot = i;
+		if (early)
+			early();
+		note_self();
+		live_in(i, open_here);
+	}
+	NEED(wait_for(&SLOT(i)->pid, 5000));
+	return child;
+}
+
+static void bear_grandchild(void)
+{
+	bear_sharer(1, NULL);
+}
+
+static void own_table(void)
+{
+	file_slot = 2;
+}
+
+static void table_set(void)
+{
+	fd = make_file("data", 4096, 1);
+	NEED(lseek(fd, 24, SEEK_SET) == 24);
+	bear_sharer(0, bear_grandchild);
+	bear(2, own_table, open_apart);
+	NEED(dup2(fd, 50) == 50);
+}
+
+static int table_check(void)
+{
+	CHECK_MEMBERS(3);
+	CHECK(fcntl(102, F_GETFD) < 0 && errno == EBADF);
+	for (int i = 0; i < 2; i++)
+		CHECK(!close(100 + i));
+	CHECK(ask_members(2, 3) == 1);
+	CHECK(fcntl(50, F_GETFD) == 0);
+	return 1;
+}
+
+static void table_apart(void)
+{
+	unshare(CLONE_FILES);
+}
+
+/* ---- memory ---- */
+
+/* Everybody adds to a word that all of them see. */
+static int add_one(void)
+{
+	CHECK(same(shared + 512, 3 * PAGE, 7));
+	CHECK(__atomic_add_fetch(shared, 1, __ATOMIC_SEQ_CST) && __atomic_add_fetch(view + 512, 1, __ATOMIC_SEQ_CST));
+	return 1;
+}
+
+static void bear_below(void)
+{
+	bear(1, NULL, add_one);
+}
+
+static void memory_set(void)
+{
+	if (!strcmp(mode_name, "memfd")) {
+		int file = memfd_create("shared", MFD_CLOEXEC);
+		NEED(file >= 0 && !ftruncate(file, 4 * PAGE));
+		shared = map_pages(4, RW, MAP_SHARED, file);
+		view = map_pages(4, RW, MAP_SHARED, file);
+		NEED(!close(file));
+	} else if (!strcmp(mode_name, "file")) {
+		int file = make_file("mapped", 4 * PAGE, 3);
+		shared = map_pages(4, RW, MAP_SHARED, file);
+		view = map_pages(4, RW, MAP_SHARED, file);
+		shared[0] = shared[512] = 0;
+		NEED(!close(file));
+	} else {
+		shared = map_pages(4, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
+		view = mremap(shared, 0, 4 * PAGE, MREMAP_MAYMOVE);
+		NEED(view != MAP_FAILED);
+	}
+	fill(shared + 512, 3 * PAGE, 7);
+	bear(0, bear_below, add_one);
+	bear(2, NULL, add_one);
+	seen = shared[0];
+}
+
+static int memory_check(void)
+{
+	uint64_t second = view[512];
+	for (int turn = 0; turn < 3; turn++) {
+		CHECK(ask_members(turn, turn + 1) == 1);
+		CHECK(shared[0] == ++seen && view[0] == seen && shared[512] == second + 1);
+		shared[512] = second;
+	}
+	return 1;
+}
+
+static void memory_apart(void)
+{
+	NEED(mmap(shared, PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == shared);
+	seen = shared[0];
+}
+
+/* ---- one open file, several tables: position and status flags are shared; `other` is opened anew, so they are not ---- */
+
+static int read_on(void)
+{
+	uint64_t word;
+	off_t before = lseek(fd, 0, SEEK_CUR), apart = lseek(other, 0, SEEK_CUR);
+	CHECK(read(fd, &word, 8) == 8 && lseek(fd, 0, SEEK_CUR) == before + 8 && lseek(other, 0, SEEK_CUR) == apart);
+	return 1;
+}
+
+static void reopen_other(void)
+{
+	other = open("data", O_RDONLY);
+	NEED(other >= 0 && lseek(other, 512, SEEK_SET) == 512);
+}
+
+static void offset_set(void)
+{
+	fd = make_file("data", 4096, 1);
+	other = open("data", O_RDONLY | O_CLOEXEC);
+	NEED(other >= 0 && lseek(fd, 16, SEEK_SET) == 16);
+	bear(0, NULL, read_on);
+	bear(1, reopen_other, read_on);
+}
+
+static int offset_check(void)
+{
+	CHECK(lseek(fd, 16, SEEK_SET) == 16);
+	CHECK(ask_members(0, 1) == 1 && ask_members(1, 2) == 1);
+	CHECK(lseek(fd, 0, SEEK_CUR) == 32 && lseek(other, 0, SEEK_CUR) == 0);
+	CHECK(!fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) ^ O_APPEND));
+	return 1;
+}
+
+static void offset_apart(void)
+{
+	int mine = open("data", O_RDWR | O_CLOEXEC);
+	dup3(mine, fd, O_CLOEXEC);
+	close(mine);
+}
+
+/* ---- a prefork server: much memory, written before the fork, and little of it since ---- */
+
+enum { WORKERS = 10, COW_PAGES = 16384, TOUCHED = 64 };
+
+static int worker;
+
+static int cow_right(void)
+{
+	for (size_t i = 0; i < COW_PAGES; i++) {
+		uint64_t want = i * 3 + 1;
+		if (i % (COW_PAGES / TOUCHED) == worker + 1)
+			want = (uint64_t)worker << 32 | i;
+		CHECK(shared[i * 512 + 5] == want);
+	}
+	return 1;
+}
+
+static void write_some(void)
+{
+	for (size_t i = worker + 1; i < COW_PAGES; i += COW_PAGES / TOUCHED)
+		shared[i * 512 + 5] = (uint64_t)worker << 32 | i;
+}
+
+static void cow_set(void)
+{
+	shared = map_anon(COW_PAGES);
+	NEED(!madvise(shared, COW_PAGES * PAGE, MADV_NOHUGEPAGE));
+	for (size_t i = 0; i < COW_PAGES; i++)
+		shared[i * 512 + 5] = i * 3 + 1;
+	for (worker = 0; worker < WORKERS; worker++)
+		bear(worker, write_some, cow_right);
+	worker = COW_PAGES;
+}
+
+static int cow_check(void)
+{
+	CHECK_MEMBERS(WORKERS);
+	CHECK_ALL(cow_right());
+	return 1;
+}
+
+static void cow_harm(void)
+{
+	shared[512 * 1000 + 5]++;
+}
+
+WORKLOAD(
+	{"table", table_set, table_check, table_apart},
+	{"anon", memory_set, memory_check, memory_apart},
+	{"memfd", memory_set, memory_check, memory_apart},
+	{"file", memory_set, memory_check, memory_apart},
+	{"offset", offset_set, offset_check, offset_apart},
+	{"cow", cow_set, cow_check, cow_harm},
+)
