@@ -152,10 +152,14 @@ static void *work(void *argument)
     }
     return NULL;
 }
+/* One process per file: the first one is the parent of the others. */
 int main(int argc, char **argv)
 {
-    int fd = open(argv[1], O_RDWR);
-    if (argc < 2 || fd < 0)
+    int number = argc - 1;
+    while (number > 1 && fork())
+        number--;
+    int fd = number < 1 ? -1 : open(argv[number], O_RDWR);
+    if (fd < 0)
         return 1;
     shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
@@ -176,6 +180,7 @@ int main(int argc, char **argv)
 KINDS = ("nanosleep", "poll", "registers", "futex without timeout", "futex with timeout")
 READY, WRONG, TEXT = 64, 72, slice(80, 336)
 PATIENCE = 5.0
+WALL = 0x40000000
 
 
 def build_target() -> Path:
@@ -197,52 +202,79 @@ def hash_of(text: str) -> str:
 
 
 class Steady:
-    """The program, running: five threads wait or compute, and check registers, masks, stacks, times and signals."""
+    """The program, running, as a tree of *processes*: each has five threads that wait or compute, and check registers,
+    masks, stacks, times and signals."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "steady.beat"
-        self.path.write_bytes(bytes(4096))
-        with self.path.open("r+b") as file:
-            self._map = mmap(file.fileno(), 4096)
+    def __init__(self, folder: Path, processes: int = 1) -> None:
+        paths = [folder / f"steady-{number}.beat" for number in range(processes)]
+        self._maps = []
+        for path in paths:
+            path.write_bytes(bytes(4096))
+            with path.open("r+b") as file:
+                self._maps.append(mmap(file.fileno(), 4096))
         null = subprocess.DEVNULL
         self.process = subprocess.Popen(
-            [build_target(), self.path], start_new_session=True, stdin=null, stdout=null, stderr=null, cwd=folder
+            [build_target(), *paths], start_new_session=True, stdin=null, stdout=null, stderr=null, cwd=folder
         )
         self.pid = self.process.pid
-        wait_until("the target gets ready", lambda: bool(self._word(READY)))
+        for beat in self._maps:
+            wait_until("the target gets ready", lambda beat=beat: bool(_word(beat, READY)))  # type: ignore[misc]
         assert not self.trouble()
 
-    def _word(self, offset: int) -> int:
-        return int(struct.unpack_from("<Q", self._map, offset)[0])
-
-    def _beats(self) -> tuple[int, ...]:
-        return struct.unpack_from("<5Q", self._map)
+    def pids(self) -> list[int]:
+        """The root and its children."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [self.pid, *map(int, children.split())]
 
     def trouble(self) -> str:
         """Waits until every thread has gone round twice; what is wrong with it, empty if nothing is."""
-        before = self._beats()
-        deadline = time.monotonic() + PATIENCE
-        while any(now < then + 2 for now, then in zip(self._beats(), before, strict=True)):
-            if self.process.poll() is not None:
-                return f"the target ended with {self.process.returncode}"
-            if time.monotonic() > deadline:
-                gone = zip(KINDS, self._beats(), before, strict=True)
-                return f"threads hang: {[kind for kind, now, then in gone if now < then + 2]}"
-            time.sleep(0.001)
-        if self._word(WRONG):
-            return self._map[TEXT].split(b"\0", 1)[0].decode()
-        return ""
+        found = [_trouble(beat, self.process) for beat in self._maps]
+        return "; ".join(f"process {number}: {text}" for number, text in enumerate(found) if text)
 
     def areas(self) -> int:
-        return len(Path(f"/proc/{self.pid}/maps").read_text().splitlines())
+        return sum(len(Path(f"/proc/{pid}/maps").read_text().splitlines()) for pid in self.pids())
 
     def end(self) -> None:
-        self.process.kill()
+        pids = self.pids() if self.process.poll() is None else []
+        os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
+        for pid in pids[1:]:
+            # The test is the reaper of orphans.
+            os.waitpid(pid, WALL)
 
 
-def dump_cut_off(pid: int, images: Path, at: int, cut: Callable[[], None]) -> tuple[int, int]:
-    """A dump (left running) in a child of ours that calls *cut* before its system call number *at* (from 1 on).
+def _word(beat: mmap, offset: int) -> int:
+    return int(struct.unpack_from("<Q", beat, offset)[0])
+
+
+def _beats(beat: mmap) -> tuple[int, ...]:
+    return struct.unpack_from("<5Q", beat)
+
+
+def _trouble(beat: mmap, process: subprocess.Popen[bytes]) -> str:
+    before = _beats(beat)
+    deadline = time.monotonic() + PATIENCE
+    while any(now < then + 2 for now, then in zip(_beats(beat), before, strict=True)):
+        if process.poll() is not None:
+            return f"the target ended with {process.returncode}"
+        if time.monotonic() > deadline:
+            gone = zip(KINDS, _beats(beat), before, strict=True)
+            return f"threads hang: {[kind for kind, now, then in gone if now < then + 2]}"
+        time.sleep(0.001)
+    if _word(beat, WRONG):
+        return beat[TEXT].split(b"\0", 1)[0].decode()
+    return ""
+
+
+def reap_orphans(target: int) -> None:
+    """Wait for the end of all our children but *target*: copies of it must not live on without a dump."""
+    for pid in map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()):
+        if pid != target:
+            os.waitpid(pid, WALL)
+
+
+def dump_cut_off(pid: int, images: Path, at: int, cut: Callable[[], None], options: dict[str, bool]) -> tuple[int, int]:
+    """A dump in a child of ours that calls *cut* before its system call number *at* (from 1 on).
 
     Counted is what reaches other tasks: everything through firn.abi.libc, waitpid(2) and pwrite(2). Answers the child's
     wait status and, if it came through, the number of calls.
@@ -258,7 +290,8 @@ def dump_cut_off(pid: int, images: Path, at: int, cut: Callable[[], None]) -> tu
             signal.signal(signal.SIGTERM, _interrupt)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(10)
-            orchestrator.dump(api.DumpOptions(tree=pid, images_dir=str(images), leave_running=True), Log(0))
+            chosen = api.DumpOptions(tree=pid, images_dir=str(images), leave_running=True, **options)
+            orchestrator.dump(chosen, Log(0))
             result.write_text(str(calls[0]))
             code = 0
         finally:

@@ -45,9 +45,9 @@ TABLE += [
     Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY))
     for (program, mode), text in REFUSED.items()
 ]
-TABLE += [Workload("events_tree", mode, needs="trees") for mode in ("shared", "inherited", "pidfd")]
+TABLE += [Workload("events_tree", mode) for mode in ("shared", "inherited", "pidfd")]
 TABLE += [
-    Workload("events_tree", "apart", needs="trees", refused=("but not in process",), ways=(*PLAIN_WAYS, REFUSED_WAY))
+    Workload("events_tree", "apart", refused=("but not in process",), ways=(*PLAIN_WAYS, REFUSED_WAY))
 ]
 
 

@@ -29,9 +29,10 @@ BELOW = {
     "restore": {"abi", "errors", "faults", "host", "images", "resources", "scripts", "tracee"},
     "check": {"abi", "errors", "host", "log"},
     "api": {"check", "dump", "errors", "log", "restore", "scripts"},
-    "cli": {"api", "check", "errors", "host", "log", "scripts", ""},
+    "cli": {"api", "check", "errors", "host", "inspect", "log", "scripts", ""},
     "rpc": {"api", "errors", "log", "scripts", ""},
     "crit": {"errors", "images"},
+    "inspect": {"errors", "images"},
     "": {"api", "errors"},
 }
 
@@ -57,7 +58,7 @@ HEAVY = {
 }
 
 # Only ever run off the hot path: the check, the launcher's writer, and what ``main`` prints when asked to.
-COLD = {"check", "host/probes_*.py", "cli/launcher.py", "cli/usage.py", "crit", "rpc"}
+COLD = {"check", "host/probes_*.py", "cli/inspect.py", "cli/launcher.py", "cli/usage.py", "crit", "inspect", "rpc"}
 ON_DEMAND = {("cli/main.py", "traceback")}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,6 +21,7 @@ from workloads.table import PLAIN_WAYS, REFUSED_FIRST, REFUSED_WAY, Workload
 
 from firn.images.store import ImageDir
 from firn.resources.files import locks
+from firn.resources.semaphores import SemaphoreSet
 
 ONCE = ("lease-read", "lease-write", "breaking-read", "breaking-all", "breaking-shared", "waiter-posix", "waiter-flock")
 MODES = ("flock", "posix", "ofd", "tree", "table", "gone", *ONCE)
@@ -37,6 +38,14 @@ TABLE = [
     )
     for mode in MODES
 ]
+TABLE.append(
+    Workload(
+        "locks",
+        "lease-nameless",
+        refused=("holds a write lease on the unlinked file .*data",),
+        ways=(*PLAIN_WAYS, REFUSED_WAY),
+    )
+)
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 
@@ -111,7 +120,12 @@ def test_locks_of_a_queued_description_are_refused(runner: Runner) -> None:
         socket.send_fds(left, [b"m"], [file.fileno()])
         command = ["/bin/sleep", "1000"]
         process = subprocess.Popen(
-            command, stdin=right, stdout=left, stderr=subprocess.DEVNULL, start_new_session=True, cwd=runner.folder
+            command,
+            stdin=right.fileno(),
+            stdout=left.fileno(),
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd=runner.folder,
         )
     process.returncode = 0
     target = Target(process.pid, None)
@@ -205,13 +219,41 @@ def test_ranges_come_back(start: int, end: int) -> None:
 # ---- semaphores
 
 
+def semaphore_sets() -> dict[int, SemaphoreSet]:
+    found = map(SemaphoreSet, Path("/proc/sysvipc/sem").read_text().splitlines()[1:])
+    return {each.id: each for each in found}
+
+
 @pytest.mark.parametrize("way", [*PLAIN_WAYS, REFUSED_WAY])
 def test_semaphore_undo(way: str, runner: Runner) -> None:
-    refused = (r"process \d+: .*semaphore", r"SEM_UNDO")
-    run_workload(Workload("semaphores", "undo", refused=refused, ways=()), way, runner)
+    before = semaphore_sets()
+    refused = (r"process \d+: may have to give back semaphores of set \d+ .*SEM_UNDO",)
+    try:
+        run_workload(Workload("semaphores", "undo", refused=refused), way, runner)
+    finally:
+        for number, each in semaphore_sets().items():
+            if number not in before and each.mode == 0:
+                subprocess.run(["ipcrm", "-s", str(number)], check=True)
 
 
 @pytest.mark.parametrize("way", ["plain", "break", "dump", "twice", "leave"])
 def test_threads_without_undo(way: str, runner: Runner) -> None:
     """Every program with threads has an undo list; one that cannot hold anything is no obstacle."""
     run_workload(Workload("semaphores", "threads"), way, runner)
+
+
+@pytest.mark.parametrize(
+    ("line", "lets"),
+    [
+        ("0 1 600 1 5 6 7 8 9 9", True),  # the owner's
+        ("0 1 600 1 7 6 5 8 9 9", True),  # the maker's
+        ("0 1 066 1 5 6 7 8 9 9", False),  # the owner may not, whatever the others may
+        ("0 1 660 1 4 12 7 8 9 9", True),  # a group's
+        ("0 1 606 1 4 12 7 8 9 9", False),
+        ("0 1 606 1 4 6 7 8 9 9", True),
+        ("0 1 644 1 4 6 7 8 9 9", False),
+    ],
+)
+def test_who_may_use_semaphores(line: str, lets: bool) -> None:
+    status = {"Uid": "1\t5\t1\t1", "Gid": "1\t2\t1\t1", "Groups": "11 12 "}
+    assert SemaphoreSet(line).lets(status) == lets

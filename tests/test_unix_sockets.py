@@ -21,7 +21,7 @@ UNLIKE = (r"fd\.\d+",)
 MODES = ("pairs", "listen", "waiting", "half", "datagrams", "rights", "options")
 TABLE = [Workload("unix_sockets", mode, once=mode not in ("listen", "options"), unlike=UNLIKE) for mode in MODES]
 TREES = ("pipes", "sockets")
-TABLE += [Workload("ipc_tree", mode, once=mode == "sockets", unlike=UNLIKE, needs="trees") for mode in TREES]
+TABLE += [Workload("ipc_tree", mode, once=mode == "sockets", unlike=UNLIKE) for mode in TREES]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ COMMANDS = {
     "swrk": "W",
     "dedup": "U",
     "cpuinfo": "I",
+    "inspect": "N",
     "exec": "X",
     "show": "X",
 }
@@ -191,6 +192,7 @@ TABLE: tuple[Option, ...] = (
     # firn's own
     Option("fork-snapshot", "", "flag", "D", False, True, firn_only=True),
     Option("plan", "", "flag", "R", False, False, firn_only=True),
+    Option("json", "", "flag", "N", False, True, firn_only=True),
 )
 
 # What no command line says.

@@ -41,7 +41,11 @@ def state(pid: int) -> str:
 def _one(pid: int) -> Portrait:
     comm, fields = _stat(pid)
     if fields[0] not in DEAD:
-        return {**portrait(pid), "stopped": str(fields[0] == "T")}
+        result = {**portrait(pid), "stopped": str(fields[0] == "T")}
+        # A dump that leaves the process running may have written behind the end of the vdso's code.
+        for vdso in [name for name, text in result.items() if text.endswith("[vdso]")]:
+            result.pop(f"{vdso}.Anonymous")
+        return result
     dead = {name: fields[number - 3] for number, name in ZOMBIE_FIELDS.items()}
     return {"zombie": "yes", "comm": comm, **dead}
 

@@ -98,7 +98,7 @@ def _mappings(proc: Path, into: Portrait) -> None:
                 inode = "-"
             place = f"mapping.{start}-{end}"
             into[place] = f"{rights} {offset} {device} {inode} {name}"
-        elif line.startswith(("Anonymous:", "VmFlags:", "Locked:")) and not into[place].endswith("]vdso"):
+        elif line.startswith(("Anonymous:", "VmFlags:", "Locked:")) and not into[place].endswith("[vdso]"):
             name, _, value = line.partition(":")
             flags = " ".join(flag for flag in value.split() if flag != "sd")
             into[f"{place}.{name}"] = flags

@@ -219,11 +219,56 @@ static void cow_harm(void)
 	shared[512 * 1000 + 5]++;
 }
 
+/* ---- mappings that were inherited and have changed their size since: to mremap(2) each is still one ---- */
+
+static char *grown, *cut;
+
+/* Each is as long as it was set up; it can be resized as a whole. */
+static int resizable(void)
+{
+	CHECK(same(grown, 12 * PAGE, 5) && same(cut, 3 * PAGE, 6));
+	grown = mremap(grown, 12 * PAGE, 20 * PAGE, MREMAP_MAYMOVE);
+	CHECK(grown != MAP_FAILED && same(grown, 12 * PAGE, 5));
+	CHECK(mremap(grown, 20 * PAGE, 12 * PAGE, 0) == grown);
+	return 1;
+}
+
+static void resize(void)
+{
+	NEED(mremap(grown, 8 * PAGE, 12 * PAGE, 0) == grown);
+	fill(grown, 12 * PAGE, 5);
+	NEED(mremap(cut, 8 * PAGE, 3 * PAGE, 0) == cut);
+}
+
+static void resized_set(void)
+{
+	grown = map_anon(32);
+	cut = map_anon(32);
+	NEED(!munmap(grown + 8 * PAGE, 24 * PAGE) && !munmap(cut + 8 * PAGE, 24 * PAGE));
+	fill(grown, 8 * PAGE, 5);
+	fill(cut, 8 * PAGE, 6);
+	bear(0, resize, resizable);
+	bear(1, resize, resizable);
+}
+
+static int resized_check(void)
+{
+	CHECK_MEMBERS(2);
+	CHECK(same(grown, 8 * PAGE, 5) && same(cut, 8 * PAGE, 6));
+	return 1;
+}
+
+static void resized_harm(void)
+{
+	grown[9]++;
+}
+
 WORKLOAD(
 	{"table", table_set, table_check, table_apart},
 	{"anon", memory_set, memory_check, memory_apart},
 	{"memfd", memory_set, memory_check, memory_apart},
 	{"file", memory_set, memory_check, memory_apart},
 	{"offset", offset_set, offset_check, offset_apart},
+	{"resized", resized_set, resized_check, resized_harm},
 	{"cow", cow_set, cow_check, cow_harm},
 )

@@ -14,12 +14,12 @@ TIOCGWINSZ, TIOCSWINSZ = 0x5413, 0x5414
 FIONREAD, TIOCPKT, TIOCNOTTY = 0x541B, 0x5420, 0x5422
 TIOCGPTN, TIOCSPTLCK, TIOCGDEV = 0x80045430, 0x40045431, 0x80045432
 TIOCGPKT, TIOCGPTLCK, TIOCGEXCL = 0x80045438, 0x80045439, 0x80045440
-TIOCGPTPEER = 0x5441
+TIOCGPTPEER, TIOCGSID = 0x5441, 0x5429
 TIOCGLCKTRMIOS, TIOCSLCKTRMIOS = 0x5456, 0x5457
 
 TERMIOS = struct.Struct("<IIIIB19sII")
-"""struct termios2: input, output, control, local flags, line discipline, characters, input and output speed. Without the
-speeds (the first 36 bytes) it is struct termios."""
+"""struct termios2: input, output, control, local flags, line discipline, characters, input and output speed. Without
+the speeds (the first 36 bytes) it is struct termios."""
 TERMIOS_SIZE = 36
 CHARACTERS = 19
 VMIN, VEOF, VEOL, VLNEXT, VEOL2 = 6, 4, 11, 15, 16

@@ -20,6 +20,8 @@ _RECORDS: dict[str, type[api.Options]] = {
     "check": api.CheckOptions,
 }
 
+_FIRN_ONLY = ("inspect",)
+
 # The last line of a command's log: all went well, it failed.
 _CLOSING = {
     "dump": ("Dumping finished successfully", "Dumping FAILED."),
@@ -55,6 +57,10 @@ def out(text: str) -> None:
 def run(request: Request) -> int:
     """Do what the words ask for; the exit status."""
     command = _command(request)
+    if command == "inspect":
+        from firn.cli import inspect
+
+        return inspect.run(request)
     _positional(request, command)
     _warn(request, command)
     # firn's own check is of use to anybody: it says what is missing.
@@ -93,7 +99,7 @@ def _command(request: Request) -> str:
     if not request.words:
         raise ShortUsage("command is required")
     command = request.words[0]
-    if command not in api.COMMANDS:
+    if command not in api.COMMANDS or (command in _FIRN_ONLY and request.program == "criu"):
         raise ShortUsage(f"unknown command: {command}")
     return command
 

@@ -10,7 +10,7 @@ from firn.abi.libc import syscall
 from firn.dump import task as one
 from firn.dump.task import CollectedTask, Questions
 from firn.errors import Obstacle
-from firn.resources import cgroups, process, seccomp
+from firn.resources import cgroups, process, seccomp, semaphores
 from firn.resources.files.descriptors import Collector
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
@@ -163,6 +163,7 @@ def _check_borders(tree: FrozenTree, got: Collected, shell_job: bool) -> None:
                 )
     _check_sessions(tree, got)
     for index, mine in enumerate(got.tasks):
+        semaphores.find_undo(mine.pid, [thread.tid for thread in mine.task.threads], got.obstacles)
         for field, code, name in _KCMP:
             mine.ids[field] = FIRST_KCMP_ID + index
             other = next((task for task in got.tasks[:index] if _same(mine.pid, task.pid, code)), None)

@@ -61,7 +61,7 @@ class Dump:
         self.early_maps: dict[int, list[procfs.Map]] = {}
         self.tree = FrozenTree()
         self.collected: Collected | None = None
-        self.take_snapshot: Callable[[Task], Snapshot] | None = None
+        self.take_snapshots: Callable[[list[tuple[seize.Task, int]]], list[Snapshot]] | None = None
         self.snapshots: list[Snapshot] = []
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
         self.first_pages = -1
@@ -86,9 +86,9 @@ class Dump:
         self.first_pages = self._pages_file(1)
         _raise_fd_limit()
         if self.options.fork_snapshot:
-            from firn.dump.snapshot import Snapshot
+            from firn.dump.snapshot import take_all
 
-            self.take_snapshot = Snapshot.take
+            self.take_snapshots = take_all
 
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -131,11 +131,12 @@ class Dump:
         for number, mine in enumerate(self.collected.tasks, 1):
             mine.memory.pages_id = number
             mine.memory.find(mine.pid, early=True)
-            if self.take_snapshot is not None:
+            if self.take_snapshots is not None:
                 mine.memory.hold_early()
-                self.snapshots.append(self.take_snapshot(mine.task))
             else:
                 self._copy_pages(mine.memory, mine.pid)
+        if self.take_snapshots is not None:
+            self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self.collected.tasks])
 
     def _copy_pages(self, pages: ProcessPages, pid: int) -> None:
         started = time.monotonic_ns()
@@ -186,14 +187,14 @@ class Dump:
 
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
-        for snapshot in self.snapshots:
-            snapshot.end()
         try:
             self.tree.release()
         finally:
+            for snapshot in self.snapshots:
+                snapshot.end()
             if self.collected is not None:
                 self.collected.finder.undo()
-            self.images.abort()
+            self.images.revoke()
 
     def close(self) -> None:
         """Let go of what the dump held open."""

@@ -2,7 +2,7 @@
 
 All inside the freeze: the target clones C1, which shares everything with it (CLONE_VM), C1 clones C2, a real copy, and
 exits; the target reaps C1, so it has no new child; C2, orphaned, belongs to init or a subreaper, and lets go of all
-files. A target that is a subreaper itself stops being one for that moment. What a fork does not copy (shared memory,
+files. Subreapers in the tree stop being ones for that moment. What a fork does not copy (shared memory,
 MADV_DONTFORK, MADV_WIPEONFORK) is taken from the target before it goes on. C1 and C2 send no signal when they end, and
 are traced from birth, so none of them runs anything but its program.
 """
@@ -36,35 +36,27 @@ class Snapshot:
         self.pid = pid
 
     @staticmethod
-    def take(task: Task) -> Snapshot:
-        """Make the clone of the frozen *task*; OSError if the target may not fork (limits, memory)."""
+    def take(task: Task, options: int) -> Snapshot:
+        """Make the clone of the frozen *task*, traced with *options*; OSError if the target may not fork (limits, memory)."""
         scratch = task.prepare()
         target = task.program(size=_AREA)
-        reaper = target.buffer(8)
-        target.call("prctl subreaper", nr.prctl, prctl.GET_CHILD_SUBREAPER, reaper, 0, 0, 0)
-        target.run()
-        is_reaper = target.read(reaper, 4) != bytes(4)
-        ptrace.request("options", pt.SETOPTIONS, task.pid, 0, pt.O_TRACESYSGOOD | pt.O_TRACECLONE)
+        first, snapshot = 0, Snapshot(0)
+        ptrace.request("options", pt.SETOPTIONS, task.pid, 0, options | pt.O_TRACECLONE)
         try:
-            if is_reaper:
-                target.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             first = _clone(task, target, sched.CLONE_VM | sched.CLONE_FS | sched.CLONE_FILES)
             middle = Program(_runner(task, first), scratch, scratch.area(_AREA), _AREA)
-            copy = _clone(task, middle, sched.CLONE_FS | sched.CLONE_FILES)
-            snapshot = Snapshot(copy)
-            try:
-                _close_files(task, copy)
-                _exit(middle, first)
-                target.call("wait4", nr.wait4, first, 0, pt.WALL, 0)
-                if is_reaper:
-                    target.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-                target.run()
-            except BaseException:
-                snapshot.end()
-                raise
-            return snapshot
+            snapshot.pid = _clone(task, middle, sched.CLONE_FS | sched.CLONE_FILES)
+            _close_files(task, snapshot.pid)
+        except BaseException:
+            snapshot.end()
+            raise
         finally:
-            ptrace.request("options", pt.SETOPTIONS, task.pid, 0, pt.O_TRACESYSGOOD)
+            if first:
+                Snapshot(first).end()
+                target.call("wait4", nr.wait4, first, 0, pt.WALL, 0)
+                target.run()
+            ptrace.request("options", pt.SETOPTIONS, task.pid, 0, options)
+        return snapshot
 
     def end(self) -> None:
         """Kill the clone and take our notice of its death; whoever adopted it reaps it."""
@@ -76,6 +68,33 @@ class Snapshot:
                     ptrace.wait_stop(pid)
                 except TargetError:
                     return
+
+
+class NoReapers:
+    """While clones are made, no process of the tree is a subreaper: it would get them as children when they are orphaned."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self.tasks = tasks
+        self.reapers: list[Task] = []
+
+    def __enter__(self) -> None:
+        for task in self.tasks:
+            program = task.program(size=_AREA)
+            at = program.buffer(8)
+            program.call("prctl subreaper", nr.prctl, prctl.GET_CHILD_SUBREAPER, at, 0, 0, 0)
+            program.run()
+            if program.read(at, 4) != bytes(4):
+                self.reapers.append(task)
+                self._set(task, 0)
+
+    def _set(self, task: Task, value: int) -> None:
+        program = task.program(size=_AREA)
+        program.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, value, 0, 0, 0)
+        program.run()
+
+    def __exit__(self, *_: object) -> None:
+        while self.reapers:
+            self._set(self.reapers.pop(), 1)
 
 
 def _runner(task: Task, pid: int) -> Runner:
@@ -106,12 +125,15 @@ def _close_files(task: Task, pid: int) -> None:
     program.run()
 
 
-def _exit(program: Program, pid: int) -> None:
-    program.call("exit", nr.exit_group, 0)
-    program.start()
-    while True:
-        try:
-            ptrace.wait_stop(pid)
-            ptrace.request("continue", pt.CONT, pid)
-        except ptrace.Died:
-            return
+def take_all(targets: list[tuple[Task, int]]) -> list[Snapshot]:
+    """Clones of all *targets* (task, PTRACE_O_* it is traced with); all or none."""
+    snapshots: list[Snapshot] = []
+    try:
+        with NoReapers([task for task, _ in targets]):
+            for task, options in targets:
+                snapshots.append(Snapshot.take(task, options))
+    except BaseException:
+        for snapshot in snapshots:
+            snapshot.end()
+        raise
+    return snapshots

@@ -50,6 +50,11 @@ class CollectedTask:
         self.exe_id = 0
         self.memory: ProcessPages
 
+    def trace_options(self) -> int:
+        """The PTRACE_O_* under which the task is traced."""
+        filtered = any(status.get("Seccomp", "0") != "0" for status in self.statuses.values())
+        return pt.O_TRACESYSGOOD | (pt.O_SUSPEND_SECCOMP if filtered else 0)
+
     def pstree(self, ppid: int) -> dict[str, Any]:
         """The pstree_entry."""
         return {
@@ -62,6 +67,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     """First part: what is seen from outside, and with it most obstacles."""
     pid = mine.pid
     _suspend_seccomp(mine)
+    _leave_critical_sections(mine)
     _check_label(pid, got.obstacles)
     maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
     mine.areas = areas.classify(pid, maps, got.obstacles)
@@ -79,10 +85,15 @@ def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
 
 def _suspend_seccomp(mine: CollectedTask) -> None:
     """Filters would stop our own calls inside the task: have the kernel suspend them while we are attached."""
+    if mine.trace_options() != pt.O_TRACESYSGOOD:
+        for thread in mine.task.threads:
+            ptrace.request("suspend seccomp", pt.SETOPTIONS, thread.tid, 0, mine.trace_options())
+
+
+def _leave_critical_sections(mine: CollectedTask) -> None:
+    """Must come before the first program: the kernel forgets a thread's rseq critical section when it runs outside of it."""
     for thread in mine.task.threads:
-        if mine.statuses[thread.tid].get("Seccomp", "0") != "0":
-            options = pt.O_TRACESYSGOOD | pt.O_SUSPEND_SECCOMP
-            ptrace.request("suspend seccomp", pt.SETOPTIONS, thread.tid, 0, options)
+        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.pid, thread.tid, thread.regs)
 
 
 def _check_label(pid: int, obstacles: list[Obstacle]) -> None:
@@ -226,8 +237,7 @@ def _thread_core(
     deliverable = bool(pending & ~thread.mask & ~int(status["SigIgn"], 16))
     interrupted = restart.save(mine.pid, thread, waiting, deliverable, frozen_at)
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
-    regs = threads.leave_critical_section(mine.pid, interrupted.regs, core)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
     core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
-    return {"mtype": threads.X86_64, "thread_info": (regs, thread.xstate, answers.tid_address), "thread_core": core}
+    return {"mtype": threads.X86_64, "thread_info": (interrupted.regs, thread.xstate, answers.tid_address), "thread_core": core}

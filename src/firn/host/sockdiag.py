@@ -1,4 +1,4 @@
-"""What the kernel tells about unix sockets of the current network namespace (sock_diag(7), linux/unix_diag.h)."""
+"""What the kernel tells about sockets of the current network namespace (sock_diag(7), linux/{unix,inet}_diag.h)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ SHOW_NAME, SHOW_VFS, SHOW_PEER, SHOW_ICONS, SHOW_RQLEN = 1, 2, 4, 8, 16
 NAME, VFS, PEER, ICONS, RQLEN, MEMINFO, SHUTDOWN = range(7)
 ESTABLISHED, CLOSE, LISTEN = 1, 7, 10
 """States; the numbers are those of TCP."""
+INET_DIAG_REQ = struct.Struct("<BBBxI48x")
+INET_DIAG_MSG = struct.Struct("<BBBB48x4xIIII")
+INET_SHUTDOWN = 8
 _RECEIVE = 1 << 17
 _TRIES = 5
 
@@ -56,25 +59,45 @@ class UnixSocket:
 
 def unix_sockets() -> dict[int, UnixSocket]:
     """All unix sockets by inode. Raises :class:`OSError` if the kernel does not answer."""
-    import _socket
-
     show = SHOW_NAME | SHOW_VFS | SHOW_PEER | SHOW_ICONS | SHOW_RQLEN
     request = UNIX_DIAG_REQ.pack(AF_UNIX, 0, 0, 0xFFFFFFFF, 0, show, 0, 0)
+    return {socket.inode: socket for socket in map(UnixSocket, _list("unix", request)) if socket.inode}
+
+
+def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
+    """By inode, how bound sockets are shut down: 1 for reading, 2 for writing, 3 for both. Others are left out.
+
+    Raises :class:`OSError` if the kernel does not answer.
+    """
+    request = INET_DIAG_REQ.pack(family, protocol, 1 << INET_SHUTDOWN - 1, 0xFFFFFFFF)
+    found: dict[int, int] = {}
+    for payload in _list("internet", request):
+        inode = INET_DIAG_MSG.unpack_from(payload)[-1]
+        for kind, data in _attributes(payload, INET_DIAG_MSG.size):
+            if kind == INET_SHUTDOWN and data[0]:
+                found[inode] = data[0]
+    return found
+
+
+def _list(what: str, request: bytes) -> list[bytes]:
+    """The answers to a request for all sockets, asked again while changes disturb it."""
+    import _socket
+
     head = NLMSGHDR.pack(NLMSGHDR.size + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
     channel = _socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
     try:
         for _ in range(_TRIES):
             channel.send(head + request)
-            found: dict[int, UnixSocket] = {}
-            if not _receive(channel, found):
+            found: list[bytes] = []
+            if not _receive(channel, what, found):
                 break
         return found
     finally:
         channel.close()
 
 
-def _receive(channel: object, found: dict[int, UnixSocket]) -> bool:
-    """Put one dump into *found*; whether it was disturbed by changes."""
+def _receive(channel: object, what: str, found: list[bytes]) -> bool:
+    """Put the answers of one dump into *found*; whether it was disturbed by changes."""
     disturbed = False
     while True:
         data: bytes = channel.recv(_RECEIVE)  # type: ignore[attr-defined]
@@ -86,11 +109,9 @@ def _receive(channel: object, found: dict[int, UnixSocket]) -> bool:
             if kind in (NLMSG_ERROR, NLMSG_DONE):
                 code = -int.from_bytes(payload[:4], "little", signed=True) if payload else 0
                 if code:
-                    raise OSError(code, f"list of unix sockets: {os.strerror(code)}")
+                    raise OSError(code, f"list of {what} sockets: {os.strerror(code)}")
                 return disturbed
-            socket = UnixSocket(payload)
-            if socket.inode:
-                found[socket.inode] = socket
+            found.append(payload)
             at += size + 3 & ~3
 
 

@@ -26,13 +26,14 @@ _TEMPORARY = "inventory.img.new"
 class ImageDir:
     """A directory of images, open. ``fd`` is its descriptor, ``path`` the name it was opened by, for messages only."""
 
-    __slots__ = ("_created", "_version", "_writable", "fd", "path")
+    __slots__ = ("_committed", "_created", "_version", "_writable", "fd", "path")
 
     def __init__(self, fd: int, path: str, writable: bool) -> None:
         self.fd = fd
         self.path = path
         self._writable = writable
         self._created: dict[str, None] = {}
+        self._committed: dict[str, None] = {}
         self._version: int | None = None
 
     @classmethod
@@ -233,7 +234,7 @@ class ImageDir:
     def commit(self, inventory: dict[str, Any]) -> None:
         """Make a checkpoint of what has been written: *inventory* appears, whole, under its name.
 
-        After it :meth:`abort` removes nothing. Raises :class:`ImageError` naming the file.
+        After it :meth:`abort` removes nothing, only :meth:`revoke` does. Raises :class:`ImageError` naming the file.
         """
         fd = self._create(_TEMPORARY, os.O_WRONLY)
         with ImageWriter(catalog.kind("INVENTORY"), fd, "inventory.img") as writer:
@@ -242,8 +243,15 @@ class ImageDir:
             os.rename(_TEMPORARY, "inventory.img", src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError as error:
             raise ImageError(f"inventory.img: cannot be written: {error.strerror}") from None
+        self._committed = {**self._created, "inventory.img": None}
         self._created.clear()
         self._version = None
+
+    def revoke(self) -> None:
+        """Take everything back, a checkpoint that was already committed too. Errors as :meth:`abort`."""
+        self._created |= self._committed
+        self._committed = {}
+        self.abort()
 
     def abort(self) -> None:
         """Remove what has been created since the last commit, the newest first.

@@ -45,6 +45,7 @@ _LINKS = (
 _BUILT: dict[int, tuple[str, str]] = {
     PIPE: ("firn.resources.files.pipes", "Pipes"),
     FIFO: ("firn.resources.files.pipes", "Fifos"),
+    INETSK: ("firn.resources.sockets.inet", "InetSockets"),
     UNIXSK: ("firn.resources.sockets.unix", "UnixSockets"),
     EVENTFD: ("firn.resources.files.events", "EventFd"),
     EVENTPOLL: ("firn.resources.files.epoll", "Epoll"),
@@ -52,11 +53,12 @@ _BUILT: dict[int, tuple[str, str]] = {
     SIGNALFD: ("firn.resources.files.events", "SignalFd"),
     FANOTIFY: ("firn.resources.files.watches", "Fanotify"),
     TIMERFD: ("firn.resources.files.events", "TimerFd"),
+    TTY: ("firn.resources.ttys", "Ttys"),
     PIDFD: ("firn.resources.files.pidfd", "PidFd"),
 }
 """Type -> (module, class). A row is added when a kind is built."""
 
-_FAMILIES: dict[int, int] = {1: UNIXSK}
+_FAMILIES: dict[int, int] = {1: UNIXSK, 2: INETSK, 10: INETSK}
 """Socket family (AF_*) -> type, of the families that are built."""
 
 
@@ -167,6 +169,9 @@ class Kind:
     def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
         """Make the description and return a descriptor of ours (close-on-exec) for it. Called once per file id."""
         raise NotImplementedError
+
+    def plan_session(self, program: Program, sid: int) -> None:
+        """Calls of the task that has just become the leader of session *sid*, before it has children."""
 
     def plan(self, program: Program, fd: int, message: dict[str, Any]) -> None:
         """Calls that the restored task makes when all its descriptors are in place; *fd* is its number in the task."""

@@ -129,6 +129,7 @@ class Family:
             self._clone(parent, child)
         if parent.sid == parent.pid:
             program.call("setsid", nr.setsid)
+            self.opener.plan_session(program, parent.pid)
             program.run()
             self.sessions[parent.pid] = parent.pid
         for child in parent.children:

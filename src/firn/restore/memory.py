@@ -85,13 +85,14 @@ class TaskMemory:
         writable = self._writable(runs)
         kept = self._kept(scratch, spare if keeps_vdso and not self._replaces() else 0, keeps_vdso)
         self._plan_clear(program, kept)
+        self._plan_growth(program)
         if self.placement is not None and not keeps_vdso:
             program.call("map vdso", nr.arch_prctl, prctl.ARCH_MAP_VDSO_64, self.placement.map_at)
             self._plan_dumped_vdso(program)
         program.call("close all", nr.close_range, 0, 0xFFFFFFFF, 0)
         table = take_files(program, opener, self.wanted())
         fds = {number: table[opener.open(*key)] for number, key in self.mapped.items()}
-        rebuild.plan_maps(program, self.vmas, fds, writable, self.inherited.kept)
+        rebuild.plan_maps(program, self.vmas, fds, writable, list(self.inherited.ends.items()))
         same_exe = self.parent is not None and self.parent.exe == self.exe
         layout.plan(program, self.mm, -1 if same_exe else table[opener.open(*self.exe)])
         page_fds = take_fds(program, sorted({run.fd for run in runs}), max(table.values()) + 1)
@@ -118,6 +119,12 @@ class TaskMemory:
             if at < start:
                 program.call(f"munmap {at:#x}-{start:#x}", nr.munmap, at, start - at)
             at = max(at, end)
+
+    def _plan_growth(self, program: Program) -> None:
+        for start, end in self.inherited.kept:
+            wanted = self.inherited.ends[start]
+            if end < wanted:
+                program.call(f"mremap {start:#x}-{end:#x}", nr.mremap, start, end - start, wanted - start, 0)
 
     def _kept(self, scratch: Scratch, spare: int, vdso: bool) -> list[tuple[int, int]]:
         ranges = [*self.inherited.kept, (scratch.code, scratch.data + scratch.size)]

@@ -38,7 +38,7 @@ class Runner:
     are not blocked) are kept in ``seen``, as siginfo_t, for whoever releases the task.
     """
 
-    __slots__ = ("away", "base", "home", "noticed", "own_mask", "pid", "seen", "stop_signal", "tid")
+    __slots__ = ("away", "base", "code", "home", "noticed", "own_mask", "pid", "seen", "stop_signal", "tid")
 
     def __init__(self, pid: int, tid: int, base: tuple[int, ...], stop_signal: int = STOP_SIGNAL) -> None:
         self.pid = pid
@@ -50,6 +50,7 @@ class Runner:
         self.noticed = False
         self.seen: list[bytes] = []
         self.away = False
+        self.code = 0
 
     def mask(self) -> int:
         """What must be blocked while programs run."""
@@ -66,6 +67,7 @@ class Runner:
     def start(self, code: int, record: int) -> None:
         """Begin the program whose records lie at *record*; *code* is where the interpreter lies."""
         home = self.home or code + cpu.EXIT_AT
+        self.code = code
         self._leave(self.registers(ip=code, bx=record, r12=home, r15=self.stop_signal), self.mask())
         ptrace.request("continue", pt.CONT, self.tid)
 
@@ -86,6 +88,7 @@ class Runner:
         padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
         di, si, dx, r10, r8, r9 = padded
         regs = self.registers(ip=site, ax=number, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
+        self.code = 0
         self._leave(regs, sig.ALL)
         self._to_syscall_stop()
         self._to_syscall_stop()
@@ -98,10 +101,19 @@ class Runner:
         return result
 
     def settle(self) -> None:
-        """Whatever came in between: give the task its own state again. TargetError if it cannot be stopped."""
+        """Whatever came in between: give the task its own state again. TargetError if it cannot be stopped.
+
+        A program that has begun is run to its end; one that takes too long is left where it is.
+        """
         if not self.away or self.own_mask is None:
             return
-        await_stopped(self.pid, self.tid)
+        while await_stopped(self.pid, self.tid):
+            at = ptrace.get_regs(self.tid)[cpu.IP] - self.code
+            if not self.code or not 0 <= at < len(cpu.INTERPRETER) or at == cpu.STOPPED_AT:
+                break
+            # It may have been stopped before its mask was set; and without that it would not stop at the end.
+            ptrace.set_sigmask(self.tid, self.mask())
+            ptrace.request("continue", pt.CONT, self.tid)
         info = bytearray(pt.SYSCALL_INFO_SIZE)
         ptrace.request("system call info", pt.GET_SYSCALL_INFO, self.tid, len(info), address_of(info))
         if info[0] == pt.SYSCALL_INFO_ENTRY:
@@ -154,20 +166,15 @@ class Runner:
             self.seen.append(bytes(info))
 
 
-def await_stopped(pid: int, tid: int) -> None:
+def await_stopped(pid: int, tid: int, patience: float = _PATIENCE) -> bool:
     """Wait until traced thread *tid* of process *pid* is in a ptrace stop, also one that was reported before.
 
-    It is interrupted if that takes too long. Raises :class:`TargetError` if it is dead or does not stop.
+    False if it had to be interrupted because it took more than *patience* seconds. Raises :class:`TargetError` if it is
+    dead or does not stop.
     """
     started = time.monotonic()
     interrupted = False
-    while True:
-        try:
-            ptrace.get_regs(tid)
-            return
-        except OSError as error:
-            if error.errno != errno.ESRCH:
-                raise
+    while not _is_stopped(tid):
         try:
             dead = procfs.stat(pid, tid).state in "ZX"
         except OSError:
@@ -175,12 +182,23 @@ def await_stopped(pid: int, tid: int) -> None:
         if dead:
             raise TargetError(f"task {tid} ended meanwhile")
         waited = time.monotonic() - started
-        if waited > 2 * _PATIENCE:
+        if waited > 2 * patience:
             raise TargetError(f"task {tid} does not stop")
-        if waited > _PATIENCE and not interrupted:
+        if waited > patience and not interrupted:
             interrupted = True
             ptrace.request("interrupt", pt.INTERRUPT, tid)
         time.sleep(0.0005)
+    return not interrupted
+
+
+def _is_stopped(tid: int) -> bool:
+    try:
+        ptrace.get_regs(tid)
+    except OSError as error:
+        if error.errno != errno.ESRCH:
+            raise
+        return False
+    return True
 
 
 class Scratch:

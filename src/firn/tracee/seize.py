@@ -2,8 +2,8 @@
 
 A frozen process has every thread in a ptrace stop, seized (PTRACE_SEIZE), never with a trace of ours in its registers
 or signals. Everything done to it afterwards is undone by :meth:`Task.release`; and if the controller dies instead, the
-kernel lets a seized task run on by itself (ptrace(2)), which is why registers of ours are in a task only while a program
-runs, and why such a program falls through to code that leads home into the task's own state (see
+kernel lets a seized task run on by itself (ptrace(2)), which is why registers of ours are in a task only while a
+program runs, and why such a program falls through to code that leads home into the task's own state (see
 :mod:`firn.abi.x86_64`).
 
 Mapping and unmapping the memory for programs are calls that cannot be made from it. They are made by one-off code in
@@ -306,9 +306,9 @@ def resend(pid: int, signal: int) -> None:
 
 
 def _let_go(task: Task, tid: int) -> None:
-    """Detach a thread that may still be on its way into its stop."""
+    """Detach a thread that may still be on its way into its stop. One that cannot stop is let go when firn ends."""
     try:
-        await_stopped(task.pid, tid)
+        await_stopped(task.pid, tid, patience=0.1)
         detach(tid)
     except (OSError, TargetError):
         return
@@ -388,6 +388,8 @@ def check_target(pid: int) -> procfs.Stat:
         raise TargetError(f"no process with pid {pid}") from None
     if stat.flags & procfs.PF_KTHREAD:
         raise TargetError(f"{pid} ({stat.comm.decode(errors='replace')}) is a kernel thread", "it has no state to save")
+    if stat.state in "ZX" and procfs.threads(pid) in ([], [pid]):
+        raise TargetError(f"process {pid} has ended already and waits for its parent (a zombie)")
     ancestor = os.getpid()
     while ancestor > 0:
         if ancestor == pid:

@@ -13,6 +13,7 @@ EXTENSIONS = {
     "mm_entry": "1000 firn firn_mm?",
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
+    "inet_sk_entry": "1000 firn firn_inet?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -53,6 +54,28 @@ MESSAGES = {
     "firn_ghost": """
         1 atime_ns i64?
         2 mtime_ns i64?
+    """,
+    "firn_inet": """
+        1 options firn_option*
+        2 groups firn_group*
+        3 datagrams firn_datagram*
+    """,
+    "firn_option": """
+        1 level u32?
+        2 number u32?
+        3 value bytes?
+    """,
+    "firn_group": """
+        1 interface str?
+        2 group bytes?
+        3 mode u32?
+        4 sources bytes*
+    """,
+    "firn_datagram": """
+        1 source bytes?
+        2 port u32?
+        3 destination bytes?
+        4 data bytes?
     """,
 }
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from firn.api import RestoreOptions
     from firn.images.reader import PayloadRef
     from firn.images.store import ImageDir
+    from firn.tracee.program import Program
 
 TMPFILE_BIT = 0o20000000
 AS_RECORDED = -1
@@ -84,6 +85,11 @@ class Opener:
         if kind not in self.kinds:
             self.kinds[kind] = base.load(kind)()
         return self.kinds[kind]
+
+    def plan_session(self, program: Program, sid: int) -> None:
+        """What the new leader of session *sid* has to do before it has children."""
+        for kind in self.kinds.values():
+            kind.plan_session(program, sid)
 
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""

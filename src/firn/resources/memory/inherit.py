@@ -1,9 +1,11 @@
 """What a restored child takes over from its parent's memory by fork, so that pages they shared stay shared.
 
-A child is cloned when its parent's memory is complete. Where both had the same mapping (same place, protection, flags, file
-and advice), the child keeps it, and only pages that differ are read in: the contents in the images are compared before
-anything is made. Pages that only the parent has are dropped. Everything else is unmapped and made anew. Mappings that a fork
-leaves out or empties (MADV_DONTFORK, MADV_WIPEONFORK), huge page mappings and those with guard regions are always made anew.
+A child is cloned when its parent's memory is complete. Where both had the same mapping (same place, protection,
+flags, file and advice), the child keeps it, and only pages that differ are read in: the contents in the images are
+compared before anything is made. Pages that only the parent has are dropped. A mapping that is longer in the child is
+lengthened: it must be one to mremap(2), and the kernel joins no new mapping to one that a fork has copied. Everything
+else is unmapped and made anew. Mappings that a fork leaves out or empties (MADV_DONTFORK, MADV_WIPEONFORK), huge page
+mappings and those with guard regions are always made anew.
 """
 
 from __future__ import annotations
@@ -23,26 +25,31 @@ _CHUNK = 1 << 20
 
 
 class Inheritance:
-    """``kept`` (start, end) ranges stay as the fork left them; ``runs`` are to be read in, ``dropped`` ranges discarded."""
+    """``kept`` (start, end) ranges stay as the fork left them, and reach up to ``ends[start]`` in the child; ``runs``
+    are to be read in, ``dropped`` ranges discarded."""
 
-    __slots__ = ("dropped", "kept", "runs")
+    __slots__ = ("dropped", "ends", "kept", "runs")
 
-    def __init__(self, kept: list[tuple[int, int]], runs: list[Run], dropped: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, kept: list[tuple[int, int]], ends: dict[int, int], runs: list[Run], dropped: list[tuple[int, int]]
+    ) -> None:
         self.kept = kept
+        self.ends = ends
         self.runs = runs
         self.dropped = dropped
 
 
 def nothing(runs: list[Run]) -> Inheritance:
     """For a task that takes over nothing."""
-    return Inheritance([], runs, [])
+    return Inheritance([], {}, runs, [])
 
 
 def compare(
     parent_vmas: list[dict[str, Any]], parent_runs: list[Run], vmas: list[dict[str, Any]], runs: list[Run]
 ) -> Inheritance:
     """What a child with *vmas* and *runs* can take over from a parent."""
-    kept = _common(parent_vmas, vmas)
+    ends: dict[int, int] = {}
+    kept = _common(parent_vmas, vmas, ends)
     if not kept:
         return nothing(runs)
     wanted: list[Run] = []
@@ -57,10 +64,12 @@ def compare(
     for run, inside in split(parent_runs, kept):
         if inside:
             dropped += have.gaps(run.address, run.address + run.size)
-    return Inheritance(kept, wanted, dropped)
+    return Inheritance(kept, ends, wanted, dropped)
 
 
-def _common(parent_vmas: list[dict[str, Any]], vmas: list[dict[str, Any]]) -> list[tuple[int, int]]:
+def _common(
+    parent_vmas: list[dict[str, Any]], vmas: list[dict[str, Any]], ends: dict[int, int]
+) -> list[tuple[int, int]]:
     guards = [vma for vma in [*parent_vmas, *vmas] if vma["status"] & areas.GUARD]
     kept: list[tuple[int, int]] = []
     index = 0
@@ -72,8 +81,9 @@ def _common(parent_vmas: list[dict[str, Any]], vmas: list[dict[str, Any]]) -> li
             index += 1
         at = index
         while at < len(candidates) and candidates[at]["start"] < vma["end"]:
-            if _same(candidates[at], vma):
-                kept.append((max(candidates[at]["start"], vma["start"]), min(candidates[at]["end"], vma["end"])))
+            if candidates[at]["start"] <= vma["start"] and _same(candidates[at], vma):
+                kept.append((vma["start"], min(candidates[at]["end"], vma["end"])))
+                ends[vma["start"]] = vma["end"]
             at += 1
     return kept
 

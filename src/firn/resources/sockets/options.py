@@ -53,12 +53,12 @@ def collect(sock: socket) -> dict[str, Any]:
     for name, number in TIMEOUTS:
         entry[f"{name}_sec"], entry[f"{name}_usec"] = _TIMEVAL.unpack(sock.getsockopt(SOL_SOCKET, number, 16))
     for name, number, usual in NUMBERS:
-        entry[name] = _number(sock, number, usual)
+        entry[name] = _number(sock, number, usual) & 0xFFFFFFFF
     for name, number in SWITCHES:
         entry[name] = bool(_number(sock, number, 0))
     if not entry["so_mark"]:
         del entry["so_mark"]
-    on, seconds = struct.unpack("<ii", sock.getsockopt(SOL_SOCKET, SO_LINGER, 8))
+    on, seconds = struct.unpack("<iI", sock.getsockopt(SOL_SOCKET, SO_LINGER, 8))
     if on:
         entry["so_linger"] = seconds
     device = sock.getsockopt(SOL_SOCKET, SO_BINDTODEVICE, 16).rstrip(b"\0")
@@ -124,12 +124,12 @@ def restore(sock: socket, entry: dict[str, Any]) -> None:
             sock.setsockopt(SOL_SOCKET, number, _TIMEVAL.pack(*times))
     for name, number, usual in NUMBERS:
         if entry.get(name, usual) != usual:
-            sock.setsockopt(SOL_SOCKET, number, entry[name])
+            sock.setsockopt(SOL_SOCKET, number, entry[name].to_bytes(4, "little"))
     for name, number in SWITCHES:
         if entry.get(name):
             sock.setsockopt(SOL_SOCKET, number, 1)
     if "so_linger" in entry:
-        sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("<ii", 1, entry["so_linger"]))
+        sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("<iI", 1, entry["so_linger"]))
     if entry.get("so_bound_dev"):
         sock.setsockopt(SOL_SOCKET, SO_BINDTODEVICE, os.fsencode(entry["so_bound_dev"]))
     if entry.get("so_filter"):

@@ -125,27 +125,24 @@ def _affinity(tid: int) -> bytes:
     return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 
 
-def leave_critical_section(pid: int, regs: tuple[int, ...], core: dict[str, Any]) -> tuple[int, ...]:
-    """The registers of a thread that may be inside an rseq critical section: such a thread goes on at the abort
-    address.
+def leave_critical_section(pid: int, tid: int, regs: tuple[int, ...]) -> tuple[int, ...]:
+    """The registers with which a thread goes on, here and in the image: one inside an rseq critical section, which our stop
+    has interrupted, goes on at its abort address, as after any preemption (rseq(2)).
 
     struct rseq: cpu_id_start, cpu_id, rseq_cs (offset 8); struct rseq_cs: version, flags, start, length, abort
     (include/uapi/linux/rseq.h).
     """
-    entry = core.get("rseq_entry")
-    if not entry:
+    address, _, _ = ptrace.rseq_configuration(tid)
+    if not address:
         return regs
     try:
-        section: int = struct.unpack("<Q", memory.read(pid, entry["rseq_abi_pointer"] + 8, 8))[0]
+        section: int = struct.unpack("<Q", memory.read(pid, address + 8, 8))[0]
         if not section:
             return regs
-        _, flags, start, length, abort = struct.unpack("<IIQQQ", memory.read(pid, section, 32))
+        _, _, start, length, abort = struct.unpack("<IIQQQ", memory.read(pid, section, 32))
     except OSError:
         return regs
     if not start <= regs[cpu.IP] < start + length:
-        return regs
-    if flags & 2:  # RSEQ_CS_FLAG_NO_RESTART_ON_SIGNAL
-        entry["rseq_cs_pointer"] = section
         return regs
     changed = list(regs)
     changed[cpu.IP] = abort

@@ -1,13 +1,13 @@
 """What is queued in a pseudoterminal: taken out, and put in so that nothing is done to it again.
 
-Two queues, both seen from where they are read: the slave's (typed input, after the line discipline's work on it) and the
-master's (printed output). There is no way to look without taking, so :meth:`Queues.look` takes and puts back at once while
-the processes stand still. Putting in needs settings under which the kernel changes, echoes and obeys nothing; they are
-those of ``_literal``. Kernel: drivers/tty/n_tty.c, pty.c; termios(3) about canonical mode.
+Two queues, both seen from where they are read: the slave's (typed input, after the line discipline's work on it) and
+the master's (printed output). There is no way to look without taking, so :meth:`Queues.look` takes and puts back at
+once while the processes stand still. Putting in needs settings under which the kernel changes, echoes and obeys
+nothing: those of ``_literal``. Kernel: drivers/tty/n_tty.c, pty.c; termios(3) about canonical mode.
 
 The slave's queue is a list of runs of bytes. Without canonical mode, or if only newlines end its lines, it is one run.
-Otherwise each run is a line, and the last one is a line that is not finished, perhaps empty; a line that ends neither in
-a newline nor in an end-of-line character was ended by the end-of-file character.
+Otherwise each run is a line, and the last one is a line that is not finished, perhaps empty; a line that ends neither
+in a newline nor in an end-of-line character was ended by the end-of-file character.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _CHUNK = 1 << 16
 _END_OF_FILE, _QUOTE = 4, 22
 _NEWLINE = 10
 _TRIES = 200
+_PIECE = 256
+"""What the kernel's buffers for bytes on their way hold: in such pieces as many fit as ever did."""
 
 
 def get_termios(fd: int) -> tuple[int, int, int, int, int, bytes, int, int]:
@@ -53,13 +55,15 @@ def is_canonical(lflag: int) -> bool:
 
 def open_peer(master: int, flags: int) -> int:
     """A new description of the slave (TIOCGPTPEER)."""
-    fd: int = fcntl.ioctl(master, tty.TIOCGPTPEER, flags | fc.O_NOCTTY | fc.O_CLOEXEC)
+    # O_CLOEXEC given here would stay in the description's flags, and every descriptor of it look as if it had that.
+    fd: int = fcntl.ioctl(master, tty.TIOCGPTPEER, flags | fc.O_NOCTTY)
+    os.set_inheritable(fd, False)
     return fd
 
 
 def _literal(raw: bytes, canonical: bool) -> bytes:
-    """Settings under which bytes pass unchanged. In canonical mode lines are ended by newline, by the characters of *raw*
-    for that and by _END_OF_FILE, and _QUOTE makes the next byte an ordinary one."""
+    """Settings under which bytes pass unchanged. In canonical mode lines are ended by newline, by the characters of
+    *raw* for that and by _END_OF_FILE, and _QUOTE makes the next byte an ordinary one."""
     _, _, cflag, lflag, line, old, ispeed, ospeed = tty.TERMIOS.unpack(raw)
     new = bytearray(tty.CHARACTERS)
     flags = lflag & tty.EXTPROC
@@ -68,7 +72,8 @@ def _literal(raw: bytes, canonical: bool) -> bytes:
         new[tty.VEOF], new[tty.VLNEXT] = _END_OF_FILE, _QUOTE
         new[tty.VEOL], new[tty.VEOL2] = _line_ends(old)
     else:
-        flags |= lflag & tty.ICANON
+        if lflag & tty.EXTPROC:
+            flags |= lflag & tty.ICANON
         # VTIME stays 0: what is there is read at once, nothing is waited for.
         new[tty.VMIN] = 0
     return tty.TERMIOS.pack(0, 0, cflag, flags, line, bytes(new), ispeed, ospeed)
@@ -97,7 +102,7 @@ class Contents:
 
 class Queues:
     """The queues of the pseudoterminal of *master*. ``peer`` is a non-blocking descriptor of the slave, -1: leave the
-    slave alone, its queue can be filled only."""
+    slave alone, its queue can be filled only. ``stopped``: :meth:`look` found printing stopped and started it."""
 
     def __init__(self, master: int, peer: int) -> None:
         self.master = master
@@ -105,6 +110,7 @@ class Queues:
         self.raw = tty.TERMIOS.pack(*get_termios(master))
         _, _, _, self.lflag, _, self.characters, _, _ = tty.TERMIOS.unpack(self.raw)
         self.canonical = is_canonical(self.lflag)
+        self.stopped = False
 
     def look(self) -> Contents:
         """What is queued; it is queued again when this returns or fails."""
@@ -155,6 +161,18 @@ class Queues:
             return os.read(self.master, _CHUNK) if tty.conditions(self.master, tty.POLLIN) & tty.POLLIN else None
 
         found.printed = b"".join(_read_all(read))
+        if not tty.conditions(self.peer, tty.POLLOUT) & tty.POLLOUT:
+            # The queue was full, so this could not be seen before. Nothing can be put back while it is stopped.
+            self.stopped = True
+            fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOOFF)
+            fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOON)
+
+    def is_stopped(self) -> bool:
+        """Whether printing was stopped (Ctrl-S, TCOOFF), as far as that can be seen: a full queue looks the same."""
+        if tty.conditions(self.peer, tty.POLLOUT) & tty.POLLOUT:
+            return False
+        queued = int.from_bytes(fcntl.ioctl(self.master, tty.FIONREAD, bytes(4)), "little")
+        return queued < tty.N_TTY_BUFFER
 
     # -- putting in ----------------------------------------------------------------------------------------------------
 
@@ -176,15 +194,14 @@ class Queues:
         special = ends | {_END_OF_FILE, _QUOTE}
         out = bytearray()
         for number, run in enumerate(runs):
-            finished = len(runs) > 1 and number < len(runs) - 1
             body, end = run, b""
-            if finished:
+            if number < len(runs) - 1:
                 if run and run[-1] in ends:
                     body, end = run[:-1], run[-1:]
                 else:
                     end = bytes((_END_OF_FILE,))
             for byte in body:
-                if byte in special and (len(runs) > 1 or byte != _NEWLINE):
+                if byte in special:
                     out.append(_QUOTE)
                 out.append(byte)
             out += end
@@ -200,7 +217,7 @@ class Queues:
             tries = _TRIES
             while data:
                 try:
-                    data = data[os.write(fd, data) :]
+                    data = data[os.write(fd, data[:_PIECE]) :]
                 except BlockingIOError:
                     if not tries:
                         raise OSError(28, f"{len(data)} queued bytes do not fit the terminal's queue") from None

@@ -1,0 +1,222 @@
+"""Internet sockets (images: inet_sk_entry): how they are saved; :mod:`inet_rebuild` beside this brings them back.
+
+State owned: addresses, whether it listens and for how many, options, multicast groups, datagrams that wait (firn's own
+fields: the images have no place for options beyond a few, groups and datagrams). Kernel: getsockopt(2) on a copy of the
+descriptor, TCP_INFO for the state, sock_diag(7) for shutdown, peeking for datagrams. What goes wrong: connections,
+which are not saved yet; what was half sent; datagrams that cannot be sent again as if they came from their sender.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import fcntl
+import os
+import struct
+
+from firn.abi import poll
+from firn.host import sockdiag
+from firn.resources.base import Kind
+from firn.resources.sockets import datagrams, inet_options, options
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDP, UDPLITE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.resources.base import DumpContext, Open, RestoreContext
+    from firn.resources.sockets.inet_rebuild import InetRebuild
+
+STREAM, DGRAM, RAW = 1, 2, 3
+SUPPORTED = ((STREAM, TCP), (DGRAM, UDP), (DGRAM, UDPLITE))
+ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, sockdiag.CLOSE, sockdiag.LISTEN
+SYN_SENT, SYN_RECV = 2, 3
+STATES = {1: "established", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2", 8: "CLOSE-WAIT", 9: "LAST-ACK", 11: "CLOSING"}
+"""States of a connection."""
+_PROTOCOLS = {1: "ping (ICMP)", 33: "DCCP", 58: "ping (ICMPv6)", 132: "SCTP", 262: "MPTCP"}
+_TCP_INFO, _UDP_CORK = 11, 1
+_INFO = struct.Struct("<B23xII")
+"""tcp_info (linux/tcp.h): state; of a listening socket, how many wait to be accepted, and how many may."""
+_SIOCGSKNS, _FIONREAD, _TIOCOUTQ = 0x894C, 0x541B, 0x5411
+_CLOSE_IT = "close it before the dump"
+
+
+class InetSockets(Kind):
+    """All internet sockets of a dump or of a restore."""
+
+    def __init__(self) -> None:
+        self._shut: dict[tuple[int, int], dict[int, int]] = {}
+        self._saved: list[tuple[Open, dict[str, Any]]] = []
+        self._rebuild: InetRebuild | None = None
+
+    # -- collect -----------------------------------------------------------------------------------------------------
+
+    def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
+        """The inet_sk_entry."""
+        copy = _socket.socket(fileno=os.dup(open.copy()))
+        try:
+            reasons = _foreign(copy) or [*_obstacles(copy), *inet_options.unsupported(copy)]
+            for reason in reasons:
+                context.refuse(open, reason, _CLOSE_IT)
+            if reasons:
+                return None
+            state, backlog = _tcp_state(copy, open, context) if copy.proto == TCP else (CLOSE, 0)
+            return self._message(copy, open, context, state, backlog) if state else None
+        finally:
+            copy.close()
+
+    def _message(
+        self, copy: _socket.socket, open: Open, context: DumpContext, state: int, backlog: int
+    ) -> dict[str, Any] | None:
+        over = copy.proto == TCP and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
+        message: dict[str, Any] = {
+            "ino": open.stat.st_ino, "family": copy.family, "type": copy.type, "proto": copy.proto, "state": state,
+            "flags": open.flags, "backlog": backlog, "fown": context.owner(open),
+        }  # fmt: skip
+        try:
+            message["opts"] = options.collect(copy)
+        except OSError as error:
+            context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
+            return None
+        message |= inet_options.collect(copy, over or state in STATES)
+        _addresses(copy, message, over)
+        shutdown = self._shutdown(copy, message, over)
+        if shutdown:
+            message["shutdown"] = shutdown
+        if copy.type == DGRAM:
+            own = message.setdefault("firn", {})
+            own["groups"] = inet_options.memberships(copy)
+            own["datagrams"] = datagrams.peek(copy)
+            for reason in datagrams.obstacles(copy, message):
+                context.refuse(open, reason, "let the program read it first")
+            if not any(own.values()):
+                del message["firn"]
+        self._saved.append((open, message))
+        return message
+
+    def _shutdown(self, copy: _socket.socket, message: dict[str, Any], over: bool) -> int:
+        """1 if shut for reading, 2 for writing, 3 for both."""
+        if copy.proto == TCP:
+            return 3 if over else 0
+        key = copy.family, copy.proto
+        if message["src_port"] and key not in self._shut:
+            self._shut[key] = sockdiag.inet_shutdowns(*key)
+        seen = self._shut.get(key, {}).get(message["ino"], 0)
+        return seen | (1 if poll.state(copy.fileno(), poll.POLLRDHUP) else 0)
+
+    def finish(self, context: DumpContext) -> None:
+        """Datagrams can only be sent again to a socket that has its port for itself."""
+        for open, message in self._saved:
+            if not message.get("firn", {}).get("datagrams"):
+                continue
+            key = message["proto"], message["src_port"]
+            shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
+            if len(shared) > 1:
+                context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
+
+    # -- restore -----------------------------------------------------------------------------------------------------
+
+    def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
+        """The socket *number*. All of them are made when the first is asked for."""
+        from firn.resources.sockets.inet_rebuild import InetRebuild
+
+        if self._rebuild is None:
+            self._rebuild = InetRebuild(context)
+            self._rebuild.run()
+        return self._rebuild.take(number)
+
+    def close(self) -> None:
+        """Close what was rebuilt and not taken."""
+        if self._rebuild is not None:
+            self._rebuild.close()
+
+
+def _foreign(copy: _socket.socket) -> list[str]:
+    """Why this is no socket that firn saves at all."""
+    if (copy.type, copy.proto) not in SUPPORTED:
+        kind = "raw" if copy.type == RAW else _PROTOCOLS.get(copy.proto, f"type {copy.type} protocol {copy.proto}")
+        return [f"is an internet socket of the kind {kind}, which is not supported"]
+    namespace = fcntl.ioctl(copy.fileno(), _SIOCGSKNS)
+    try:
+        if not os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
+            return ["is an internet socket of another network namespace, which is not supported yet"]
+    finally:
+        os.close(namespace)
+    return []
+
+
+def _obstacles(copy: _socket.socket) -> list[str]:
+    reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
+    if poll.state(copy.fileno()) & poll.POLLERR:
+        reasons.append("has an error that was not reported yet, which images cannot hold")
+    if copy.type == DGRAM and (copy.getsockopt(UDP, _UDP_CORK) or _count(copy, _TIOCOUTQ)):
+        reasons.append("is corked, or has datagrams that are not sent yet, which images cannot hold")
+    return reasons
+
+
+def _count(copy: _socket.socket, number: int) -> int:
+    return int.from_bytes(fcntl.ioctl(copy.fileno(), number, bytes(4)), "little")
+
+
+def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[int, int]:
+    """(state, backlog) of a TCP socket; state 0 if it was refused."""
+    state, waiting, backlog = _INFO.unpack(copy.getsockopt(TCP, _TCP_INFO, _INFO.size))
+    if state == LISTEN:
+        if waiting and not context.options.skip_in_flight:
+            reason = f"listens, and {waiting} connection{'s wait' if waiting > 1 else ' waits'} to be accepted"
+            context.refuse(open, reason, "let them be accepted, or drop them with --skip-in-flight")
+            return 0, 0
+        return state, backlog
+    if state in (SYN_SENT, SYN_RECV):
+        context.refuse(open, "is a TCP socket that is just connecting", "try again when it is connected or not")
+        return 0, 0
+    if state in STATES:
+        if context.options.tcp_close:
+            return state, 0
+        help = "--tcp-close brings it back closed; --tcp-established is not built yet"
+        context.refuse(open, f"is a TCP connection ({STATES[state]})", help)
+        return 0, 0
+    if _count(copy, _FIONREAD):
+        context.refuse(open, "is a TCP socket whose connection is over, with data that was not read", _CLOSE_IT)
+        return 0, 0
+    return CLOSE, 0
+
+
+def to_words(address: str, family: int) -> list[int]:
+    """An address as the images have it: one or four words, copied from network order."""
+    raw = _socket.inet_pton(family, address)
+    return list(struct.unpack(f"<{len(raw) // 4}I", raw))
+
+
+def from_words(words: list[int], family: int) -> str:
+    """The address that :func:`to_words` made."""
+    return _socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words))
+
+
+def _addresses(copy: _socket.socket, message: dict[str, Any], over: bool) -> None:
+    """Both addresses, and what they mean. A TCP socket whose connection is over has none any more."""
+    nowhere: tuple[Any, ...] = ("::" if copy.family == AF_INET6 else "0.0.0.0", 0)
+    near = far = nowhere
+    if not over:
+        near = copy.getsockname()
+        try:
+            far = copy.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+    if copy.type == DGRAM and far is not nowhere:
+        message["state"] = ESTABLISHED
+    for side, address in (("src", near), ("dst", far)):
+        text, _, scope = address[0].partition("%")
+        message[f"{side}_addr"] = to_words(text, copy.family)
+        message[f"{side}_port"] = address[1]
+        index = address[3] if len(address) > 3 else 0
+        if index or scope:
+            message["ifname"] = _socket.if_indextoname(index) if index else scope
+    if copy.family == AF_INET6:
+        message["v6only"] = bool(copy.getsockopt(inet_options.IPV6, inet_options.IPV6_V6ONLY))
+
+
+def is_address(words: list[int], family: int) -> bool:
+    """Whether a message has a possible address; CRIU may leave out what is zero."""
+    return len(words) in ((0, 1) if family == AF_INET else (0, 4))

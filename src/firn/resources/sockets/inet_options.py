@@ -1,0 +1,231 @@
+"""Options of internet sockets beside those of every socket (images: ip_opts_entry, tcp_opts_entry, firn_inet).
+
+What counts is what differs from a new socket of the same kind. Sources: ip(7), ipv6(7), tcp(7), udp(7), and the kernel
+headers linux/in.h, linux/in6.h, linux/tcp.h, linux/udp.h, asm-generic/socket.h.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import struct
+
+from firn.errors import ImageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+AF_INET, AF_INET6 = 2, 10
+IP, SOCKET, TCP, UDP, IPV6, UDPLITE = 0, 1, 6, 17, 41, 136
+IPV6_V6ONLY = 26
+MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
+EXCLUDE, INCLUDE = 0, 1
+TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_REPAIR, TCP_ULP = 2, 10, 19, 31
+_SIZE = 256
+
+IP_FIELDS = (("freebind", 15), ("pktinfo", 8), ("tos", 1), ("ttl", 2))
+TCP_FIELDS = (("cork", 3), ("nodelay", 1), ("keepcnt", 6), ("keepidle", 4), ("keepintvl", 5))
+_BOOLEAN = ("freebind", "pktinfo", "cork", "nodelay")
+
+KEPT = {
+    # SO_WIFI_STATUS, _SELECT_ERR_QUEUE, _BUSY_POLL, _MAX_PACING_RATE, _ZEROCOPY, _TXTIME, _PREFER_BUSY_POLL,
+    # _BUSY_POLL_BUDGET, _RESERVE_MEM, _TXREHASH, _RCVMARK, _RCVPRIORITY
+    SOCKET: (41, 45, 46, 47, 60, 61, 69, 70, 73, 74, 75, 82),
+    # IP_OPTIONS, _RECVOPTS, _RETOPTS, _MTU_DISCOVER, _RECVERR, _RECVTTL, _RECVTOS, _PASSSEC, _TRANSPARENT,
+    # _RECVORIGDSTADDR, _MINTTL, _CHECKSUM, _BIND_ADDRESS_NO_PORT, _RECVFRAGSIZE, _RECVERR_RFC4884, _MULTICAST_IF,
+    # _MULTICAST_TTL, _MULTICAST_LOOP, _MULTICAST_ALL, _UNICAST_IF, _LOCAL_PORT_RANGE
+    IP: (4, 6, 7, 10, 11, 12, 13, 18, 19, 20, 21, 23, 24, 25, 26, 32, 33, 34, 49, 50, 51),
+    # IPV6_2292*, _FLOWINFO, _UNICAST_HOPS, _MULTICAST_*, _MTU_DISCOVER, _RECVERR, _MULTICAST_ALL, _RECVERR_RFC4884,
+    # _FLOWINFO_SEND, _RECV*, the sticky headers, _DONTFRAG, _RECVTCLASS, _TCLASS, _AUTOFLOWLABEL, _ADDR_PREFERENCES,
+    # _MINHOPCOUNT, _RECVORIGDSTADDR, _UNICAST_IF, _RECVFRAGSIZE
+    IPV6: (2, 3, 4, 5, 8, 11, 16, 17, 18, 19, 23, 25, 29, 31, 33, 49, 51, 53, 54, 55, 56, 57, 58, 59, 60, 62, 66, 67,
+           70, 72, 73, 74, 76, 77),
+    # TCP_MAXSEG, _SYNCNT, _LINGER2, _DEFER_ACCEPT, _WINDOW_CLAMP, _CONGESTION, _THIN_LINEAR_TIMEOUTS, _USER_TIMEOUT,
+    # _FASTOPEN, _NOTSENT_LOWAT, _SAVE_SYN, _FASTOPEN_CONNECT, _FASTOPEN_KEY, _FASTOPEN_NO_COOKIE, _INQ, _TX_DELAY,
+    # _RTO_MAX_MS, _RTO_MIN_US
+    TCP: (TCP_MAXSEG, 7, 8, 9, TCP_WINDOW_CLAMP, 13, 16, 18, 23, 25, 27, 30, 33, 34, 36, 37, 44, 45),
+    # UDP_ENCAP, _NO_CHECK6_TX, _NO_CHECK6_RX, _SEGMENT, _GRO
+    UDP: (100, 101, 102, 103, 104),
+    # UDPLITE_SEND_CSCOV, _RECV_CSCOV
+    UDPLITE: (10, 11),
+}  # fmt: skip
+"""Options that CRIU's messages have no field for, by level: firn keeps the bytes."""
+
+_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP)}
+"""What a connection sets by itself."""
+_OF_DATAGRAMS = {IP: (32, 33, 34, 49), IPV6: (17, 18, 19, 29)}
+"""Multicast options: a stream takes none, though accepted ones show other values than new ones."""
+
+_GROUP = struct.Struct("<I4x")
+_FILTER = struct.Struct("<II")
+_STORAGE = 128
+_MOST_SOURCES = 1024
+
+
+def levels(family: int, protocol: int) -> tuple[int, ...]:
+    """The levels at which a socket has options."""
+    own = (UDP, UDPLITE) if protocol == UDPLITE else (protocol,)
+    return (SOCKET, IP, *((IPV6,) if family == AF_INET6 else ()), *own)
+
+
+def _get(sock: _socket.socket, level: int, number: int) -> bytes | None:
+    """The bytes of an option; None if this kernel or kind of socket does not know it."""
+    try:
+        return sock.getsockopt(level, number, _SIZE)
+    except OSError as error:
+        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL):
+            return None
+        raise
+
+
+def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
+    """ip_opts, tcp_opts and firn's options of *sock*, as far as they differ from a new socket's.
+
+    *connected*: it has, or had, a connection.
+    """
+    fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
+    try:
+        found: dict[str, Any] = {"ip_opts": _named(sock, fresh, IP, IP_FIELDS)}
+        if sock.proto == TCP:
+            named = _named(sock, fresh, TCP, TCP_FIELDS)
+            if named:
+                found["tcp_opts"] = named
+        kept = []
+        passed = (_OF_DATAGRAMS if sock.proto == TCP else {}) | (_OF_CONNECTION if connected else {})
+        for level in levels(sock.family, sock.proto):
+            for number in KEPT[level]:
+                if number in passed.get(level, ()):
+                    continue
+                value = _get(sock, level, number)
+                if value is not None and value != _get(fresh, level, number):
+                    kept.append({"level": level, "number": number, "value": value})
+        if kept:
+            found["firn"] = {"options": kept}
+        return found
+    finally:
+        fresh.close()
+
+
+def _named(
+    sock: _socket.socket, fresh: _socket.socket, level: int, fields: tuple[tuple[str, int], ...]
+) -> dict[str, int]:
+    return {
+        name: bool(value) if name in _BOOLEAN else value
+        for name, number in fields
+        if (value := sock.getsockopt(level, number)) != fresh.getsockopt(level, number)
+    }
+
+
+def unsupported(sock: _socket.socket) -> list[str]:
+    """What options make of *sock* that cannot be saved."""
+    if sock.proto != TCP:
+        return []
+    found = []
+    if sock.getsockopt(TCP, TCP_REPAIR):
+        found.append("is in repair mode (TCP_REPAIR): another tool is at work on it")
+    layer = (_get(sock, TCP, TCP_ULP) or b"").rstrip(b"\0")
+    if layer:
+        found.append(f"has the protocol {layer.decode('ascii', 'replace')!r} on top (TCP_ULP)")
+    return found
+
+
+def restore(sock: _socket.socket, entry: dict[str, Any]) -> None:
+    """Set the options, before bind(2). Raises :class:`OSError` for what the kernel does not take."""
+    if "v6only" in entry and entry["family"] == AF_INET6:
+        sock.setsockopt(IPV6, IPV6_V6ONLY, entry["v6only"])
+    for level, fields, message in ((IP, IP_FIELDS, "ip_opts"), (TCP, TCP_FIELDS, "tcp_opts")):
+        values = entry.get(message, {})
+        for name, number in fields:
+            if name in values:
+                sock.setsockopt(level, number, int(values[name]).to_bytes(4, "little"))
+    if entry["proto"] == TCP:
+        for name, number in TCP_FIELDS[2:]:
+            # Where older images have them.
+            if entry["opts"].get(f"tcp_{name}"):
+                sock.setsockopt(TCP, number, entry["opts"][f"tcp_{name}"].to_bytes(4, "little"))
+    allowed = levels(entry["family"], entry["proto"])
+    for option in entry.get("firn", {}).get("options", []):
+        level, number = option.get("level", 0), option.get("number", 0)
+        if level not in allowed or number not in KEPT[level]:
+            raise ImageError(f"internet socket {entry['id']} has an impossible option {level}:{number}")
+        sock.setsockopt(level, number, option.get("value", b""))
+
+
+# -- multicast memberships -------------------------------------------------------------------------------------------
+
+
+def _address(group: bytes) -> bytes:
+    """A sockaddr_storage of an address without port."""
+    made = struct.pack("<HH", AF_INET, 0) + group if len(group) == 4 else struct.pack("<HHI", AF_INET6, 0, 0) + group
+    return made.ljust(_STORAGE, b"\0")
+
+
+def _candidates(family: int) -> list[tuple[int, bytes]]:
+    """(interface index, group) of everything that any socket or the kernel has joined; from /proc/net/igmp*."""
+    found = []
+    index = 0
+    with open("/proc/self/net/igmp", "rb") as file:
+        for line in file.read().splitlines()[1:]:
+            words = line.split()
+            if not line[:1].isspace():
+                index = int(words[0])
+            else:
+                found.append((index, int(words[0], 16).to_bytes(4, "little")))
+    if family == AF_INET6:
+        try:
+            with open("/proc/self/net/igmp6", "rb") as file:
+                found += [(int(words[0]), bytes.fromhex(words[2].decode())) for words in map(bytes.split, file)]
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def memberships(sock: _socket.socket) -> list[dict[str, Any]]:
+    """The multicast groups that *sock* is in (firn_group). TCP sockets cannot be in any."""
+    found = []
+    for index, group in _candidates(sock.family):
+        request = _GROUP.pack(index) + _address(group) + _FILTER.pack(0, 0)
+        entry = _filter_of(sock, IP if len(group) == 4 else IPV6, request, _MOST_SOURCES)
+        if entry is not None:
+            found.append({"interface": _socket.if_indextoname(index), "group": group, **entry})
+    return found
+
+
+def _filter_of(sock: _socket.socket, level: int, request: bytes, room: int) -> dict[str, Any] | None:
+    """Mode and sources of a membership (struct group_filter); None if *sock* is not in that group."""
+    from firn.abi import nr
+    from firn.abi.libc import address_of, syscall
+
+    head = _GROUP.size + _STORAGE
+    buffer = bytearray(request[:head] + _FILTER.pack(0, room) + bytes(room * _STORAGE))
+    size = bytearray(len(buffer).to_bytes(4, "little"))
+    where = address_of(buffer)
+    try:
+        syscall("MCAST_MSFILTER", nr.getsockopt, sock.fileno(), level, MCAST_MSFILTER, where, address_of(size))
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EINVAL):
+            return None
+        raise
+    mode, count = _FILTER.unpack_from(buffer, head)
+    at = head + _FILTER.size
+    start, length = (4, 4) if level == IP else (8, 16)
+    places = [at + _STORAGE * index + start for index in range(min(count, room))]
+    return {"mode": mode, "sources": [bytes(buffer[place : place + length]) for place in places]}
+
+
+def join(sock: _socket.socket, member: dict[str, Any]) -> None:
+    """Join a group again. Raises :class:`OSError`, also for an interface that is not there."""
+    group, sources = member.get("group", b""), member.get("sources", [])
+    if any(len(address) not in (4, 16) or len(address) != len(group) for address in (group, *sources)):
+        raise ImageError("a multicast group has an impossible address")
+    level = IP if len(group) == 4 else IPV6
+    head = _GROUP.pack(_socket.if_nametoindex(member.get("interface", ""))) + _address(group)
+    if member.get("mode", EXCLUDE) == INCLUDE:
+        for source in sources:
+            sock.setsockopt(level, MCAST_JOIN_SOURCE_GROUP, head + _address(source))
+        return
+    sock.setsockopt(level, MCAST_JOIN_GROUP, head)
+    if sources:
+        listed = b"".join(map(_address, sources))
+        sock.setsockopt(level, MCAST_MSFILTER, head + _FILTER.pack(EXCLUDE, len(sources)) + listed)

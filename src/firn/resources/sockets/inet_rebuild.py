@@ -1,0 +1,221 @@
+"""Internet sockets come back, all at once, in the controller (images: see :mod:`inet` beside this).
+
+bind      all exist with their options, and have their addresses
+listen    listening ones listen, groups are joined
+fill      datagrams wait where they waited
+finish    datagram sockets are connected; shutdown, flags are as they were
+
+Sockets of one checkpoint that share a port were allowed to when they were bound, which later changes of their options
+may hide: so SO_REUSEADDR is set on them while they are bound. Connections come back as sockets that have none.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import fcntl
+import struct
+
+from firn.abi import fcntl as fc
+from firn.errors import ImageError, RestoreError
+from firn.resources.base import INETSK
+from firn.resources.sockets import datagrams, inet_options, options
+from firn.resources.sockets.inet import (
+    CLOSE,
+    DGRAM,
+    ESTABLISHED,
+    LISTEN,
+    STATES,
+    STREAM,
+    SUPPORTED,
+    from_words,
+    is_address,
+)
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDPLITE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from firn.resources.base import RestoreContext
+
+_NAMES = {TCP: "TCP", UDPLITE: "UDP-Lite"}
+_SO_REUSEADDR, _SO_PRIORITY = 2, 12
+_SHUTDOWN_BOTH = 3
+
+
+def _groups(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = entry.get("firn", {}).get("groups", [])
+    return groups
+
+
+class Made:
+    """A socket of the checkpoint on its way back."""
+
+    __slots__ = ("entry", "id", "sock", "taken")
+
+    def __init__(self, number: int, entry: dict[str, Any]) -> None:
+        self.id = number
+        self.entry = entry
+        self.sock: _socket.socket | None = None
+        self.taken = False
+        self._check()
+
+    def _check(self) -> None:
+        entry = self.entry
+        family, state = entry["family"], entry["state"]
+        if family not in (AF_INET, AF_INET6) or (entry["type"], entry["proto"]) not in SUPPORTED:
+            kind = f"family {family} type {entry['type']} protocol {entry['proto']}"
+            raise RestoreError(f"internet socket {self.id} is of a kind that is not supported: {kind}")
+        possible = (CLOSE, LISTEN, *STATES) if entry["type"] == STREAM else (CLOSE, ESTABLISHED)
+        addresses = all(is_address(entry[f"{side}_addr"], family) for side in ("src", "dst"))
+        ports = entry["src_port"] < 1 << 16 and entry["dst_port"] < 1 << 16
+        devices = [entry.get("ifname", ""), *(group.get("interface", "") for group in _groups(entry))]
+        sane = addresses and ports and entry.get("shutdown", 0) <= _SHUTDOWN_BOTH
+        if state not in possible or not sane or any("\0" in device for device in devices):
+            raise ImageError(f"internet socket {self.id} has an impossible state, address, port or device")
+
+    def __str__(self) -> str:
+        return f"{_NAMES.get(self.entry['proto'], 'UDP')} socket {self.id} ({self.shown('src')})"
+
+    listens = property(lambda self: self.entry["state"] == LISTEN)
+    connection = property(lambda self: self.entry["type"] == STREAM and self.entry["state"] in STATES)
+    bound = property(lambda self: not self.connection and (self.entry["src_port"] or any(self.entry["src_addr"])))
+    key = property(lambda self: (self.entry["proto"], self.entry["src_port"]))
+
+    def text(self, side: str) -> str:
+        """The address of one *side* (src, dst)."""
+        family = self.entry["family"]
+        words = self.entry[f"{side}_addr"] or [0] * (1 if family == AF_INET else 4)
+        return from_words(words, family)
+
+    def shown(self, side: str) -> str:
+        """Address and port for people."""
+        text = self.text(side)
+        return f"{f'[{text}]' if ':' in text else text}:{self.entry[f'{side}_port']}"
+
+    def address(self, side: str) -> tuple[Any, ...]:
+        """What bind(2) and connect(2) take. Raises :class:`OSError` if its network device is not there."""
+        port = self.entry[f"{side}_port"]
+        if self.entry["family"] == AF_INET:
+            return self.text(side), port
+        text = self.text(side)
+        local = text.startswith(("fe8", "fe9", "fea", "feb", "ff")) and self.entry.get("ifname")
+        return text, port, 0, _socket.if_nametoindex(self.entry["ifname"]) if local else 0
+
+    def get(self) -> _socket.socket:
+        """The socket, which must have been made by now."""
+        assert self.sock is not None
+        return self.sock
+
+
+class InetRebuild:
+    """Makes all internet sockets of a checkpoint."""
+
+    def __init__(self, context: RestoreContext) -> None:
+        self.options = context.options
+        self.made = {
+            number: Made(number, entry["isk"]) for (kind, number), entry in context.files.items() if kind == INETSK
+        }
+        self._keys = [made.key for made in self.made.values() if made.bound]
+
+    def run(self) -> None:
+        """All stages."""
+        for made in self.made.values():
+            if made.connection and not self.options.tcp_close:
+                what = f"{made} is connected to {made.shown('dst')} ({STATES[made.entry['state']]})"
+                raise RestoreError(what, "--tcp-close brings it back closed; --tcp-established is not built yet")
+        for stage in (self._make, self._listen, self._fill, self._finish):
+            for made in self.made.values():
+                stage(made)
+
+    def take(self, number: int) -> int:
+        """Socket *number*, to be closed by the caller."""
+        made = self.made[number]
+        made.taken = True
+        return made.get().fileno()
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        for made in self.made.values():
+            if made.sock is not None:
+                # What was taken is closed by its taker.
+                made.sock.detach() if made.taken else made.sock.close()
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def _make(self, made: Made) -> None:
+        entry = made.entry
+        try:
+            made.sock = _socket.socket(entry["family"], entry["type"] | _socket.SOCK_CLOEXEC, entry["proto"])
+        except OSError as error:
+            raise RestoreError(f"{made} cannot be made: {error.strerror}") from None
+        try:
+            options.restore(made.sock, entry["opts"])
+            inet_options.restore(made.sock, entry)
+            # IP_TOS changes it.
+            if made.sock.getsockopt(options.SOL_SOCKET, _SO_PRIORITY) != entry["opts"].get("so_priority", 0):
+                made.sock.setsockopt(options.SOL_SOCKET, _SO_PRIORITY, entry["opts"].get("so_priority", 0))
+        except OSError as error:
+            device = entry["opts"].get("so_bound_dev")
+            where = f" (it is bound to the network device {device})" if device else ""
+            raise RestoreError(f"an option of {made}{where} cannot be set: {error.strerror}") from None
+        except (ValueError, TypeError, struct.error) as error:
+            raise ImageError(f"{made} has an impossible option: {error}") from None
+        if made.bound:
+            self._bind(made)
+
+    def _bind(self, made: Made) -> None:
+        sock = made.get()
+        if self._keys.count(made.key) > 1:
+            sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, 1)
+        try:
+            sock.bind(made.address("src"))
+        except OSError as error:
+            raise _in_the_way(made, error) from None
+
+    def _listen(self, made: Made) -> None:
+        sock, entry = made.get(), made.entry
+        try:
+            if made.listens:
+                sock.listen(min(entry["backlog"], 0x7FFFFFFF))
+        except OSError as error:
+            raise _in_the_way(made, error) from None
+        sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
+        for member in _groups(entry):
+            try:
+                inet_options.join(sock, member)
+            except OSError as error:
+                where = f"a multicast group on the network device {member.get('interface', '')}"
+                raise RestoreError(f"{made} cannot join {where}: {error.strerror}") from None
+
+    def _fill(self, made: Made) -> None:
+        if made.entry["type"] == DGRAM:
+            datagrams.fill(made.get(), str(made), made.entry)
+
+    def _finish(self, made: Made) -> None:
+        sock, entry = made.get(), made.entry
+        if entry["type"] == DGRAM and entry["state"] == ESTABLISHED:
+            try:
+                sock.connect(made.address("dst"))
+            except OSError as error:
+                raise RestoreError(f"{made} cannot be connected to {made.shown('dst')}: {error.strerror}") from None
+        if entry.get("shutdown") and not made.connection:
+            try:
+                sock.shutdown(entry["shutdown"] - 1)  # SHUT_RD 0, SHUT_WR 1, SHUT_RDWR 2
+            except OSError as error:
+                # The kernel says so of every socket that is not connected, and shuts it nevertheless.
+                if error.errno != errno.ENOTCONN:
+                    raise
+        owner, flags = entry["fown"], entry["flags"]
+        if owner.get("pid") or owner.get("signum"):
+            flags &= ~fc.FASYNC
+        fcntl.fcntl(sock.fileno(), fc.F_SETFL, flags)
+
+
+def _in_the_way(made: Made, error: OSError) -> RestoreError:
+    helps = {
+        errno.EADDRINUSE: "end the process that has it; a connection that is over keeps it for a minute (TIME-WAIT)",
+        errno.EADDRNOTAVAIL: "give this machine the address",
+    }  # fmt: skip
+    return RestoreError(f"{made} cannot have its address: {error.strerror}", helps.get(error.errno or 0, ""))

@@ -1,0 +1,242 @@
+"""What the kernel's headers call the constants and structures of :mod:`firn.abi`, one :class:`Mirror` per module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """How the names of one module read in C.
+
+    ``headers``: what the C program includes. ``prefixes``: what may have to be put before a name; the longest that is
+    given for the beginning of the name counts. ``expressions``: names that read differently. ``structs``: the C
+    structure and its members, in the order of the format's fields ("-" for padding). ``types``: what the program has to
+    define for them. ``newer``: names that Debian's headers may be too
+    old for, with the kernel header and version (or the document) that has them, and the value there. ``own``: names
+    that are not the kernel's.
+    """
+
+    headers: tuple[str, ...]
+    prefixes: dict[str, str] = field(default_factory=dict)
+    expressions: dict[str, str] = field(default_factory=dict)
+    structs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    types: str = ""
+    newer: dict[str, tuple[str, int]] = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FS = "include/uapi/linux/fs.h, Linux"
+_PAGEMAP = "Documentation/admin-guide/mm/pagemap.rst"
+_PRCTL = "include/uapi/linux/prctl.h, Linux"
+_DEVICES = "Documentation/admin-guide/devices.txt"
+
+EVENTS = Mirror(
+    headers=(
+        "sys/eventfd.h", "sys/timerfd.h", "sys/epoll.h", "sys/inotify.h", "linux/fanotify.h", "linux/kcmp.h",
+        "sys/ioctl.h", "fcntl.h", "linux/time_types.h",
+    ),
+    expressions={
+        "EPOLL_READINESS": "EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP",
+        "EPOLL_PRIVATE": "(uint32_t)(EPOLLEXCLUSIVE | EPOLLWAKEUP | EPOLLONESHOT | EPOLLET)",
+        "IN_USER_MASK": "(uint32_t)(IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT)",
+        "FAN_PERMISSION": "FAN_OPEN_PERM | FAN_ACCESS_PERM | FAN_OPEN_EXEC_PERM | FAN_PRE_ACCESS",
+        # The kernel's own headers of these cannot be read together with the C library's <fcntl.h>.
+        "TFD_IOC_SET_TICKS": "_IOW('T', 0, uint64_t)",
+        "INOTIFY_IOC_SETNEXTWD": "_IOW('I', 0, int32_t)",
+        "PIDFD_THREAD": "O_EXCL",
+        "MAX_HANDLE": "MAX_HANDLE_SZ",
+        "COUNTER_LIMIT": "~(uint64_t)0",
+    },
+    structs={
+        "ITIMERSPEC": (
+            "struct __kernel_itimerspec", "it_interval.tv_sec it_interval.tv_nsec it_value.tv_sec it_value.tv_nsec"
+        ),
+        "EPOLL_EVENT": ("struct epoll_event", "events data"),
+        "EPOLL_SLOT": ("struct kcmp_epoll_slot", "efd tfd toff"),
+        "FILE_HANDLE": ("struct file_handle", "handle_bytes handle_type"),
+    },
+    newer={
+        "FAN_PERMISSION": ("include/uapi/linux/fanotify.h, Linux 6.14 (FAN_PRE_ACCESS)", 0x170000),
+        "TFD_IOC_SET_TICKS": ("include/uapi/linux/timerfd.h, Linux 3.17", 1 << 30 | 8 << 16 | ord("T") << 8),
+        "INOTIFY_IOC_SETNEXTWD": ("include/uapi/linux/inotify.h, Linux 4.16", 1 << 30 | 4 << 16 | ord("I") << 8),
+        "PIDFD_THREAD": ("include/uapi/linux/pidfd.h, Linux 6.9: O_EXCL", 0o200),
+    },
+    own=_names("CLOCK_OF_ALARM"),
+)  # fmt: skip
+
+FCNTL = Mirror(headers=("linux/fcntl.h", "linux/kcmp.h"))
+
+MMAN = Mirror(
+    headers=("linux/mman.h", "linux/memfd.h", "linux/fs.h"),
+    expressions={"PAGE": "sysconf(_SC_PAGESIZE)", "PROT_SHADOW": "PROT_READ | PROT_WRITE"},
+    structs={
+        "PM_SCAN_ARG": (
+            "struct pm_scan_arg",
+            "size flags start end walk_end vec vec_len max_pages category_inverted category_mask category_anyof_mask "
+            "return_mask",
+        ),
+        "PAGE_REGION": ("struct page_region", "start end categories"),
+    },
+    newer={
+        "MAP_DROPPABLE": ("include/uapi/linux/mman.h, Linux 6.11", 0x08),
+        "MADV_GUARD_INSTALL": ("include/uapi/asm-generic/mman-common.h, Linux 6.13", 102),
+        "PAGEMAP_SCAN": (f"{_FS} 6.7: _IOWR('f', 16, struct pm_scan_arg)", 3 << 30 | 96 << 16 | ord("f") << 8 | 16),
+        "PM_SCAN_ARG": (f"{_FS} 6.7: twelve __u64", 96),
+        "PAGE_REGION": (f"{_FS} 6.7: three __u64", 24),
+        "PAGE_IS_WPALLOWED": (f"{_FS} 6.7", 1),
+        "PAGE_IS_WRITTEN": (f"{_FS} 6.7", 2),
+        "PAGE_IS_FILE": (f"{_FS} 6.7", 4),
+        "PAGE_IS_PRESENT": (f"{_FS} 6.7", 8),
+        "PAGE_IS_SWAPPED": (f"{_FS} 6.7", 16),
+        "PAGE_IS_PFNZERO": (f"{_FS} 6.7", 32),
+        "PAGE_IS_HUGE": (f"{_FS} 6.7", 64),
+        "PAGE_IS_GUARD": (f"{_FS} 6.15", 256),
+        "PAGEMAP_PRESENT": (_PAGEMAP, 1 << 63),
+        "PAGEMAP_SWAPPED": (_PAGEMAP, 1 << 62),
+        "PAGEMAP_FILE": (_PAGEMAP, 1 << 61),
+        "PAGEMAP_GUARD": (f"{_PAGEMAP}, Linux 6.15", 1 << 58),
+        "PAGEMAP_PFN": (_PAGEMAP, (1 << 55) - 1),
+    },
+)
+
+POLL = Mirror(headers=("asm/poll.h",))
+
+PRCTL = Mirror(
+    headers=("linux/prctl.h", "asm/prctl.h", "linux/securebits.h", "linux/capability.h", "linux/seccomp.h"),
+    prefixes={
+        "": "PR_", "SECCOMP_": "", "ARCH_": "", "SECBIT_": "",
+    },
+    expressions={"CAP_VERSION_3": "_LINUX_CAPABILITY_VERSION_3"},
+    structs={
+        "MM_MAP": (
+            "struct prctl_mm_map",
+            "start_code end_code start_data end_data start_brk brk start_stack arg_start arg_end env_start env_end "
+            "auxv auxv_size exe_fd",
+        ),
+        "CAP_HEADER": ("struct __user_cap_header_struct", "version pid"),
+        "CAP_DATA": (
+            "capabilities",
+            "low.effective low.permitted low.inheritable high.effective high.permitted high.inheritable",
+        ),
+    },
+    types="typedef struct { struct __user_cap_data_struct low, high; } capabilities;",
+    newer={
+        "SET_MEMORY_MERGE": (f"{_PRCTL} 6.4", 67),
+        "GET_MEMORY_MERGE": (f"{_PRCTL} 6.4", 68),
+        "SET_MDWE": (f"{_PRCTL} 6.3", 65),
+        "GET_MDWE": (f"{_PRCTL} 6.3", 66),
+        "TIMER_CREATE_RESTORE_IDS": (f"{_PRCTL} 6.15", 77),
+    },
+)  # fmt: skip
+
+PTRACE = Mirror(
+    headers=("linux/ptrace.h", "linux/elf.h", "linux/wait.h"),
+    prefixes={"": "PTRACE_", "NT_": ""},
+    expressions={"WALL": "__WALL", "SYSCALL_INFO_SIZE": "sizeof(struct ptrace_syscall_info)"},
+    newer={"NT_X86_SHSTK": ("include/uapi/linux/elf.h, Linux 6.6", 0x204)},
+)
+
+SCHED = Mirror(
+    headers=("linux/sched.h", "linux/sched/types.h", "linux/ioprio.h"),
+    expressions={"SCHED_OTHER": "SCHED_NORMAL"},
+    structs={
+        "CLONE_ARGS": (
+            "struct clone_args",
+            "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup",
+        ),
+        "SCHED_ATTR": (
+            "struct sched_attr",
+            "size sched_policy sched_flags sched_nice sched_priority sched_runtime sched_deadline sched_period "
+            "sched_util_min sched_util_max",
+        ),
+    },
+)
+
+SIGNAL = Mirror(
+    headers=("linux/signal.h",),
+    expressions={
+        "LAST": "8 * sizeof(sigset_t)",
+        "ALL": "~(sigset_t)0",
+        "SIG_DFL": "(uintptr_t)SIG_DFL",
+        "SIG_IGN": "(uintptr_t)SIG_IGN",
+        "SIGINFO_SIZE": "sizeof(siginfo_t)",
+        "SS_AUTODISARM": "(uint32_t)SS_AUTODISARM",
+    },
+    structs={
+        "SIGACTION": ("struct sigaction", "sa_handler sa_flags sa_restorer sa_mask"),
+        "STACK_T": ("stack_t", "ss_sp ss_flags - ss_size"),
+        "SIGEVENT": ("struct sigevent", "sigev_value sigev_signo sigev_notify _sigev_un._tid - -"),
+    },
+    own=_names("STOP_SIGNALS"),
+)
+
+TTY = Mirror(
+    headers=("linux/termios.h", "linux/tty.h", "asm/poll.h", "linux/major.h"),
+    expressions={
+        "TERMIOS_SIZE": "sizeof(struct termios)",
+        "CHARACTERS": "NCCS",
+        "VT_MAJOR": "TTY_MAJOR",
+        "SLAVE_MAJOR": "UNIX98_PTY_SLAVE_MAJOR",
+    },
+    structs={
+        "TERMIOS": ("struct termios2", "c_iflag c_oflag c_cflag c_lflag c_line c_cc c_ispeed c_ospeed"),
+        "WINSIZE": ("struct winsize", "ws_row ws_col ws_xpixel ws_ypixel"),
+    },
+    newer={
+        "N_TTY_BUFFER": ("drivers/tty/n_tty.c: N_TTY_BUF_SIZE - 1", 4095),
+        "FIRST_SERIAL": (_DEVICES, 64),
+    },
+    own=_names("PTMX DEV_TTY DEV_CONSOLE"),
+)
+
+_REGISTERS = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs "
+    "gs"
+)
+_OURS = "R15 R14 R13 R12 BP BX R11 R10 R9 R8 AX CX DX SI DI ORIG_AX IP CS FLAGS SP SS FS_BASE GS_BASE DS ES FS GS"
+X86_64 = Mirror(
+    headers=("sys/user.h", "asm/sigcontext.h", "stdint.h"),
+    expressions={
+        "XSAVE_HEADER": "sizeof(struct _fpstate)",
+        "XSAVE_MIN": "offsetof(struct _xstate, ymmh)",
+        "SW_RESERVED": "offsetof(struct _fpstate, sw_reserved)",
+        "NO_SYSCALL": "~(uint64_t)0",
+        **{
+            name: f"offsetof(struct user_regs_struct, {member}) / 8"
+            for name, member in zip(_OURS.split(), _REGISTERS.split(), strict=True)
+        },
+    },
+    structs={"REGS": ("struct user_regs_struct", _REGISTERS)},
+    newer={
+        "USER_CS": ("arch/x86/include/asm/segment.h: GDT_ENTRY_DEFAULT_USER_CS * 8 + 3", 6 * 8 + 3),
+        "USER_SS": ("arch/x86/include/asm/segment.h: GDT_ENTRY_DEFAULT_USER_DS * 8 + 3", 5 * 8 + 3),
+    },
+    # The interpreter's own; tests/abi/test_interpreter.py runs it.
+    own=_names(
+        "REG_NAMES SYSCALL_INSTRUCTION RECORD RECORD_SIZE RESULT_OFFSET F_IGNORE F_CHILD F_COPY F_END INTERPRETER "
+        "STOPPED_AT EXIT_AT SYSCALL_AT HOME_SIZE"
+    ),
+)
+
+MIRRORS = {
+    "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED,
+    "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
+}  # fmt: skip
+# No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
+OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}
+
+# Linux versions of system calls that Debian's asm/unistd_64.h may not have; the numbers are those of
+# arch/x86/entry/syscalls/syscall_64.tbl of Linux 6.18.
+NEWER_CALLS = {
+    "cachestat": ("6.5", 451), "fchmodat2": ("6.6", 452), "map_shadow_stack": ("6.6", 453), "futex_wake": ("6.7", 454),
+    "futex_wait": ("6.7", 455), "futex_requeue": ("6.7", 456), "statmount": ("6.8", 457), "listmount": ("6.8", 458),
+    "lsm_get_self_attr": ("6.8", 459), "lsm_set_self_attr": ("6.8", 460), "lsm_list_modules": ("6.8", 461),
+    "mseal": ("6.10", 462), "setxattrat": ("6.13", 463), "getxattrat": ("6.13", 464), "listxattrat": ("6.13", 465),
+    "removexattrat": ("6.13", 466), "open_tree_attr": ("6.15", 467), "file_getattr": ("6.17", 468),
+    "file_setattr": ("6.17", 469), "uretprobe": ("6.11", 335), "uprobe": ("6.18", 336),
+}  # fmt: skip
