@@ -96,7 +96,9 @@ def _collect_descriptors(tree: FrozenTree, got: Collected) -> None:
     for index, mine in enumerate(got.tasks):
         shared = next((other for other in got.tasks[:index] if _same(mine.pid, other.pid, fc.KCMP_FILES)), None)
         if shared is not None:
-            if tree.parents[mine.pid] != shared.pid and shared.ids["files_id"] not in _ids_of(got, tree.parents[mine.pid]):
+            if tree.parents[mine.pid] != shared.pid and shared.ids["files_id"] not in _ids_of(
+                got, tree.parents[mine.pid]
+            ):
                 got.obstacles.append(
                     Obstacle(
                         f"process {mine.pid}",
@@ -121,8 +123,8 @@ def _ids_of(got: Collected, pid: int) -> list[int]:
 
 
 def _check_sessions(tree: FrozenTree, got: Collected) -> None:
-    """Every process must be in its own session, its parent's, or the one that its parent was born in: nothing else comes
-    back by being cloned (:mod:`firn.restore.family`)."""
+    """Every process must be in its own session, its parent's, or the one that its parent was born in: nothing else
+    comes back by being cloned (:mod:`firn.restore.family`)."""
     stats = {mine.pid: mine.stat for mine in got.tasks} | {zombie.pid: zombie.stat for zombie in tree.zombies}
     root = got.tasks[0].pid
     born_in = {root: stats[root].session}
@@ -134,7 +136,9 @@ def _check_sessions(tree: FrozenTree, got: Collected) -> None:
         born_in[pid] = left if stat.session == left else stats[parent].session
         if stat.session not in (pid, stats[parent].session, left):
             got.obstacles.append(
-                Obstacle(f"process {pid}", f"belongs to session {stat.session}, whose leader is gone", "not supported yet")
+                Obstacle(
+                    f"process {pid}", f"belongs to session {stat.session}, whose leader is gone", "not supported yet"
+                )
             )
 
 

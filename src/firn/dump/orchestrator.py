@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from firn.api import DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
-    from firn.tracee.seize import Task
 
 
 _RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h

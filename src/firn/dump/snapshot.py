@@ -37,7 +37,8 @@ class Snapshot:
 
     @staticmethod
     def take(task: Task, options: int) -> Snapshot:
-        """Make the clone of the frozen *task*, traced with *options*; OSError if the target may not fork (limits, memory)."""
+        """Make the clone of the frozen *task*, traced with *options*; OSError if the target may not fork (limits,
+        memory)."""
         scratch = task.prepare()
         target = task.program(size=_AREA)
         first, snapshot = 0, Snapshot(0)
@@ -71,7 +72,8 @@ class Snapshot:
 
 
 class NoReapers:
-    """While clones are made, no process of the tree is a subreaper: it would get them as children when they are orphaned."""
+    """While clones are made, no process of the tree is a subreaper: it would get them as children when they are
+    orphaned."""
 
     def __init__(self, tasks: list[Task]) -> None:
         self.tasks = tasks

@@ -91,7 +91,8 @@ def _suspend_seccomp(mine: CollectedTask) -> None:
 
 
 def _leave_critical_sections(mine: CollectedTask) -> None:
-    """Must come before the first program: the kernel forgets a thread's rseq critical section when it runs outside of it."""
+    """Must come before the first program: the kernel forgets a thread's rseq critical section when it runs outside of
+    it."""
     for thread in mine.task.threads:
         thread.regs = thread.resume_regs = threads.leave_critical_section(mine.pid, thread.tid, thread.regs)
 
@@ -240,4 +241,8 @@ def _thread_core(
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
     core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
-    return {"mtype": threads.X86_64, "thread_info": (interrupted.regs, thread.xstate, answers.tid_address), "thread_core": core}
+    return {
+        "mtype": threads.X86_64,
+        "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),
+        "thread_core": core,
+    }

@@ -132,4 +132,3 @@ def _is_running(pid: int) -> bool:
         return procfs.stat(pid).state not in "ZX"
     except OSError:
         return False
-

@@ -1,9 +1,9 @@
 """Signals: actions and queues (images: task_core_entry.sigactions, signals_s, thread_core_entry.signals_p).
 
-State owned: the 62 changeable actions with flags, restorer and mask; queued signals with their siginfo, per process and per
-thread. Kernel: only the task can ask for its actions (rt_sigaction(2)); queues are read by PTRACE_PEEKSIGINFO. They come
-back by rt_sigaction(2) and, from inside the task because only the receiver may use any si_code, by rt_sigqueueinfo(2) and
-rt_tgsigqueueinfo(2) while everything is blocked.
+State owned: the 62 changeable actions with flags, restorer and mask; queued signals with their siginfo, per process
+and per thread. Kernel: only the task can ask for its actions (rt_sigaction(2)); queues are read by PTRACE_PEEKSIGINFO.
+They come back by rt_sigaction(2) and, from inside the task because only the receiver may use any si_code, by
+rt_sigqueueinfo(2) and rt_tgsigqueueinfo(2) while everything is blocked.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def settle_timers(program: Program, pid: int, tid: int, shared: list[bytes], pri
     """Give pending signals of POSIX timers their overrun counts.
 
     A timer's overrun is put into the siginfo only when the signal is taken, and a queued one does not show it
-    (posixtimer_deliver_signal, kernel/time/posix-timers.c). So the thread takes the signals and queues them again at once, in
-    their order: they are then plain signals with the count that they had, and the timer goes on counting from there.
-    *shared* is empty for all threads but one.
+    (posixtimer_deliver_signal, kernel/time/posix-timers.c). So the thread takes the signals and queues them again at
+    once, in their order: they are then plain signals with the count that they had, and the timer goes on counting from
+    there. *shared* is empty for all threads but one.
     """
     for number in sorted({info_number(info) for info in shared + private if _code(info) == SI_TIMER}):
         own = sum(info_number(info) == number for info in private)

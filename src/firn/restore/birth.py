@@ -1,8 +1,9 @@
 """Birth: the first restored task, with the pid it had, as a stub under our trace.
 
-The stub is a static executable of a few bytes that waits in pause(2). It is born of us by clone3(2) with set_tid, so its
-pid is the wanted one and nobody else ever had it in between; the clone is a plain fork that does nothing but execute the
-stub from a memfd. It is seized with PTRACE_O_EXITKILL: if we die before the end, so does everything that we made.
+The stub is a static executable of a few bytes that waits in pause(2). It is born of us by clone3(2) with set_tid, so
+its pid is the wanted one and nobody else ever had it in between; the clone is a plain fork that does nothing but
+execute the stub from a memfd. It is seized with PTRACE_O_EXITKILL: if we die before the end, so does everything that
+we made.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ SYSCALL_SITE = _BASE + _HEADERS + 5
 def stub_image() -> bytes:
     """The stub: an ELF executable with one read-and-execute segment (elf(5))."""
     size = _HEADERS + len(_CODE)
-    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack(
-        "<HHIQQQIHHHHHH", 2, 62, 1, _BASE + _HEADERS, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    header = (
+        b"\x7fELF\x02\x01\x01"
+        + bytes(9)
+        + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, _BASE + _HEADERS, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     )
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _BASE, _BASE, size, size, 0x1000)
     return header + segment + _CODE

@@ -1,8 +1,8 @@
 """Clocks that go on: a time namespace for the restored tasks.
 
 CLOCK_MONOTONIC and CLOCK_BOOTTIME of a restored tree continue from what they were at the dump, as with CRIU: absolute
-timeouts keep their meaning, also after a reboot or on another machine. Kernel: unshare(CLONE_NEWTIME) prepares a namespace
-for our next children; its offsets are written before the first of them is born (time_namespaces(7)).
+timeouts keep their meaning, also after a reboot or on another machine. Kernel: unshare(CLONE_NEWTIME) prepares a
+namespace for our next children; its offsets are written before the first of them is born (time_namespaces(7)).
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class TimeNamespace:
             os.write(fd, "".join(lines).encode())
         except OSError as error:
             self.__exit__()
-            raise ImageError(f"timens image: clocks {' '.join(lines).split()} cannot be set: {error.strerror}") from None
+            raise ImageError(
+                f"timens image: clocks {' '.join(lines).split()} cannot be set: {error.strerror}"
+            ) from None
         finally:
             os.close(fd)
 

@@ -1,9 +1,10 @@
 """The tree of restored processes: who is born of whom, sessions, process groups, zombies.
 
-Parenthood comes out right by construction: every process is cloned by its parent. So do sessions: a process inherits its
-parent's, so children that stayed in the session that their parent left by setsid(2) are cloned before that call, all others
-after it. Groups are joined when everybody lives: leaders first. A group whose leader is gone is made by a helper with that
-pid, which ends when its members have joined. A zombie is a child that ends as it did, when everybody has joined.
+Parenthood comes out right by construction: every process is cloned by its parent. So do sessions: a process inherits
+its parent's, so children that stayed in the session that their parent left by setsid(2) are cloned before that call,
+all others after it. Groups are joined when everybody lives: leaders first. A group whose leader is gone is made by a
+helper with that pid, which ends when its members have joined. A zombie is a child that ends as it did, when everybody
+has joined.
 """
 
 from __future__ import annotations
@@ -185,7 +186,9 @@ class Family:
 
     def _is_outer_group(self, pgid: int) -> bool:
         root = self.checkpoint.root
-        return self.options.shell_job and root.sid != root.pid and pgid not in self.stubs and pgid in (root.pgid, root.sid)
+        return (
+            self.options.shell_job and root.sid != root.pid and pgid not in self.stubs and pgid in (root.pgid, root.sid)
+        )
 
     def _make_group(self, member: Process) -> None:
         """A helper in *member*'s session with the pid of its group, a child of *member* for as long as it is needed."""

@@ -144,7 +144,8 @@ class Checkpoint:
             raise ImageError("ids image: the root process shares its files with the dumping program (kIDs)")
 
     def _take_old_shared_memory(self) -> None:
-        """Shared anonymous memory in its older form (no MEMFD entry, only an inode number): put into the present one."""
+        """Shared anonymous memory in its older form (no MEMFD entry, only an inode number): put into the present
+        one."""
         for process in self.processes:
             for vma in [] if process.zombie else process.mm["vmas"]:
                 status = vma["status"]
@@ -154,7 +155,15 @@ class Checkpoint:
                 number = _OLD_SHARED + shmid
                 message = {"id": number, "flags": 2, "pos": 0, "inode_id": number}
                 self.files[MEMFD, number] = {"type": MEMFD, "id": number, "memfd": message}
-                entry = {"name": "/dev/zero", "uid": 0, "gid": 0, "size": 0, "shmid": shmid, "seals": 1, "inode_id": number}
+                entry = {
+                    "name": "/dev/zero",
+                    "uid": 0,
+                    "gid": 0,
+                    "size": 0,
+                    "shmid": shmid,
+                    "seals": 1,
+                    "inode_id": number,
+                }
                 known = self.memfds.setdefault(number, entry)
                 known["size"] = max(known["size"], vma["pgoff"] + vma["end"] - vma["start"])
                 vma |= {"status": areas.REGULAR | areas.FILE_SHARED | areas.MEMFD, "shmid": number, "fdflags": 2}

@@ -1,4 +1,5 @@
-"""The memory of one task being restored: what :mod:`firn.resources.memory` plans, put in order for a task with a parent."""
+"""The memory of one task being restored: what :mod:`firn.resources.memory` plans, put in order for a task with a
+parent."""
 
 from __future__ import annotations
 

@@ -87,7 +87,9 @@ class Restore:
             for core in process.cores:
                 creds.check(core["thread_core"]["creds"], own, last)
         if root.sid != root.pid and root.sid and not self.options.shell_job:
-            raise RestoreError(f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)")
+            raise RestoreError(
+                f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)"
+            )
         mode = self.options.manage_cgroups
         self.moves = {
             process.pid: cgroups.plan(self.images, process.cores[0]["thread_core"].get("cg_set", 0), mode)
@@ -215,7 +217,9 @@ def _scripts(work: Restore, action: str, pid: int) -> None:
 def _save_stats(work: Restore) -> None:
     try:
         target = ImageDir.open(work.options.work_dir, create_files=True)
-        target.write_one("STATS_RESTORE", {"restore": {key: min(value, 0xFFFFFFFF) for key, value in work.stats.items()}})
+        target.write_one(
+            "STATS_RESTORE", {"restore": {key: min(value, 0xFFFFFFFF) for key, value in work.stats.items()}}
+        )
     except (OSError, FirnError) as error:
         work.log.warn(f"stats-restore cannot be written: {error}")
 

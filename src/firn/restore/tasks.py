@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 from firn.abi import fcntl as fc
-from firn.abi import mman, nr
+from firn.abi import mman, nr, sched
 from firn.abi import ptrace as pt
-from firn.abi import sched
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.host import features
@@ -81,7 +80,12 @@ class RestoredTask:
 
     def wanted(self) -> list[tuple[int, ...]]:
         """The files that this task needs, for the opener."""
-        return [*self.memory.wanted(), self.cwd, self.root, *((entry["type"], entry["id"]) for entry in self.descriptors)]
+        return [
+            *self.memory.wanted(),
+            self.cwd,
+            self.root,
+            *((entry["type"], entry["id"]) for entry in self.descriptors),
+        ]
 
     def adopt(self, stub: Stub) -> None:
         """Take over the runner that the newborn process is."""
@@ -163,7 +167,12 @@ class RestoredTask:
         program = self.leader.program
         others = self.threads[1:]
         flags = (
-            sched.CLONE_VM | sched.CLONE_FS | sched.CLONE_FILES | sched.CLONE_SIGHAND | sched.CLONE_THREAD | sched.CLONE_SYSVSEM
+            sched.CLONE_VM
+            | sched.CLONE_FS
+            | sched.CLONE_FILES
+            | sched.CLONE_SIGHAND
+            | sched.CLONE_THREAD
+            | sched.CLONE_SYSVSEM
         )
         for thread in others:
             plan_clone(program, thread.tid, flags, 0)
@@ -317,5 +326,3 @@ def await_birth(tid: int, pid: int, parent: Runner, scratch: Scratch) -> Runner:
     runner = Runner(pid, tid, ptrace.get_regs(parent.tid), parent.stop_signal)
     runner.finish(scratch.code)
     return runner
-
-

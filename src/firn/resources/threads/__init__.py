@@ -91,9 +91,7 @@ def robust_list(tid: int) -> tuple[int, int]:
     return head, length
 
 
-def save_core(
-    thread: Thread, answers: Answers, creds: dict[str, Any], comm: str
-) -> dict[str, Any]:
+def save_core(thread: Thread, answers: Answers, creds: dict[str, Any], comm: str) -> dict[str, Any]:
     """The thread_core_entry, with firn's own fields, but without seccomp, signals and restart."""
     head, length = robust_list(thread.tid)
     attr = scheduling(thread.tid)
@@ -126,8 +124,8 @@ def _affinity(tid: int) -> bytes:
 
 
 def leave_critical_section(pid: int, tid: int, regs: tuple[int, ...]) -> tuple[int, ...]:
-    """The registers with which a thread goes on, here and in the image: one inside an rseq critical section, which our stop
-    has interrupted, goes on at its abort address, as after any preemption (rseq(2)).
+    """The registers with which a thread goes on, here and in the image: one inside an rseq critical section, which our
+    stop has interrupted, goes on at its abort address, as after any preemption (rseq(2)).
 
     struct rseq: cpu_id_start, cpu_id, rseq_cs (offset 8); struct rseq_cs: version, flags, start, length, abort
     (include/uapi/linux/rseq.h).
