@@ -29,7 +29,7 @@ from firn.resources.memory import areas, copyout, inherit, pagelist, rebuild, vd
 
 PAGE = mman.PAGE
 libc = ctypes.CDLL(None, use_errno=True)
-few = settings(max_examples=150, deadline=None)
+few = settings(max_examples=150, deadline=None, database=None, print_blob=True)
 
 # ---- /proc
 

@@ -21,12 +21,11 @@ MODES = "fan chain sessions groups gone adopted zombies stopped users programs"
 SHARING = "table anon memfd offset cow resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
-    Workload("trees", "forking", ways=PLAIN_WAYS),
     # Their sessions' leaders are gone, or are not their parents: nothing that comes back by being cloned.
     *(Workload("trees", mode, refused=("session",), ways=(*PLAIN_WAYS, REFUSED_WAY)) for mode in ("daemon", "sibling")),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),
     # Part of what they check lives in a file, where a program that was left running has gone on.
-    Workload("trees", "waiting", ways=(*PLAIN_WAYS, *GONE_WAYS)),
+    Workload("trees", "waiting", ways=GONE_WAYS),
     Workload("trees_sharing", "file", ways=(*PLAIN_WAYS, *GONE_WAYS)),
 ]
 FOREST_EXCEPTIONS = tuple(rf"process\.\d+\.(?:{pattern})" for pattern in EXCEPTIONS)
@@ -68,6 +67,15 @@ def test_tree(workload: Workload, way: str, runner: Runner) -> None:
         back = _bring_back(runner, back)
     runner.assert_right(back, "after the restore")
     runner.wait_beats(back)
+    _end(back)
+
+
+@needs_firn
+def test_a_stop_is_told_once(runner: Runner) -> None:
+    """A parent that has seen its child stop gets no second SIGCHLD and no second wait status for it."""
+    target = runner.start(Workload("trees", "told"))
+    back = _bring_back(runner, target)
+    runner.assert_right(back, "after the restore")
     runner.kill(back)
 
 
@@ -94,7 +102,7 @@ def test_copy_on_write_is_kept(runner: Runner) -> None:
     runner.kill(back)
 
 
-# ---- trees whose processes come and go: there is no portrait of such a tree, and no list of whom to reap
+# ---- trees whose processes come and go, or reap each other: there is no list of whom to reap
 
 FORKING = Workload("trees", "forking")
 
@@ -122,17 +130,18 @@ def test_births_during_the_freeze(runner: Runner, turn: int) -> None:
     for _ in range(2):
         back = runner.restore(_dump_restless(runner, back), back)
         runner.assert_right(back, "after the restore")
-    _end_restless(back)
+    _end(back)
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_births_are_watched(runner: Runner, broken: bool) -> None:
-    target = runner.start(FORKING, broken)
+@pytest.mark.parametrize("workload", [FORKING, Workload("trees", "waiting")])
+def test_comings_and_goings_are_watched(runner: Runner, workload: Workload, broken: bool) -> None:
+    target = runner.start(workload, broken)
     assert (runner.ask(target) == 1) == (not broken)
-    _end_restless(target)
+    _end(target)
 
 
-def _end_restless(target: Target) -> None:
+def _end(target: Target) -> None:
     """Ends a tree whose processes come and go: once their parents are gone they are ours."""
     os.kill(target.pid, signal.SIGKILL)
     while ours := children(os.getpid()):

@@ -11,6 +11,7 @@ from workloads.likeness import Portrait, portrait
 # Fields of /proc/PID/stat by number (proc(5)) that a process still has when it is a zombie.
 ZOMBIE_FIELDS = {4: "ppid", 5: "pgrp", 6: "session", 20: "num_threads", 38: "exit_signal", 52: "exit_code"}
 DEAD = "ZX"
+KILOBYTES = ("Anonymous", "Locked")
 
 
 def children(pid: int) -> list[int]:
@@ -38,14 +39,45 @@ def state(pid: int) -> str:
     return _stat(pid)[1][0]
 
 
+def _join(mappings: Portrait) -> Portrait:
+    """Touching pieces of anonymous memory that differ in nothing as one mapping.
+
+    Whether the kernel joins them depends on whether pages of theirs were there at a fork that is long forgotten. That
+    what was one mapping has not become two is what the workload trees_sharing-resized checks, by mremap(2).
+    """
+    joined: Portrait = {}
+    last, last_end = "", ""
+    for name in sorted((name for name in mappings if name.count(".") == 1), key=_start):
+        start, _, end = name.partition(".")[2].partition("-")
+        parts = {kind: mappings.get(f"{name}.{kind}", "") for kind in ("VmFlags", "Anonymous", "Locked")}
+        alike = last and (mappings[name], parts["VmFlags"]) == (joined[last], joined[f"{last}.VmFlags"])
+        if alike and start == last_end and mappings[name].split()[3:] == ["0"]:
+            sums = {kind: _kilobytes(parts[kind]) + _kilobytes(joined.pop(f"{last}.{kind}")) for kind in KILOBYTES}
+            parts |= {kind: f"{total} kB" for kind, total in sums.items()}
+            del joined[f"{last}.VmFlags"]
+            text, name = joined.pop(last), f"{last.partition('-')[0]}-{end}"
+        else:
+            text = mappings[name]
+        joined[name] = text
+        joined |= {f"{name}.{kind}": value for kind, value in parts.items()}
+        last, last_end = name, end
+    return joined
+
+
+def _start(name: str) -> int:
+    return int(name.partition(".")[2].partition("-")[0], 16)
+
+
+def _kilobytes(text: str) -> int:
+    return int(text.split()[0])
+
+
 def _one(pid: int) -> Portrait:
     comm, fields = _stat(pid)
     if fields[0] not in DEAD:
-        result = {**portrait(pid), "stopped": str(fields[0] == "T")}
-        # A dump that leaves the process running may have written behind the end of the vdso's code.
-        for vdso in [name for name, text in result.items() if text.endswith("[vdso]")]:
-            result.pop(f"{vdso}.Anonymous")
-        return result
+        look = portrait(pid)
+        mappings = {name: look.pop(name) for name in list(look) if name.startswith("mapping.")}
+        return {**look, **_join(mappings), "stopped": str(fields[0] == "T")}
     dead = {name: fields[number - 3] for number, name in ZOMBIE_FIELDS.items()}
     return {"zombie": "yes", "comm": comm, **dead}
 

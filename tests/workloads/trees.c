@@ -403,9 +403,34 @@ static int stopped_check(void)
 	return 1;
 }
 
+static void continue_first(void)
+{
+	kill(SLOT(0)->pid, SIGCONT);
+}
+
 static void continue_one(void)
 {
 	kill(SLOT(1)->pid, SIGCONT);
+}
+
+/* The parent has a handler, and has taken both the signal and the status. */
+static void told_set(void)
+{
+	struct sigaction action = {.sa_handler = count_notice, .sa_flags = SA_RESTART};
+	NEED(!sigaction(SIGCHLD, &action, NULL));
+	bear(0, NULL, NULL);
+	NEED(!kill(SLOT(0)->pid, SIGSTOP) && waitpid(SLOT(0)->pid, NULL, WUNTRACED) == SLOT(0)->pid);
+	while (!notices)
+		nap_ms(1);
+	notices = 0;
+}
+
+static int told_check(void)
+{
+	CHECK(state_of(SLOT(0)->pid) == 'T');
+	CHECK(notices == 0);
+	CHECK(waitpid(SLOT(0)->pid, NULL, WUNTRACED | WNOHANG) == 0);
+	return 1;
 }
 
 /* ---- other users ---- */
@@ -608,6 +633,7 @@ WORKLOAD(
 	{"sibling", sibling_set, sibling_check, kill_second},
 	{"zombies", zombies_set, zombies_check, reap_one},
 	{"stopped", stopped_set, stopped_check, continue_one},
+	{"told", told_set, told_check, continue_first},
 	{"users", users_set, users_check, kill_second},
 	{"programs", programs_set, programs_check, kill_first},
 	{"member", member_set, nothing, no_harm},

@@ -8,7 +8,8 @@
  */
 #include "members.h"
 
-static int slot, threads_made, file = -1, stops;
+static int slot, file = -1, stops;
+static volatile int thread_up;
 static uint64_t *pages[MEMBERS], *common;
 static int page_count;
 static pid_t *last_group;
@@ -26,6 +27,7 @@ static int member_right(void)
 
 static void *thread_body(void *unused)
 {
+	thread_up = 1;
 	for (;;)
 		nap_ms(5);
 	return unused;
@@ -78,6 +80,8 @@ static void step(char letter)
 		common = map_pages(2, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
 		break;
 	case 'F':
+		if (geteuid())
+			break;
 		file = make_file("data", 4096, 1);
 		NEED(lseek(file, 8 + slot, SEEK_SET) == 8 + slot);
 		break;
@@ -85,12 +89,14 @@ static void step(char letter)
 		NEED(file < 0 || dup(file) >= 0);
 		break;
 	case 'T':
+		thread_up = 0;
 		start_thread(thread_body, NULL);
-		threads_made++;
+		NEED(wait_for(&thread_up, 5000));
 		break;
 	case 'U':
 		/* Of this thread only: the library's calls ask all threads, and do not know who is gone since the clone. */
-		NEED(!syscall(SYS_setresgid, 1000 + slot, 1000, 1000) && !syscall(SYS_setresuid, 1000 + slot, 1000, 1000));
+		if (!geteuid())
+			NEED(!syscall(SYS_setresgid, 1000 + slot, 1000, 1000) && !syscall(SYS_setresuid, 1000 + slot, 1000, 1000));
 		break;
 	case 'W':
 		stops = 1;

@@ -81,7 +81,7 @@ def collect(dump: Dump) -> Collected:
             running = [Questions(mine) for mine in got.tasks[first : first + _AT_ONCE]]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
-        _identity(tree, got)
+        _identity(tree, got, dump.options.tcp_close)
     except BaseException:
         got.close()
         raise
@@ -184,7 +184,7 @@ def _same_outside(pid: int, other: int, what: int) -> bool:
         return False
 
 
-def _identity(tree: FrozenTree, got: Collected) -> None:
+def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
@@ -193,7 +193,8 @@ def _identity(tree: FrozenTree, got: Collected) -> None:
         got.zombies.append((zombie.pid, _zombie_core(zombie)))
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
-    got.inventory = {
+    got.inventory = {"tcp_close": True} if tcp_close else {}
+    got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,
         "root_cg_set": cgroups.ROOT_SET, "lsmtype": 0, "network_lock_method": 2, "dump_criu_run_id": _run_id(),
     }  # fmt: skip

@@ -70,6 +70,8 @@ class FrozenTree:
     def stop(self) -> None:
         """Have all processes stopped by SIGSTOP once they are let go."""
         for task in self.tasks:
+            # Nothing of ours may run in the task after this: a program would take the signal.
+            task.restore_state()
             os.kill(task.pid, sig.SIGSTOP)
 
 

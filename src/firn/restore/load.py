@@ -184,8 +184,7 @@ def _check_inventory(inventory: dict[str, Any]) -> None:
         raise ImageError("inventory.img: too old, descriptors are not stored per table")
     if "root_ids" not in inventory:
         raise ImageError("inventory.img has no root_ids")
-    for field, option in (("tcp_close", "--tcp-close"), ("allow_uprobes", "--allow-uprobes")):
-        if inventory.get(field):
-            raise NotBuilt(f"the checkpoint was made with {option}, which is not supported yet")
+    if inventory.get("allow_uprobes"):
+        raise NotBuilt("the checkpoint was made with --allow-uprobes, which is not supported yet")
     if inventory.get("plugins_entry", {}).get("plugins"):
         raise NotBuilt("the checkpoint needs plugins of CRIU")

@@ -80,6 +80,8 @@ class Restore:
     def check(self) -> None:
         """Refuse what cannot come back here."""
         checkpoint, root = self.checkpoint, self.checkpoint.root
+        if checkpoint.inventory.get("tcp_close") and not self.options.tcp_close:
+            raise RestoreError("connections were dumped to come back closed", "Need to set the --tcp-close options.")
         birth.check_pids(checkpoint.tids())
         last, own = features.cap_last_cap(), features.effective_caps()
         living = [process for process in checkpoint.processes if not process.zombie]

@@ -44,7 +44,7 @@ def functions(image: bytes) -> dict[str, int]:
     """Name -> offset of the functions that a vdso image exports. Raises RestoreError if it is no such image."""
     try:
         return _functions(image)
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, LookupError, OverflowError) as error:
         raise RestoreError(f"the vdso in the checkpoint cannot be read: {error}") from error
 
 
