@@ -289,6 +289,16 @@ def test_other_signals_that_end_a_program(stub: tuple[Runner, Scratch], number: 
     assert not runner.seen
 
 
+def test_a_signal_action_of_the_own_process_takes_nothing(program: Program) -> None:
+    """One's own end comes after one's own actions; those of another thread would discard the signal that ends it."""
+    ignored = program.data(sig.SIGACTION.pack(sig.SIG_IGN, 0, 0, 0))
+    for _ in range(50):
+        program.call("rt_sigaction", nr.rt_sigaction, program.runner.stop_signal, ignored, 0, 8)
+    pid = program.call("getpid", nr.getpid)
+    program.run()
+    assert program.results[pid] == program.runner.pid
+
+
 def test_offsets() -> None:
     """What others derive from the code is where they think it is."""
     assert cpu.INTERPRETER[cpu.SYSCALL_AT :].startswith(cpu.SYSCALL_INSTRUCTION)

@@ -189,6 +189,9 @@ class RestoredTask:
         self._suspend_seccomp()
         self._plan_reaping(program)
         signals.plan_actions(program, tc["sigactions"])
+        # Alone: an action that ignores a signal discards it where it is pending (do_sigaction in kernel/signal.c), and
+        # with the signal that ends a program another thread would never stop.
+        program.run()
         signals.plan_queue(program, self.pid, None, tc.get("signals_s"))
         timers.plan(program, tc["timers"], features.timer_restore_ids())
         future = self.process.mm.get("firn", {}).get("lock_future", 0)
