@@ -12,6 +12,7 @@ import _signal
 import errno
 import os
 import struct
+import time
 
 from firn.abi import nr, sched
 from firn.abi import ptrace as pt
@@ -22,6 +23,7 @@ from firn.host import procfs
 from firn.tracee import ptrace
 
 _BASE = 0x10000
+_REAPING_TRIES = 50
 _CODE = bytes.fromhex("b8220000000f05ebf7")  # again: mov eax, 34 (pause); syscall; jmp again
 _HEADERS = 64 + 56
 SYSCALL_SITE = _BASE + _HEADERS + 5
@@ -48,6 +50,8 @@ def check_pids(pids: list[int]) -> None:
             raise RestoreError(
                 f"pid {pid} is above this machine's limit of {maximum}", f"sysctl -w kernel.pid_max={pid + 1}"
             )
+        if _is_used(pid):
+            _await_reaping(pid)
         if _is_used(pid) or _is_used(-pid):
             raise taken(pid)
 
@@ -63,10 +67,23 @@ def _is_used(pid: int) -> bool:
     return True
 
 
+def _await_reaping(pid: int) -> None:
+    """Give the parent of a zombie a moment to take notice of it: a restore often follows its dump at once."""
+    for _ in range(_REAPING_TRIES):
+        try:
+            if procfs.stat(pid).state not in "ZX":
+                return
+        except OSError:
+            return
+        time.sleep(0.02)
+
+
 def taken(pid: int) -> RestoreError:
     """The error for a pid that is in use: by a process, or as the id of a group or session of others."""
     try:
-        who = f" by {procfs.stat(pid).comm.decode(errors='replace')!r}"
+        stat = procfs.stat(pid)
+        ended = ", which has ended and was not reaped by its parent" if stat.state in "ZX" else ""
+        who = f" by {stat.comm.decode(errors='replace')!r}{ended}"
     except OSError:
         who = " as the id of a process group or session"
     return RestoreError(f"pid {pid} is taken{who}", "end that process, or restore in another pid namespace")
