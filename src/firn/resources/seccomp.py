@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from firn.tracee.program import Program
 
 DISABLED, STRICT, FILTER = 0, 1, 2
-SECCOMP_FILTER_FLAG_TSYNC = 1
 _MAX_FILTER = 4096 * 8
 
 

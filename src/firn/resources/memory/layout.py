@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 AUXV_WORDS = 44
 """CRIU refuses more (image format); what is beyond are zeros in practice."""
-AT_SYSINFO_EHDR = 33
 MM_FIELDS = (
     "mm_start_code", "mm_end_code", "mm_start_data", "mm_end_data", "mm_start_brk", "mm_brk", "mm_start_stack",
     "mm_arg_start", "mm_arg_end", "mm_env_start", "mm_env_end",

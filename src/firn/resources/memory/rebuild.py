@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from firn.tracee.program import Program
 
 TASK_TOP = (1 << 47) - mman.PAGE
-HUGE = 2 << 20
 _IOV_MAX = 1024
 _IOVEC = struct.Struct("<QQ")
 _POPULATE = 64 << 10
