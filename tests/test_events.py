@@ -19,6 +19,7 @@ from firn.abi import events as ev
 from firn.errors import FirnError, ImageError
 from firn.resources import base
 from firn.resources.files.events import EventFd, TimerFd
+from firn.resources.files.external import Inherited
 from firn.resources.files.handles import Finder, to_entry
 from firn.resources.files.paths import kernel_dev
 from firn.resources.files.pidfd import PidFd
@@ -73,7 +74,7 @@ def restore_context(**files: dict[str, Any]) -> base.RestoreContext:
     entries = {(base.PIDFD, int(name[1:])): {"pidfd": message} for name, message in files.items()}
     unused: Any = None
     images: Any = Images()
-    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused)
+    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused, Inherited([]))
 
 
 def timer(**changes: int) -> dict[str, int]:

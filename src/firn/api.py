@@ -59,8 +59,9 @@ class Option:
     """One option.
 
     *kind* names the way its value is read (:mod:`firn.cli.values`). *commands* are the letters of the commands that it
-    has an effect on; any other command accepts and ignores it. *built* is True, False, or a tuple of the values that
-    work. *no*: a ``--no-`` form exists. *attribute* is the record's attribute, None if the option acts while parsing.
+    has an effect on; any other command accepts and ignores it. *built* is True, False, a tuple of the values that
+    work, or a function which tells that of a value. *no*: a ``--no-`` form exists. *attribute* is the record's
+    attribute, None if the option acts while parsing.
     """
 
     __slots__ = ("attribute", "built", "commands", "default", "firn_only", "kind", "long", "no", "short")
@@ -72,7 +73,7 @@ class Option:
         kind: str,
         commands: str,
         default: object,
-        built: bool | tuple[object, ...],
+        built: bool | tuple[object, ...] | Callable[[Any], bool],
         *,
         no: bool = False,
         attribute: str | None = "",
@@ -92,7 +93,15 @@ class Option:
         """Whether *value* asks for nothing that is not built."""
         if isinstance(self.built, bool):
             return self.built or value == self.default
-        return value in self.built
+        return self.built(value) if callable(self.built) else value in self.built
+
+
+_OF_CONTAINERS = tuple(f"{name}[" for name in ("mnt", "dev", "net", "pid", "veth", "macvlan", "netdev"))
+
+
+def _on_one_host(external: tuple[str, ...]) -> bool:
+    """Whether no entry of ``--external`` is about a container. Types that nobody knows have no effect, as in CRIU."""
+    return not any(text.startswith(_OF_CONTAINERS) for text in external)
 
 
 TABLE: tuple[Option, ...] = (
@@ -165,12 +174,12 @@ TABLE: tuple[Option, ...] = (
     Option("ext-unix-sk", "x", "ext-unix-sk", "DR", False, True),
     Option("empty-ns", "", "empty-ns", "DR", False, False),
     Option("join-ns", "J", "join-ns", "R", (), False),
-    Option("veth-pair", "", "veth-pair", "R", (), False, attribute="external"),
+    Option("veth-pair", "", "veth-pair", "R", (), _on_one_host, attribute="external"),
     # Mounts, file systems, external resources
     Option("root", "r", "text", "R", "", False),
-    Option("external", "", "external", "DR", (), False),
-    Option("inherit-fd", "", "inherit-fd", "R", (), False),
-    Option("ext-mount-map", "M", "ext-mount-map", "DR", (), False, attribute="external"),
+    Option("external", "", "external", "DR", (), _on_one_host),
+    Option("inherit-fd", "", "inherit-fd", "R", (), True),
+    Option("ext-mount-map", "M", "ext-mount-map", "DR", (), _on_one_host, attribute="external"),
     Option("enable-external-sharing", "", "flag", "D", False, False),
     Option("enable-external-masters", "", "flag", "D", False, False),
     Option("skip-mnt", "", "list", "D", (), False),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from firn.dump.orchestrator import Dump
     from firn.dump.tree import FrozenTree, Zombie
+    from firn.log import Log
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
@@ -34,14 +35,14 @@ _KCMP = (
 class Collected:
     """Everything that a dump has collected; ``tasks`` as in the frozen tree."""
 
-    def __init__(self, tree: FrozenTree, options: Any, obstacles: list[Obstacle]) -> None:
+    def __init__(self, tree: FrozenTree, options: Any, obstacles: list[Obstacle], log: Log) -> None:
         self.obstacles = obstacles
         self.table = FileTable()
         self.objects = MemoryObjects()
         self.finder = PathFinder(self.table, obstacles, options.ghost_limit, options.link_remap)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
-        self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids())
+        self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
         self.pstree: list[dict[str, Any]] = []
@@ -66,7 +67,7 @@ class Collected:
 def collect(dump: Dump) -> Collected:
     """Collect the frozen tree of *dump*; what cannot be saved is in the obstacles of the result."""
     tree = dump.tree
-    got = Collected(tree, dump.options, dump.obstacles)
+    got = Collected(tree, dump.options, dump.obstacles, dump.log)
     try:
         _check_borders(tree, got, dump.options.shell_job)
         for mine in got.tasks:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.images.store import ImageDir
+    from firn.resources.files.external import Inherited
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -100,9 +101,9 @@ class Open:
 class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
-    ``owner`` gives the fown_entry of a description."""
+    ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold."""
 
-    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids")
+    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class DumpContext:
         owner: Callable[[Open], dict[str, int]],
         add_path: Callable[[str, str, os.stat_result, dict[str, Any]], int],
         add_open: Callable[[Open], tuple[int, int] | None],
+        warn: Callable[[str], object] = str,
     ) -> None:
         self.obstacles = obstacles
         self.options = options
@@ -119,6 +121,7 @@ class DumpContext:
         self.owner = owner
         self.add_path = add_path
         self.add_open = add_open
+        self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "") -> None:
         """Note that *open* cannot be saved."""
@@ -128,9 +131,10 @@ class DumpContext:
 class RestoreContext:
     """What a kind may use while it restores: ``message(type, id)`` and ``open(type, id)`` of other files (``open``
     gives our own descriptor of it), the images, the options, and all pids of the checkpoint. ``files`` are all file
-    entries by (type, id)."""
+    entries by (type, id); ``inherited`` what ``--inherit-fd`` supplies; ``warn`` tells the log what does not come
+    back."""
 
-    __slots__ = ("files", "images", "message", "open", "options", "pids")
+    __slots__ = ("files", "images", "inherited", "message", "open", "options", "pids", "warn")
 
     def __init__(
         self,
@@ -140,6 +144,8 @@ class RestoreContext:
         files: dict[tuple[int, int], dict[str, Any]],
         message: Callable[[int, int], dict[str, Any]],
         open: Callable[[int, int], int],
+        inherited: Inherited,
+        warn: Callable[[str], object] = str,
     ) -> None:
         self.images = images
         self.options = options
@@ -147,6 +153,8 @@ class RestoreContext:
         self.files = files
         self.message = message
         self.open = open
+        self.inherited = inherited
+        self.warn = warn
 
 
 class Kind:

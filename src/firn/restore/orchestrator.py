@@ -103,7 +103,7 @@ class Restore:
         checkpoint = self.checkpoint
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
-            [process.pid for process in checkpoint.processes], self.options,
+            [process.pid for process in checkpoint.processes], self.options, self.log.warn,
         )  # fmt: skip
         self.family = Family(checkpoint, self.opener, self.options)
         self.family.open_files()

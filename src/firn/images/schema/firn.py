@@ -14,6 +14,7 @@ EXTENSIONS = {
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
     "inet_sk_entry": "1000 firn firn_inet?",
+    "pipe_data_entry": "1000 firn firn_pipe?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -59,6 +60,9 @@ MESSAGES = {
         1 options firn_option*
         2 groups firn_group*
         3 datagrams firn_datagram*
+    """,
+    "firn_pipe": """
+        1 outside str?
     """,
     "firn_option": """
         1 level u32?

@@ -21,12 +21,14 @@ from firn.errors import Obstacle
 from firn.host import procfs
 from firn.resources import base
 from firn.resources.files import locks
+from firn.resources.files.external import ExternalFiles
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.images.store import ImageDir
@@ -117,6 +119,7 @@ class Collector:
         obstacles: list[Obstacle],
         options: Any,
         pids: list[int],
+        warn: Callable[[str], object],
     ) -> None:
         self.table = table
         self.finder = finder
@@ -125,7 +128,8 @@ class Collector:
         self.descriptions = Descriptions()
         self.kinds: dict[int, base.Kind] = {}
         self.locks = locks.Locks(pids)
-        self.context = base.DumpContext(obstacles, options, pids, self._owner, self._add_path, self.add)
+        self.context = base.DumpContext(obstacles, options, pids, self._owner, self._add_path, self.add, warn)
+        self.external = ExternalFiles(options.external)
         self._types: dict[int, int] = {}
 
     def collect(self, pid: int, pidfd: int) -> list[Descriptor]:
@@ -177,6 +181,10 @@ class Collector:
             return None
         message: dict[str, Any] = {"flags": open.flags, "pos": open.position}
         o_path = open.flags & fc.O_PATH
+        external = self.external.key(open.path, open.stat) if link.startswith("/") else ""
+        if external:
+            message |= {"fown": self._owner(open), "name": external, "ext": True}
+            return self.table.add(base.REG, message), base.REG
         if link.startswith("/memfd:") and stat.S_ISREG(mode):
             if o_path:
                 self.context.refuse(open, "is an O_PATH descriptor of a memfd", "close it before the dump")

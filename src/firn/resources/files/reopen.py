@@ -16,12 +16,13 @@ from firn.abi import fcntl as fc
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.resources import base
 from firn.resources.base import FIELD, MEMFD, REG
-from firn.resources.files import memfd
+from firn.resources.files import external, memfd
 from firn.resources.files.buildid import read_build_id, to_words
 from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.api import RestoreOptions
@@ -51,6 +52,7 @@ class Opener:
         memfds: dict[int, dict[str, Any]],
         pids: list[int],
         options: RestoreOptions,
+        warn: Callable[[str], object],
     ) -> None:
         self.images = images
         self.files = files
@@ -60,7 +62,10 @@ class Opener:
         self.validation = options.file_validation
         self.check_mode = not options.skip_file_rwx_check
         self.kinds: dict[int, base.Kind] = {}
-        self.context = base.RestoreContext(images, options, pids, files, self.message, self.open)
+        self.inherited = external.Inherited(options.inherit_fd)
+        self.context = base.RestoreContext(
+            images, options, pids, files, self.message, self.open, self.inherited, warn
+        )
         self.fds: dict[tuple[int, int, int], int] = {}
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
@@ -93,7 +98,7 @@ class Opener:
 
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""
-        if kind == MEMFD:
+        if kind == MEMFD or self._inherit_key(kind, number):
             return False
         if kind != REG:
             message = self.message(kind, number)
@@ -109,7 +114,10 @@ class Opener:
             message = self.message(kind, number)
             if mode != AS_RECORDED:
                 message = {**message, "flags": message["flags"] & ~fc.O_ACCMODE | mode & fc.O_ACCMODE, "pos": 0}
-            if kind == MEMFD:
+            inherited = self._inherit_key(kind, number) if mode == AS_RECORDED else ""
+            if inherited:
+                self.fds[key] = self.inherited.open(inherited, kind, message)
+            elif kind == MEMFD:
                 self.fds[key] = self._open_memfd(message)
             elif kind == REG:
                 self.fds[key] = self._open_reg(number, message)
@@ -117,10 +125,21 @@ class Opener:
                 self.fds[key] = self.kind(kind).open(number, message, self.context)
         return self.fds[key]
 
+    def _inherit_key(self, kind: int, number: int) -> str:
+        """The key under which file *number* is inherited; empty if it is not."""
+        if not self.inherited:
+            return ""
+        message = self.message(kind, number)
+        memory = self.memfds.get(message["inode_id"], {}).get("name", "") if kind == MEMFD else ""
+        key = external.inherit_key(kind, message, memory)
+        return key if key in self.inherited else ""
+
     # -- regular files -----------------------------------------------------------------------------------------------
 
     def _open_reg(self, number: int, message: dict[str, Any]) -> int:
         name = message["name"]
+        if external.is_external(message):
+            raise external.not_supplied(message)
         if not name.startswith("/") or "\0" in name:
             raise ImageError(f"files image: file {number} has no absolute name ({name!r})")
         remap = self.remaps.get(number)
@@ -261,7 +280,12 @@ class Opener:
             entry = self.memfds.get(inode_id)
             if entry is None:
                 raise ImageError(f"memfd.img has no inode {inode_id}")
-            found = self.objects[inode_id] = memfd.restore(entry, self.images)
+            key = f"/memfd:{entry['name']}"
+            if key in self.inherited:
+                found = memfd.RestoredObject({**entry, "seals": memfd.F_SEAL_SEAL}, self.inherited.take(key))
+            else:
+                found = memfd.restore(entry, self.images)
+            self.objects[inode_id] = found
         return found
 
     def _open_memfd(self, message: dict[str, Any]) -> int:

@@ -1,0 +1,213 @@
+"""What leads out of the tree: files that the caller of a restore supplies, and the options that say so, as callers of
+``criu`` use them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+from harness import Runner, Target, firn_command, wait_until
+
+from firn.errors import FirnError
+from firn.resources.base import PIPE, REG, UNIXSK
+from firn.resources.files.external import Inherited, inherit_key
+
+pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
+
+Stream = int | IO[bytes]
+
+
+def criu(runner: Runner, *words: str) -> tuple[int, str]:
+    """Run the command under CRIU's name, with our inheritable descriptors; (exit status, output and log)."""
+    command = Path(firn_command() or "").with_name("criu")
+    log = runner.folder / "criu.log"
+    words = (str(command), *words, "-v4", "-o", str(log))
+    done = subprocess.run(words, close_fds=False, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+
+
+def start(runner: Runner, *command: str, stdin: Stream = subprocess.DEVNULL, stdout: Stream = subprocess.DEVNULL,
+          pass_fds: tuple[int, ...] = ()) -> Target:  # fmt: skip
+    """Start *command*; it sleeps when this returns."""
+    process = subprocess.Popen(
+        command, cwd=runner.folder, start_new_session=True, stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL,
+        pass_fds=pass_fds, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    process.returncode = 0
+    name = os.path.basename(command[0])[:15]
+    wait_until("it sleeps", lambda: f"({name}) S" in Path(f"/proc/{process.pid}/stat").read_text())
+    return Target(process.pid, None)
+
+
+def dump(runner: Runner, target: Target, *options: str) -> tuple[str, str]:
+    """Dump, which must work and end the target: (image folder, log)."""
+    images = runner.folder / "images"
+    images.mkdir(exist_ok=True)
+    code, text = criu(runner, "dump", "-t", str(target.pid), "-D", str(images), *options)
+    assert code == 0, text
+    wait_until("it ends", target.ended)
+    return str(images), text
+
+
+def restore(runner: Runner, images: str, target: Target, *options: str) -> tuple[Target, str]:
+    code, text = criu(runner, "restore", "-d", "-D", images, *options)
+    assert code == 0, text
+    return Target(target.pid, None), text
+
+
+def inherit(fd: int, key: str) -> tuple[str, str]:
+    os.set_inheritable(fd, True)
+    return "--inherit-fd", f"fd[{fd}]:{key}"
+
+
+def link(target: Target, fd: int) -> str:
+    return os.readlink(f"/proc/{target.pid}/fd/{fd}")
+
+
+@pytest.fixture
+def pipes() -> Iterator[list[int]]:
+    """Two pipes, four ends; those still open are closed at the end."""
+    ends = [*os.pipe(), *os.pipe(), *os.pipe(), *os.pipe()]
+    yield ends
+    for fd in ends:
+        try:
+            os.close(fd)
+        except OSError:
+            continue
+
+
+@pytest.mark.parametrize("wrong_end", [False, True])
+def test_pipes_to_the_outside_are_supplied_by_the_caller(runner: Runner, pipes: list[int], wrong_end: bool) -> None:
+    """As runc and Docker do with the standard streams: no option at the dump, --inherit-fd at the restore."""
+    their_in, our_out, our_in, their_out, new_in, new_out, next_in, next_out = pipes
+    target = start(runner, "/bin/cat", stdin=their_in, stdout=their_out)
+    keys = [link(target, 0), link(target, 1)]
+    os.write(our_out, b"one")
+    assert os.read(our_in, 3) == b"one"
+    images, text = dump(runner, target)
+    assert f"process {os.getpid()} (" in text and f"--inherit-fd fd[N]:{keys[0]}" in text, text
+    # Each end leads to both sides of its pipe.
+    ends = (new_out, next_in) if wrong_end else (new_in, next_out)
+    back, _ = restore(runner, images, target, *inherit(ends[0], keys[0]), *inherit(ends[1], keys[1]))
+    os.write(new_out, b"two")
+    assert os.read(next_in, 3) == b"two"
+    assert link(back, 0) == os.readlink(f"/proc/self/fd/{new_in}")
+    assert sorted(os.listdir(f"/proc/{back.pid}/fd")) == ["0", "1", "2"]
+    runner.kill(back)
+
+
+def test_pipes_to_the_outside_come_back_without_that_end(runner: Runner, pipes: list[int]) -> None:
+    """... with a word in the log, and what was queued."""
+    their_in, our_out, our_in, their_out, *_ = pipes
+    target = start(runner, "/bin/cat", stdin=their_in, stdout=their_out)
+    os.kill(target.pid, 19)
+    wait_until("it stops", lambda: target.state() == "T")
+    os.write(our_out, b"last words")
+    images, _ = dump(runner, target)
+    os.close(their_out)
+    code, text = criu(runner, "restore", "-d", "-D", images)
+    assert code == 0 and f"process {os.getpid()} (" in text and "comes back without its other end" in text, text
+    back = Target(target.pid, None)
+    assert os.read(our_in, 1) == b"", "the old pipe has no writer any more"
+    fd = os.open(f"/proc/{back.pid}/fd/1", os.O_RDONLY | os.O_NONBLOCK)
+    os.kill(back.pid, 18)
+    wait_until("it ends", back.ended)
+    assert os.read(fd, 100) == b"last words"
+    os.close(fd)
+
+
+def test_a_fifo_whose_writer_is_outside(runner: Runner) -> None:
+    """It is opened by its name again, and what it holds stays there."""
+    path = runner.folder / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    writer = os.open(path, os.O_WRONLY)
+    out = (runner.folder / "out").open("wb")
+    target = start(runner, "/bin/cat", stdin=reader, stdout=out)
+    os.close(reader)
+    os.kill(target.pid, 19)
+    wait_until("it stops", lambda: target.state() == "T")
+    os.write(writer, b"before ")
+    images, text = dump(runner, target)
+    assert f"process {os.getpid()} (" in text and f"descriptor {writer};" in text, text
+    back, _ = restore(runner, images, target)
+    os.write(writer, b"after")
+    os.kill(back.pid, 18)
+    os.close(writer)
+    wait_until("it ends", back.ended)
+    assert (runner.folder / "out").read_bytes() == b"before after"
+    out.close()
+
+
+def test_sockets_are_supplied_by_the_caller(runner: Runner) -> None:
+    mine, theirs = socket.socketpair()
+    target = start(runner, "/bin/cat", stdin=theirs.fileno())
+    key, inode = link(target, 0), os.fstat(theirs.fileno()).st_ino
+    theirs.close()
+    images, _ = dump(runner, target, "--external", f"unix[{inode}]")
+    assert mine.recv(1) == b""
+    new, supplied = socket.socketpair()
+    back, _ = restore(runner, images, target, *inherit(supplied.fileno(), key))
+    wanted = os.fstat(supplied.fileno()).st_ino
+    supplied.close()
+    assert os.stat(f"/proc/{back.pid}/fd/0").st_ino == wanted
+    new.close()
+    wait_until("it sees the end and ends", back.ended)
+    assert back.status == 0
+    mine.close()
+
+
+def test_files_are_supplied_by_the_caller(runner: Runner) -> None:
+    """A file that is named external need not be there any more; any other one is looked for among those supplied."""
+    for name in ("external", "other", "new"):
+        (runner.folder / name).write_text(name)
+    with (runner.folder / "external").open("rb") as external, (runner.folder / "other").open("rb") as other:
+        target = start(runner, "/bin/sleep", "1000", stdin=external, stdout=other)
+        at = os.stat(external.fileno())
+        mount = Path(f"/proc/self/fdinfo/{external.fileno()}").read_text().split("mnt_id:")[1].split()[0]
+    key = f"file[{int(mount):x}:{at.st_ino:x}]"
+    images, _ = dump(runner, target, "--external", key, "--external", "zork[1]")
+    (runner.folder / "external").unlink()
+    (runner.folder / "other").unlink()
+    with (runner.folder / "new").open("r+b") as new:
+        new.seek(2)
+        path = str(runner.folder / "other")
+        code, text = criu(runner, "restore", "-d", "-D", images, *inherit(new.fileno(), path[1:]))
+        assert code == 1 and f"--inherit-fd fd[N]:{key}" in text, text
+        code, text = criu(runner, "restore", "-d", "-D", images, *inherit(new.fileno(), key))
+        assert code == 1 and f"{path} cannot be opened" in text, text
+        back, _ = restore(runner, images, target, *inherit(new.fileno(), key), *inherit(new.fileno(), path[1:]))
+        assert link(back, 0) == link(back, 1) == str(runner.folder / "new")
+        assert "pos:\t2" in Path(f"/proc/{back.pid}/fdinfo/0").read_text()
+    runner.kill(back)
+
+
+def test_containers_are_refused_by_name(runner: Runner) -> None:
+    for text in ("mnt[/x]:y", "net[5]:y", "pid[5]:y", "dev[1/2]:y"):
+        code, output = criu(runner, "dump", "-t", "1", "-D", str(runner.folder), "--external", text)
+        assert code == 1 and f"--external (given: {text}) is not built yet" in output, output
+
+
+def test_keys() -> None:
+    assert inherit_key(PIPE, {"pipe_id": 5}) == "pipe:[5]"
+    assert inherit_key(UNIXSK, {"ino": 5}) == "socket:[5]"
+    assert inherit_key(REG, {"name": "/a/b"}) == "a/b"
+    assert inherit_key(REG, {"name": "file[1:2]"}) == "file[1:2]"
+
+
+def test_what_is_supplied_must_be_of_the_kind(pipes: list[int]) -> None:
+    first, second = pipes[:2]
+    given = Inherited([f"fd[{first}]:pipe:[5]", f"fd[{second}]:pipe:[5]", f"fd[{first}]:socket:[5]"])
+    assert given.number("pipe:[5]") == first, "the first counts"
+    assert not os.get_inheritable(first)
+    with pytest.raises(FirnError, match=r"inherited for socket:\[5\], is no socket"):
+        given.open("socket:[5]", UNIXSK, {"ino": 5})
+    os.close(second)
+    with pytest.raises(FirnError, match="descriptor"):
+        Inherited([f"fd[{second}]:x"])
