@@ -12,6 +12,8 @@ from typing import IO
 
 import pytest
 from harness import Runner, Target, firn_command, wait_until
+from test_workloads import test_workload as run_workload
+from workloads.table import Workload
 
 from firn.errors import FirnError
 from firn.resources.base import PIPE, REG, UNIXSK
@@ -19,7 +21,20 @@ from firn.resources.files.external import Inherited, inherit_key
 
 pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
+TABLE = [
+    # The restored tree has a time namespace of its own.
+    Workload("outside", "namespaces", unlike=(r"fd\.\d+",)),
+    Workload("outside", "devices"),
+]
 Stream = int | IO[bytes]
+
+
+@pytest.mark.parametrize(
+    ("workload", "way"),
+    [pytest.param(workload, way, id=f"{workload.name}-{way}") for workload in TABLE for way in workload.ways],
+)
+def test_workload(workload: Workload, way: str, runner: Runner) -> None:
+    run_workload(workload, way, runner)
 
 
 def criu(runner: Runner, *words: str) -> tuple[int, str]:
@@ -99,6 +114,25 @@ def test_pipes_to_the_outside_are_supplied_by_the_caller(runner: Runner, pipes: 
     assert link(back, 0) == os.readlink(f"/proc/self/fd/{new_in}")
     assert sorted(os.listdir(f"/proc/{back.pid}/fd")) == ["0", "1", "2"]
     runner.kill(back)
+
+
+def test_an_attached_restore_does_not_keep_what_is_supplied(runner: Runner, pipes: list[int]) -> None:
+    """... or this end would not come before the command's."""
+    their_in, _, _, their_out, new_in, new_out, next_in, next_out = pipes
+    target = start(runner, "/bin/cat", stdin=their_in, stdout=their_out)
+    keys = [link(target, 0), link(target, 1)]
+    images, _ = dump(runner, target)
+    words = (*inherit(new_in, keys[0]), *inherit(next_out, keys[1]), "-v4", "-o", "attached.log")
+    command = str(Path(firn_command() or "").with_name("criu"))
+    process = subprocess.Popen([command, "restore", "-D", images, *words], pass_fds=(new_in, next_out))
+    os.close(next_out)
+    os.write(new_out, b"x")
+    assert os.read(next_in, 10) == b"x"
+    for name in os.listdir(f"/proc/{process.pid}/fd"):
+        assert "pipe:" not in os.readlink(f"/proc/{process.pid}/fd/{name}"), name
+    os.close(new_out)
+    assert os.read(next_in, 10) == b""
+    assert process.wait(20) == 0
 
 
 def test_pipes_to_the_outside_come_back_without_that_end(runner: Runner, pipes: list[int]) -> None:
@@ -192,6 +226,42 @@ def test_containers_are_refused_by_name(runner: Runner) -> None:
     for text in ("mnt[/x]:y", "net[5]:y", "pid[5]:y", "dev[1/2]:y"):
         code, output = criu(runner, "dump", "-t", "1", "-D", str(runner.folder), "--external", text)
         assert code == 1 and f"--external (given: {text}) is not built yet" in output, output
+
+
+def test_another_node_of_a_device(runner: Runner) -> None:
+    node = runner.folder / "null"
+    os.mknod(node, 0o20600, os.makedev(1, 3))
+    with node.open("rb") as opened:
+        target = start(runner, "/bin/sleep", "1000", stdin=opened)
+    node.unlink()
+    os.mknod(node, 0o20600, os.makedev(1, 3))
+    code, text, _ = runner.try_dump(target)
+    assert code and "--evasive-devices" in text, text
+    images, _ = dump(runner, target, "--evasive-devices")
+    node.unlink()
+    os.mknod(node, 0o20600, os.makedev(1, 5))
+    code, text = criu(runner, "restore", "-d", "-D", images)
+    assert code == 1 and "is the device 1:5 now, instead of 1:3" in text, text
+    node.unlink()
+    os.mknod(node, 0o20600, os.makedev(1, 3))
+    back, _ = restore(runner, images, target)
+    assert link(back, 0) == str(node)
+    runner.kill(back)
+
+
+def test_a_foreign_namespace_is_refused(runner: Runner) -> None:
+    process = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+    path = f"/proc/{process.pid}/ns/net"
+    try:
+        wait_until("it has a namespace", lambda: os.readlink(path) != os.readlink("/proc/self/ns/net"))
+        with open(path, "rb") as opened:
+            target = start(runner, "/bin/sleep", "1000", stdin=opened)
+            code, text, _ = runner.try_dump(target)
+            assert code and f"is the namespace {os.readlink(path)}, in which neither" in text, text
+            runner.kill(target)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_keys() -> None:

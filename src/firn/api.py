@@ -163,7 +163,7 @@ TABLE: tuple[Option, ...] = (
     Option("link-remap", "", "flag", "D", False, True, no=True),
     Option("force-irmap", "", "flag", "DP", False, False, no=True),
     Option("irmap-scan-path", "", "list", "DP", (), False),
-    Option("evasive-devices", "", "flag", "D", False, False, no=True),
+    Option("evasive-devices", "", "flag", "D", False, True, no=True),
     Option("allow-uprobes", "", "flag", "DR", False, False, no=True),
     Option("file-locks", "l", "flag", "D", False, True, no=True),
     # Sockets, network, terminals
@@ -332,7 +332,10 @@ class DumpOptions(_Transfer):
 
 
 class RestoreOptions(_Transfer):
-    """How to restore: with ``foreground_status`` an attached restore waits for the root task and gives its status."""
+    """How to restore: with ``foreground_status`` an attached restore waits for the root task and gives its status.
+
+    The descriptors of ``inherit_fd``, but for 0 to 2, are closed by a restore that succeeds.
+    """
 
     letter = "R"
     __slots__ = tuple(defaults("R"))

@@ -39,7 +39,7 @@ class Collected:
         self.obstacles = obstacles
         self.table = FileTable()
         self.objects = MemoryObjects()
-        self.finder = PathFinder(self.table, obstacles, options.ghost_limit, options.link_remap)
+        self.finder = PathFinder(self.table, obstacles, options)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)

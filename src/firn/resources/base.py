@@ -41,6 +41,7 @@ _LINKS = (
     ("pipe:[", PIPE), ("socket:[", SOCKET), ("anon_inode:[eventfd]", EVENTFD), ("anon_inode:[eventpoll]", EVENTPOLL),
     ("anon_inode:[signalfd]", SIGNALFD), ("anon_inode:[timerfd]", TIMERFD), ("anon_inode:inotify", INOTIFY),
     ("anon_inode:[fanotify]", FANOTIFY), ("anon_inode:[pidfd]", PIDFD), ("pidfd:[", PIDFD),
+    *((f"{name}:[", NS) for name in ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")),
 )  # fmt: skip
 
 _BUILT: dict[int, tuple[str, str]] = {
@@ -56,6 +57,7 @@ _BUILT: dict[int, tuple[str, str]] = {
     TIMERFD: ("firn.resources.files.events", "TimerFd"),
     TTY: ("firn.resources.ttys", "Ttys"),
     PIDFD: ("firn.resources.files.pidfd", "PidFd"),
+    NS: ("firn.resources.namespaces", "NamespaceFiles"),
 }
 """Type -> (module, class). A row is added when a kind is built."""
 

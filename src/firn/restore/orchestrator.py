@@ -167,6 +167,7 @@ class Restore:
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         if self.opener is not None:
             self.opener.close()
+            self.opener.inherited.done()
         for task in reversed(tasks):
             task.let_go(self.options.leave_stopped)
         self.born = False

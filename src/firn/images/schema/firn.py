@@ -15,6 +15,7 @@ EXTENSIONS = {
     "ghost_file_entry": "1000 firn firn_ghost?",
     "inet_sk_entry": "1000 firn firn_inet?",
     "pipe_data_entry": "1000 firn firn_pipe?",
+    "reg_file_entry": "1000 firn firn_reg?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -63,6 +64,9 @@ MESSAGES = {
     """,
     "firn_pipe": """
         1 outside str?
+    """,
+    "firn_reg": """
+        1 rdev u64?
     """,
     "firn_option": """
         1 level u32?

@@ -32,7 +32,8 @@ _SOCKETS = (INETSK, UNIXSK)
 class Inherited:
     """The descriptors of ``--inherit-fd``, by key: of equal keys the first counts. Unused ones are no mistake.
 
-    They are made close-on-exec, but for the three standard ones: none leaks into a command that firn becomes.
+    All but the three standard ones are made close-on-exec, and are closed when the restore has succeeded
+    (:meth:`done`): a reader outside shall see the end when the restored tasks have closed theirs.
     """
 
     def __init__(self, texts: list[str]) -> None:
@@ -54,6 +55,13 @@ class Inherited:
 
     def __contains__(self, key: str) -> bool:
         return key in self._fds
+
+    def done(self) -> None:
+        """Close what was supplied."""
+        for fd in set(self._fds.values()):
+            if fd > 2:
+                os.close(fd)
+        self._fds = {}
 
     def supplies(self, kind: int, message: dict[str, Any]) -> bool:
         """Whether the file *message* of type *kind* is there, so that nothing has to be made for it."""

@@ -179,6 +179,10 @@ class Opener:
                     f"{name} was changed since the dump: mode {there:o} instead of {wanted:o}",
                     "put the file back, or use --skip-file-rwx-check if only its permissions differ",
                 )
+        device = message.get("firn", {}).get("rdev", st.st_rdev)
+        if st.st_rdev != device:
+            numbers = [f"{os.major(each)}:{os.minor(each)}" for each in (st.st_rdev, device)]
+            raise RestoreError(f"{name} is the device {numbers[0]} now, instead of {numbers[1]}", "put it back")
         if "size" not in message or not stat.S_ISREG(st.st_mode) or name.startswith("/proc/"):
             return
         if message["flags"] & fc.O_ACCMODE == fc.O_WRONLY and message["flags"] & fc.O_APPEND:
