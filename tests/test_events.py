@@ -28,14 +28,13 @@ from firn.resources.files.watches import Fanotify, Inotify
 PLACED = {
     "events": "eventfd signalfd timerfd timerfd-absolute timerfd-ticks timerfd-punctual",
     "epoll": "ways fired nested closed reused both many waiting",
-    "watches": "folder file numbers special unlinked link odd marks mount",
+    "watches": "folder file numbers special unlinked link odd unread marks mount",
     "pidfd": "self thread dead",
 }
 
 REFUSED = {
     ("epoll", "merged"): "several targets that are open as descriptor \\d+ only",
     ("epoll", "lost"): "target \\d+ .* has been closed but lives on",
-    ("watches", "unread"): "an inotify instance with 64 bytes of unread events",
     ("watches", "whole"): "watches a whole file system",
     ("watches", "deciding"): "decides about accesses",
     ("pidfd", "outside"): "is a pidfd of process \\d+",
@@ -166,7 +165,7 @@ def test_a_file_without_a_handle_is_searched_for(tmp_path: Path) -> None:
     wanted.write_text("")
     st = wanted.stat()
     unused: Any = None
-    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)])
+    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)], force_irmap=True)
     finder = Finder(base.DumpContext([], options, [os.getpid()], unused, unused, unused))
     assert finder.find(os.getpid(), kernel_dev(st.st_dev), st.st_ino, to_entry({}, "")) == str(wanted)
 
@@ -206,6 +205,8 @@ WANTED = {
     "EPOLL_SLOT.size": "sizeof(struct kcmp_epoll_slot)",
     "IN_USER_MASK": "(unsigned)(IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT)",
     "IN_DONT_FOLLOW": "IN_DONT_FOLLOW",
+    "IN_MODIFY": "IN_MODIFY",
+    "IN_ATTRIB": "IN_ATTRIB",
     "INOTIFY_IOC_SETNEXTWD": "_IOW('I', 0, int)",
     "FAN_CLOEXEC": "FAN_CLOEXEC",
     "FAN_NONBLOCK": "FAN_NONBLOCK",

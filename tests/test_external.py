@@ -249,6 +249,18 @@ def test_another_node_of_a_device(runner: Runner) -> None:
     runner.kill(back)
 
 
+def test_watched_files_are_searched_for(runner: Runner) -> None:
+    """--force-irmap: not by file handle; among others in the folders that are named."""
+    target = runner.start(Workload("watches", "file"))
+    folder = str(runner.folder)
+    images = runner.dump(target, "--force-irmap", "--irmap-scan-path", folder)
+    shown = runner.firn("inspect", "--json", str(images))[1]
+    assert "inotify" in shown
+    back = runner.restore(images, target)
+    runner.assert_right(back, "restored")
+    runner.kill(back)
+
+
 def test_a_foreign_namespace_is_refused(runner: Runner) -> None:
     process = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
     path = f"/proc/{process.pid}/ns/net"

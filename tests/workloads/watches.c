@@ -204,11 +204,21 @@ static void unread_set(void)
 	NEED(!unlink("folder/unread"));
 }
 
+/* After a restore one event stands for all that were lost. */
 static int unread_check(void)
 {
+	static int told;
 	int waiting = 0;
-	CHECK(!ioctl(watcher, FIONREAD, &waiting) && waiting == 2 * (sizeof(struct inotify_event) + 16));
-	return 1;
+	CHECK(!ioctl(watcher, FIONREAD, &waiting));
+	if (!beat->phase) {
+		CHECK(waiting == 2 * (sizeof(struct inotify_event) + 16));
+		return 1;
+	}
+	if (!told) {
+		CHECK(waiting == sizeof(struct inotify_event) && comes(-1, IN_Q_OVERFLOW, ""));
+		told = 1;
+	}
+	return folder_check();
 }
 
 static void unread_harm(void)

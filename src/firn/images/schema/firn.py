@@ -14,6 +14,7 @@ EXTENSIONS = {
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
     "inet_sk_entry": "1000 firn firn_inet?",
+    "inotify_file_entry": "1000 firn firn_inotify?",
     "pipe_data_entry": "1000 firn firn_pipe?",
     "reg_file_entry": "1000 firn firn_reg?",
 }
@@ -67,6 +68,9 @@ MESSAGES = {
     """,
     "firn_reg": """
         1 rdev u64?
+    """,
+    "firn_inotify": """
+        1 overflow bool?
     """,
     "firn_option": """
         1 level u32?

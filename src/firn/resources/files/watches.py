@@ -4,8 +4,11 @@ State owned: the watches of an instance, each with its inode, events and (inotif
 Kernel: the ``inotify`` and ``fanotify`` lines of fdinfo. Watches are set again by the controller when the files of the
 checkpoint are in place, so that making those is not reported; inotify's numbers are chosen (INOTIFY_IOC_SETNEXTWD).
 
-What goes wrong: queued events can be read only by taking them away, and cannot be put back: an instance that has some
-is refused. The number that a later inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
+What goes wrong: queued events can be read only by taking them away, and cannot be put back. An inotify instance that
+had some comes back with an IN_Q_OVERFLOW event in their place, which says that events were lost (inotify(7)): its
+reader has to look at the files again. The kernel makes that event when a queue is full, so the queue is filled, and
+read until only that event is left. A fanotify group that has events is refused. The number that a later
+inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
 """
 
 from __future__ import annotations
@@ -32,15 +35,39 @@ _INODE, _MOUNT = 1, 2
 """mark_type of fanotify_mark_entry."""
 
 
-def _has_events(open: Open, context: DumpContext, what: str) -> bool:
-    """Whether events wait to be read; the instance is refused then."""
+_QUEUE_LIMIT = "/proc/sys/fs/inotify/max_queued_events"
+_MOST_EVENTS = 1 << 20
+"""A queue that is larger than this is not filled only to say that events were lost."""
+_EVENT_SIZE = 16
+"""Bytes of struct inotify_event without a name."""
+
+
+def _unread(fd: int) -> int:
+    """Bytes of events that wait to be read."""
     size = bytearray(4)
-    syscall(f"FIONREAD of {open.what}", nr.ioctl, open.copy(), ev.FIONREAD, address_of(size))
-    count = int.from_bytes(size, "little")
-    if count:
-        reason = f"is {what} with {count} bytes of unread events, which would be lost"
-        context.refuse(open, reason, "have it read them first, or try again")
-    return bool(count)
+    syscall("FIONREAD of a watcher", nr.ioctl, fd, ev.FIONREAD, address_of(size))
+    return int.from_bytes(size, "little")
+
+
+def _overflow(fd: int) -> bool:
+    """Leave nothing but an IN_Q_OVERFLOW event in the new inotify instance *fd*; False if its queue is too large."""
+    limit = int(procfs.read(_QUEUE_LIMIT))
+    if limit > _MOST_EVENTS:
+        return False
+    file = os.memfd_create("firn", os.MFD_CLOEXEC)
+    try:
+        path = bytearray(f"/proc/self/fd/{file}\0".encode())
+        watch = syscall("inotify_add_watch", nr.inotify_add_watch, fd, address_of(path), ev.IN_ATTRIB | ev.IN_MODIFY)
+        for _ in range(limit // 2 + 1):
+            # Equal events one after the other would become one.
+            os.fchmod(file, 0o600)
+            os.ftruncate(file, 0)
+        syscall("inotify_rm_watch", nr.inotify_rm_watch, fd, watch)
+    finally:
+        os.close(file)
+    while (left := _unread(fd) - _EVENT_SIZE) > 0:
+        os.read(fd, min(left, 1 << 20))
+    return True
 
 
 def _lines(open: Open, name: str) -> list[dict[str, str]]:
@@ -99,12 +126,18 @@ class Inotify(_Watcher):
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The message; its watches are filled in by :meth:`finish`."""
-        if _has_events(open, context, "an inotify instance"):
-            return None
         watches: list[dict[str, Any]] = []
+        message = {"flags": open.flags, "fown": context.owner(open), "wd": watches}
+        count = _unread(open.copy())
+        if count:
+            context.warn(
+                f"{open.what} is an inotify instance with {count} bytes of unread events: it will come back with the"
+                " event IN_Q_OVERFLOW in their place"
+            )
+            message["firn"] = {"overflow": True}
         lines = sorted(_lines(open, "inotify"), key=lambda item: int(item["wd"], 16))
         self._instances.append((open, lines, watches))
-        return {"flags": open.flags, "fown": context.owner(open), "wd": watches}
+        return message
 
     def _entry(self, open: Open, item: dict[str, str], finder: Finder) -> dict[str, Any] | None:
         handle = self._handle(open, item, finder)
@@ -126,6 +159,8 @@ class Inotify(_Watcher):
         """An instance with the watches."""
         fd = syscall(f"inotify_init1 {number}", nr.inotify_init1, fc.O_CLOEXEC)
         set_status(fd, message["flags"])
+        if message.get("firn", {}).get("overflow") and not _overflow(fd):
+            context.warn(f"inotify {number} had unread events, which are lost: {_QUEUE_LIMIT} is too large to say so")
         for watch in message.get("wd", []):
             self._add(fd, f"inotify {number}, watch {watch['wd']}", watch, context)
         return fd
@@ -158,7 +193,10 @@ class Fanotify(_Watcher):
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The message; its marks are filled in by :meth:`finish`."""
-        if _has_events(open, context, "a fanotify group"):
+        count = _unread(open.copy())
+        if count:
+            reason = f"is a fanotify group with {count} bytes of unread events, which would be lost"
+            context.refuse(open, reason, "have it read them first, or try again")
             return None
         lines = _lines(open, "fanotify")
         group, lines = lines[0], lines[1:]
