@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -258,6 +260,43 @@ def test_watched_files_are_searched_for(runner: Runner) -> None:
     assert "inotify" in shown
     back = runner.restore(images, target)
     runner.assert_right(back, "restored")
+    runner.kill(back)
+
+
+def test_a_controlling_terminal_without_a_descriptor(runner: Runner) -> None:
+    """Refused; with --shell-job it is lost, and the log says so."""
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        ["/bin/sleep", "1000"], cwd=runner.folder, start_new_session=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    process.returncode = 0
+    target = Target(process.pid, None)
+    code, text, _ = runner.try_dump(target)
+    assert code and "has the controlling terminal 136:" in text and "--shell-job" in text, text
+    images, text = dump(runner, target, "-j")
+    assert "it comes back without" in text
+    back, _ = restore(runner, images, target, "-j")
+    assert Path(f"/proc/{back.pid}/stat").read_text().rpartition(")")[2].split()[4] == "0"
+    runner.kill(back)
+    os.close(slave)
+    os.close(master)
+
+
+@pytest.mark.parametrize("path", ["/dev/console", "/dev/tty1", "/dev/ttyS0"])
+def test_consoles_and_lines(runner: Runner, path: str) -> None:
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        pytest.skip(f"{path}: {error.strerror}")
+    target = start(runner, "/bin/sleep", "1000", stdin=opened)
+    os.close(opened)
+    images, _ = dump(runner, target)
+    back, _ = restore(runner, images, target)
+    assert link(back, 0) == path
+    flags = int(Path(f"/proc/{back.pid}/fdinfo/0").read_text().split("flags:")[1].split()[0], 8)
+    assert flags & ~0o100000 == os.O_WRONLY | os.O_NONBLOCK
     runner.kill(back)
 
 

@@ -76,6 +76,7 @@ def collect(dump: Dump) -> Collected:
                 maps = None  # reading the flags again costs little here, and is exact
             one.look(got, mine, maps)
         _collect_descriptors(tree, got)
+        _check_terminals(got, dump)
         if got.obstacles:
             return got
         for first in range(0, len(got.tasks), _AT_ONCE):
@@ -141,6 +142,23 @@ def _check_sessions(tree: FrozenTree, got: Collected) -> None:
                     f"process {pid}", f"belongs to session {stat.session}, whose leader is gone", "not supported yet"
                 )
             )
+
+
+def _check_terminals(got: Collected, dump: Dump) -> None:
+    """A session of the tree can take its terminal again only by a descriptor. (One from outside is the caller's, who
+    has a terminal of his own.)"""
+    sessions = {mine.stat.session: mine for mine in reversed(got.tasks)}
+    for session, mine in sessions.items():
+        device = mine.stat.tty
+        if not device or session not in dump.tree.pids() or got.collector.leads_to(device):
+            continue
+        name = f"{os.major(device)}:{os.minor(device)}"
+        reason = f"has the controlling terminal {name}, to which no descriptor of session {session} leads"
+        if dump.options.shell_job:
+            dump.log.warn(f"process {mine.pid} {reason}: it comes back without")
+        else:
+            help = "keep it open, or use --shell-job (-j): then it comes back without"
+            got.obstacles.append(Obstacle(f"process {mine.pid}", reason, help))
 
 
 def _same(pid: int, other: int, what: int) -> bool:

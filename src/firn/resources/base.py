@@ -169,6 +169,10 @@ class Kind:
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
+    def leads_to(self, device: int) -> bool:
+        """Whether a collected description leads to the terminal *device*, as a controlling one."""
+        return False
+
     def save(self, images: ImageDir) -> None:
         """Write images of this kind's own; the processes may be running again."""
 

@@ -177,6 +177,10 @@ class Collector:
             kind.finish(self.context)
         self.locks.finish(self.obstacles, self.context.options.file_locks)
 
+    def leads_to(self, device: int) -> bool:
+        """Whether any description leads to the terminal *device* (a device number)."""
+        return any(kind.leads_to(device) for kind in self.kinds.values())
+
     def save(self, images: ImageDir) -> None:
         """Write the kinds' own images."""
         for kind in self.kinds.values():

@@ -63,6 +63,7 @@ class Ttys(Kind):
         self.infos: dict[int, dict[str, Any]] = {}
         self.ptys: dict[int, _Pty] = {}
         self._keys: dict[tuple[int, int, int], int] = {}
+        self._devices: set[int] = set()
         self._controlling: list[tuple[Open, dict[str, Any], int]] = []
         self._sessions: dict[int, tuple[int, int]] | None = None
         self._rebuild: Rebuild | None = None
@@ -142,7 +143,9 @@ class Ttys(Kind):
         key = (kind, open.stat.st_rdev, open.stat.st_dev)
         if key not in self._keys:
             info = self._info(open, kind, index, False, key)
-            info["sid"], info["pgrp"] = self._session(_number(open.copy(), tty.TIOCGDEV), context)
+            device = _number(open.copy(), tty.TIOCGDEV)
+            self._devices.add(device)
+            info["sid"], info["pgrp"] = self._session(device, context)
             if not self._add_settings(open, info, context):
                 return None
         return self._keys[key]
@@ -236,10 +239,15 @@ class Ttys(Kind):
         if key not in self._keys:
             info = self._info(open, CTTY, _CTTY_INDEX, False, key)
             info["sid"], info["pgrp"] = session, group
+            self._devices.add(device)
             if not self._add_settings(open, info, context):
                 return None
             self._controlling.append((open, info, device))
         return self._keys[key]
+
+    def leads_to(self, device: int) -> bool:
+        """Whether the terminal can be taken again as a controlling one."""
+        return device in self._devices or (os.major(device) == tty.SLAVE_MAJOR and os.minor(device) in self.ptys)
 
     def finish(self, context: DumpContext) -> None:
         """Look for masters and slaves outside; if all is well, at what is queued."""
