@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import termios
@@ -332,3 +333,62 @@ def test_what_is_supplied_must_be_of_the_kind(pipes: list[int]) -> None:
     os.close(second)
     with pytest.raises(FirnError, match="descriptor"):
         Inherited([f"fd[{second}]:x"])
+
+
+class Group:
+    """A control group of our own with a freezer, of either version."""
+
+    def __init__(self, version: int) -> None:
+        top = Path("/sys/fs/cgroup/freezer" if version == 1 else "/sys/fs/cgroup/unified")
+        if not top.is_dir():
+            pytest.skip(f"no freezer of version {version}")
+        self.path = top / f"firn-test-{os.getpid()}"
+        self.path.mkdir()
+        self.state, self.words = ("freezer.state", ("THAWED", "FROZEN")) if version == 1 else ("cgroup.freeze", "01")
+
+    def add(self, pid: int) -> None:
+        (self.path / "cgroup.procs").write_text(str(pid))
+
+    @property
+    def frozen(self) -> bool:
+        return (self.path / self.state).read_text().strip() == self.words[1]
+
+    def freeze(self, frozen: bool) -> None:
+        (self.path / self.state).write_text(self.words[frozen])
+        wait_until("it freezes", lambda: self.frozen == frozen)
+
+    def close(self) -> None:
+        if self.frozen:
+            self.freeze(False)
+        for word in (self.path / "cgroup.procs").read_text().split():
+            os.kill(int(word), signal.SIGKILL)
+            os.waitpid(int(word), 0)
+        wait_until("it is empty", lambda: not (self.path / "cgroup.procs").read_text())
+        self.path.rmdir()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_tree_is_frozen_by_its_control_group(runner: Runner, version: int) -> None:
+    group = Group(version)
+    target, stranger = start(runner, "/bin/sleep", "1000"), start(runner, "/bin/sleep", "1000")
+    options = ("--freeze-cgroup", str(group.path))
+    try:
+        group.add(target.pid)
+        group.add(stranger.pid)
+        code, text, _ = runner.try_dump(target, "-R", *options)
+        assert code == 0 and f"Unexpected process {stranger.pid} in the freezer cgroup" in text, text
+        assert not group.frozen and target.state() == stranger.state() == "S"
+        group.freeze(True)
+        code, text, _ = runner.try_dump(target, "-R", *options)
+        assert code == 0, text
+        assert group.frozen, "it was frozen before"
+        for each in (target, stranger):
+            assert "TracerPid:\t0" in Path(f"/proc/{each.pid}/status").read_text()
+        images = runner.dump(target, *options)
+        assert not group.frozen, "the tree is gone"
+        back = runner.restore(images, target)
+        runner.kill(back)
+        code, text, _ = runner.try_dump(stranger, "--freeze-cgroup", "/sys")
+        assert code == 1 and "no control group with a freezer" in text
+    finally:
+        group.close()

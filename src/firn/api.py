@@ -133,9 +133,9 @@ TABLE: tuple[Option, ...] = (
     Option("restore-sibling", "S", "flag", "R", False, True, no=True),
     Option("exec-cmd", "", "exec", "R", (), True),
     Option("timeout", "", "number", "DP", 10, True),
-    Option("freeze-cgroup", "", "text", "DP", "", False),
+    Option("freeze-cgroup", "", "text", "DP", "", True),
     Option("shell-job", "j", "flag", "DR", False, True, no=True),
-    Option("weak-sysctls", "", "flag", "R", False, False, no=True),
+    Option("weak-sysctls", "", "flag", "R", False, True, no=True),
     Option("mntns-compat-mode", "", "flag", "R", False, False, no=True),
     # Memory and images
     Option("track-mem", "", "flag", "DP", False, False, no=True),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from firn.api import DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
+    from firn.tracee.freezer import Freezer
 
 
 _RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
@@ -64,6 +65,7 @@ class Dump:
         self.snapshots: list[Snapshot] = []
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
         self.first_pages = -1
+        self.freezer: Freezer | None = None
         self.pidfd = -1
         self.frozen_at = 0
 
@@ -79,6 +81,10 @@ class Dump:
     def prepare(self) -> None:
         """Everything that can be done before the target is disturbed."""
         seize.check_target(self.pid)
+        if self.options.freeze_cgroup:
+            from firn.tracee.freezer import Freezer
+
+            self.freezer = Freezer(self.options.freeze_cgroup)
         features.pagemap_scan()
         xsave_layout()
         self.images.clear_old()
@@ -110,7 +116,11 @@ class Dump:
         self.log.info(f"freezing the tree of process {self.pid}")
         started = time.monotonic_ns()
         with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
-            self.tree = freeze(self.pid, self.obstacles)
+            held = self.freezer.hold(self.options.timeout) if self.freezer is not None else set()
+            self.tree = freeze(self.pid, self.obstacles, held)
+            if self.freezer is not None:
+                for pid in self.freezer.take_strangers(self.tree.pids(), held):
+                    self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):
@@ -152,8 +162,22 @@ class Dump:
 
     def release(self) -> None:
         """Let the target run on."""
-        self.tree.release()
+        self._release_tree()
         self._thawed()
+
+    def _release_tree(self) -> None:
+        """Let the tree go, and what its control group holds besides."""
+        if self.freezer is None:
+            self.tree.release()
+            return
+        try:
+            if self.freezer.was_frozen:
+                for task in self.tree.tasks:
+                    task.restore_state()
+                self.freezer.freeze_again()
+            self.tree.release()
+        finally:
+            self.freezer.let_go()
 
     def _thawed(self) -> None:
         self.stats["frozen_time"] = (time.monotonic_ns() - self.frozen_at) // 1000
@@ -182,12 +206,14 @@ class Dump:
             self.release()
             return
         self.tree.kill()
+        if self.freezer is not None:
+            self.freezer.let_go()
         self._thawed()
 
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
         try:
-            self.tree.release()
+            self._release_tree()
         finally:
             for snapshot in self.snapshots:
                 snapshot.end()
