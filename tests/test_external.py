@@ -19,6 +19,8 @@ from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
 from firn.errors import FirnError
+from firn.images.store import ImageDir
+from firn.resources import cpu
 from firn.resources.base import PIPE, REG, UNIXSK
 from firn.resources.files.external import Inherited, inherit_key
 
@@ -316,6 +318,41 @@ def test_a_foreign_namespace_is_refused(runner: Runner) -> None:
         process.wait()
 
 
+def test_the_processor_is_compared(runner: Runner) -> None:
+    """cpuinfo dump and check; --cpu-cap on dump and restore."""
+    folder = str(runner.folder)
+    assert criu(runner, "cpuinfo", "dump", "-D", folder)[0] == 0
+    assert criu(runner, "cpuinfo", "check", "-D", folder)[0] == 0
+    assert criu(runner, "cpuinfo", "check", "-D", folder, "--cpu-cap=none")[0] == 0
+    images = ImageDir.open(folder)
+    entry = images.read_one("CPUINFO")["x86_entry"][0]
+    images.close()
+    assert entry["vendor_id"] in (1, 2) and entry["model_id"] in Path("/proc/cpuinfo").read_text()
+    assert criu(runner, "cpuinfo", "dump", "-D", "/proc")[0] == 255
+    target = start(runner, "/bin/sleep", "1000")
+    made, _ = dump(runner, target)
+    assert not (Path(made) / "cpuinfo.img").exists()
+    code, text = criu(runner, "restore", "-d", "-D", made, "--cpu-cap")
+    assert code == 1 and "cpuinfo.img is not there" in text, text
+    back, _ = restore(runner, made, target, "--cpu-cap=none")
+    made, _ = dump(runner, back, "--cpu-cap=all")
+    back, _ = restore(runner, made, back, "--cpu-cap=all", "--log-pid", "--weak-sysctls")
+    assert "restored with 1 threads, 3 descriptors" in Path(f"{runner.folder}/criu.log.{back.pid}").read_text()
+    runner.kill(back)
+
+
+def test_processors_that_do_not_match() -> None:
+    mine = cpu.read()
+    assert cpu.differences(mine, cpu.read(), 7) == []
+    more = mine | {"capability": [*mine["capability"]]}
+    more["capability"][9] |= 1 << 27
+    assert not cpu.differences(more, mine, cpu.FPU)
+    assert cpu.differences(more, mine, cpu.INS) == ["it lacks instructions (word 9, bits 0x8000000)"]
+    assert not cpu.differences(mine, more, cpu.INS) and cpu.differences(mine, more, cpu.CPU)
+    wider = mine | {"xfeatures_mask": 1 << 40, "xsave_size": 1}
+    assert len(cpu.differences(wider, mine, cpu.FPU)) == 2 and not cpu.differences(wider, mine, cpu.INS)
+
+
 def test_keys() -> None:
     assert inherit_key(PIPE, {"pipe_id": 5}) == "pipe:[5]"
     assert inherit_key(UNIXSK, {"ino": 5}) == "socket:[5]"
@@ -344,7 +381,8 @@ class Group:
             pytest.skip(f"no freezer of version {version}")
         self.path = top / f"firn-test-{os.getpid()}"
         self.path.mkdir()
-        self.state, self.words = ("freezer.state", ("THAWED", "FROZEN")) if version == 1 else ("cgroup.freeze", "01")
+        self.state = "freezer.state" if version == 1 else "cgroup.freeze"
+        self.words = ("THAWED", "FROZEN") if version == 1 else ("0", "1")
 
     def add(self, pid: int) -> None:
         (self.path / "cgroup.procs").write_text(str(pid))

@@ -110,7 +110,7 @@ TABLE: tuple[Option, ...] = (
     Option("images-dir", "D", "text", "DPRSLCUWI", ".", True),
     Option("work-dir", "W", "text", _ALL, "", True),
     Option("log-file", "o", "text", _ALL, "", True),
-    Option("log-pid", "", "flag", "R", False, False, no=True),
+    Option("log-pid", "", "flag", "R", False, True, no=True),
     Option("verbosity", "v", "verbosity", _ALL, 2, True),
     Option("display-stats", "", "flag", "DPR", False, True, no=True),
     Option("pidfile", "", "text", "RSLV", "", True),
@@ -155,7 +155,7 @@ TABLE: tuple[Option, ...] = (
     Option("tls-cert", "", "text", "DPSL", "", False),
     Option("tls-key", "", "text", "DPSL", "", False),
     Option("tls-no-cn-verify", "", "flag", "DPSL", False, False),
-    Option("cpu-cap", "", "cpu-cap", "DRI", CPU_FPU | CPU_INS, (CPU_FPU | CPU_INS, 0)),
+    Option("cpu-cap", "", "cpu-cap", "DRI", CPU_FPU | CPU_INS, True),
     Option("file-validation", "", "file-validation", "DR", "buildid", True),
     Option("skip-file-rwx-check", "", "flag", "R", False, True, no=True),
     Option("ghost-limit", "", "size", "D", 1 << 20, True),
@@ -209,6 +209,7 @@ _MORE: dict[str, dict[str, object]] = {
     "D": {"images_dir_fd": -1},
     "R": {"images_dir_fd": -1, "foreground_status": True},
     "C": {"images_dir_fd": -1, "criu_style": False},
+    "I": {"images_dir_fd": -1},
 }
 
 
@@ -370,6 +371,15 @@ class CheckOptions(Options):
     criu_style: bool
 
 
+class CpuinfoOptions(Options):
+    """Where cpuinfo.img is, and what of it to compare."""
+
+    letter = "I"
+    __slots__ = tuple(defaults("I"))
+
+    cpu_cap: int
+
+
 def dump(options: DumpOptions, log: Log | None = None) -> dict[str, int]:
     """Checkpoint a process tree; the counters and times (microseconds) of the ``stats-dump`` image.
 
@@ -399,6 +409,22 @@ def restore(options: RestoreOptions, log: Log | None = None) -> RestoreResult:
     from firn.restore import orchestrator
 
     return orchestrator.restore(options, log or _own_log(options))
+
+
+def cpuinfo_dump(options: CpuinfoOptions) -> None:
+    """Write cpuinfo.img, which says what this processor can do."""
+    options.refuse_unbuilt()
+    from firn.dump.orchestrator import save_processor
+
+    save_processor(options)
+
+
+def cpuinfo_check(options: CpuinfoOptions) -> None:
+    """Compare cpuinfo.img with this processor; a :class:`firn.errors.FirnError` says what does not match."""
+    options.refuse_unbuilt()
+    from firn.restore.orchestrator import check_processor
+
+    check_processor(options)
 
 
 def check(options: CheckOptions, out: Callable[[str], object] = print, log: Log | None = None) -> int:

@@ -28,7 +28,7 @@ from firn.dump.tree import FrozenTree, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, restart
+from firn.resources import base, cpu, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from firn.api import DumpOptions
+    from firn.api import CpuinfoOptions, DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
     from firn.tracee.freezer import Freezer
 
 
+_CPU_IMAGE = 8
+"""The bit of --cpu-cap that asks for cpuinfo.img."""
 _RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
 
 
@@ -190,6 +192,8 @@ class Dump:
             areas.refresh_flags(mine.areas, procfs.smaps(snapshot.pid))
             snapshot.end()
         save_records(self.images, self.collected, self.log)
+        if self.options.cpu_cap & _CPU_IMAGE:
+            cpu.save(self.images)
 
     def commit(self) -> None:
         """Make the directory a checkpoint."""
@@ -272,6 +276,15 @@ def _save_stats(work: Dump) -> None:
 def dump(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]:
     """The entry for :mod:`firn.api`."""
     return run(options, log, post_dump)
+
+
+def save_processor(options: CpuinfoOptions) -> None:
+    """Write cpuinfo.img and nothing else."""
+    images = ImageDir.open(options.images_dir, create_files=True)
+    try:
+        cpu.save(images)
+    finally:
+        images.close()
 
 
 def _raise_fd_limit() -> None:
