@@ -16,9 +16,11 @@ from typing import IO
 import pytest
 from harness import Runner, Target, firn_command, wait_until
 from test_workloads import test_workload as run_workload
-from workloads.table import Workload
+from workloads.table import GONE_WAYS, PLAIN_WAYS, Workload
 
+from firn.abi import tun
 from firn.errors import FirnError
+from firn.host import links
 from firn.images.store import ImageDir
 from firn.resources import cpu
 from firn.resources.base import PIPE, REG, UNIXSK
@@ -30,6 +32,8 @@ TABLE = [
     # The restored tree has a time namespace of its own.
     Workload("outside", "namespaces", unlike=(r"fd\.\d+",)),
     Workload("outside", "devices"),
+    # Two incarnations of one device cannot be at the same time.
+    Workload("outside", "tun", ways=(*PLAIN_WAYS, *GONE_WAYS)),
 ]
 Stream = int | IO[bytes]
 
@@ -231,6 +235,46 @@ def test_containers_are_refused_by_name(runner: Runner) -> None:
     for text in ("mnt[/x]:y", "net[5]:y", "pid[5]:y", "dev[1/2]:y"):
         code, output = criu(runner, "dump", "-t", "1", "-D", str(runner.folder), "--external", text)
         assert code == 1 and f"--external (given: {text}) is not built yet" in output, output
+
+
+def test_a_tap_device_that_is_there_or_not(runner: Runner) -> None:
+    """A persistent one is attached to, or made again with its offloads; one of another program is in the way."""
+    if not os.path.exists("/dev/net/tun"):
+        pytest.skip("no /dev/net/tun")
+    name, flags = f"firnp{os.getpid()}", 0x1002  # IFF_TAP | IFF_NO_PI
+
+    def attach(persist: bool | None) -> int:
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        fcntl.ioctl(fd, tun.TUNSETIFF, tun.IFREQ_FLAGS.pack(name.encode(), flags))
+        if persist is not None:
+            fcntl.ioctl(fd, tun.TUNSETPERSIST, int(persist))
+        return fd
+
+    def remove() -> None:
+        os.close(attach(False))
+        wait_until("it is gone", lambda: not os.path.exists(f"/sys/class/net/{name}"))
+
+    offload = tun.TUN_F_CSUM | tun.TUN_F_TSO4 | tun.TUN_F_TSO6
+    fd = attach(True)
+    fcntl.ioctl(fd, tun.TUNSETOFFLOAD, offload)
+    assert links.offloads(name) == offload
+    target = start(runner, "/bin/sleep", "1000", stdin=fd)
+    os.close(fd)
+    try:
+        images, _ = dump(runner, target)
+        target, _ = restore(runner, images, target)
+        images, _ = dump(runner, target)
+        remove()
+        taken = attach(None)
+        code, text = criu(runner, "restore", "-d", "-D", images)
+        assert code == 1 and f"the device {name} is there already, and belongs to a program" in text, text
+        os.close(taken)
+        target, _ = restore(runner, images, target)
+        assert links.number(name, "tun_flags") & tun.IFF_PERSIST and links.offloads(name) == offload
+        assert f"iff:\t{name}" in Path(f"/proc/{target.pid}/fdinfo/0").read_text()
+        runner.kill(target)
+    finally:
+        remove()
 
 
 def test_another_node_of_a_device(runner: Runner) -> None:

@@ -58,6 +58,7 @@ _BUILT: dict[int, tuple[str, str]] = {
     TTY: ("firn.resources.ttys", "Ttys"),
     PIDFD: ("firn.resources.files.pidfd", "PidFd"),
     NS: ("firn.resources.namespaces", "NamespaceFiles"),
+    TUNF: ("firn.resources.files.tun", "Tun"),
 }
 """Type -> (module, class). A row is added when a kind is built."""
 
@@ -201,6 +202,8 @@ def type_of(link: str, st: os.stat_result) -> int | None:
             return kind
     if stat.S_ISFIFO(st.st_mode):
         return FIFO
+    if stat.S_ISCHR(st.st_mode) and st.st_rdev == os.makedev(10, 200):
+        return TUNF
     if stat.S_ISCHR(st.st_mode) and (os.major(st.st_rdev) in (4, 5) or 136 <= os.major(st.st_rdev) <= 143):
         return TTY
     return None

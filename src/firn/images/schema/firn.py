@@ -16,6 +16,7 @@ EXTENSIONS = {
     "inet_sk_entry": "1000 firn firn_inet?",
     "inotify_file_entry": "1000 firn firn_inotify?",
     "pipe_data_entry": "1000 firn firn_pipe?",
+    "tunfile_entry": "1000 firn firn_tun?",
     "reg_file_entry": "1000 firn firn_reg?",
 }
 """Fields that are added to CRIU's messages."""
@@ -71,6 +72,26 @@ MESSAGES = {
     """,
     "firn_inotify": """
         1 overflow bool?
+    """,
+    "firn_tun": """
+        1 flags u32? hex
+        2 index u32?
+        3 state u32? hex
+        4 carrier bool?
+        5 alias str?
+        6 bridge str?
+        7 link u32?
+        8 mac bytes?
+        9 mtu u32?
+        10 queue u32?
+        11 owner u32?
+        12 group u32?
+        13 sndbuf u32?
+        14 header u32?
+        15 little_endian bool?
+        16 offload u32? hex
+        17 addresses bytes*
+        18 routes bytes*
     """,
     "firn_option": """
         1 level u32?
