@@ -98,7 +98,7 @@ class Restore:
             fit_limits(process.pid, process.tc, self.log)
             for tid, core in zip(process.tids, process.cores, strict=True):
                 creds.check(core["thread_core"]["creds"], own, last)
-                xstate.check(tid, core["thread_info"], self.options.cpu_cap == 0, self.log)
+                xstate.check(tid, core["thread_info"], not self.options.cpu_cap & cpu.FPU, self.log)
         if root.sid != root.pid and root.sid and not self.options.shell_job:
             raise RestoreError(
                 f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)"
