@@ -277,6 +277,32 @@ def test_a_tap_device_that_is_there_or_not(runner: Runner) -> None:
         remove()
 
 
+def test_files_of_dead_processes_and_of_others(runner: Runner) -> None:
+    """A dead process's come back as what they were: files of a dead process. Others are found by name."""
+    dead, other = (subprocess.Popen(["/bin/sleep", "1000"]) for _ in range(2))
+    opened = [os.open(f"/proc/{dead.pid}{name}", os.O_RDONLY) for name in ("/status", "")]
+    opened.append(os.open(f"/proc/{other.pid}/comm", os.O_RDONLY))
+    try:
+        target = start(runner, "/bin/sleep", "1000", pass_fds=tuple(opened))
+        dead.kill()
+        dead.wait()
+        images, text = dump(runner, target)
+        assert f"is /proc/{other.pid}/comm, of a process outside" in text, text
+        back, _ = restore(runner, images, target)
+        assert not os.path.exists(f"/proc/{dead.pid}")
+        with pytest.raises(ProcessLookupError):
+            Path(f"/proc/{back.pid}/fd/{opened[0]}").read_bytes()
+        assert link(back, opened[1]) == f"/proc/{dead.pid} (deleted)"
+        assert Path(f"/proc/{back.pid}/fd/{opened[2]}").read_bytes() == b"sleep\n"
+        runner.kill(back)
+    finally:
+        for fd in opened:
+            os.close(fd)
+        for process in (dead, other):
+            process.kill()
+            process.wait()
+
+
 def test_another_node_of_a_device(runner: Runner) -> None:
     node = runner.folder / "null"
     os.mknod(node, 0o20600, os.makedev(1, 3))

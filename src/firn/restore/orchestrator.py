@@ -115,10 +115,14 @@ class Restore:
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
             [process.pid for process in checkpoint.processes], self.options, self.log.warn,
+            lambda pid: birth.spawn(pid, False),
         )  # fmt: skip
         self.family = Family(checkpoint, self.opener, self.options)
-        self.family.open_files()
-        self.opener.remove_temporary()
+        try:
+            self.family.open_files()
+            self.opener.remove_temporary()
+        finally:
+            birth.kill([[pid] for pid in self.opener.stand_ins])
 
     def birth(self) -> None:
         """Make the root task."""

@@ -23,7 +23,7 @@ from firn.resources import base
 from firn.resources.files import locks
 from firn.resources.files.external import ExternalFiles
 from firn.resources.files.memfd import MemoryObjects
-from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
+from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder, process_of
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
@@ -229,6 +229,9 @@ class Collector:
                 message["pos"] = NO_SEEK
             if device:
                 message["firn"] = {"rdev": open.stat.st_rdev}
+            other = process_of(link)
+            if other and other not in self.context.pids and os.path.exists(f"/proc/{other}"):
+                self.context.warn(f"{open.what} is {link}, of a process outside: the restore opens what is there then")
             return self.finder.add(open.what, open.path, message, open.stat, None), base.REG
         return self._special(open)
 

@@ -2,7 +2,8 @@
 
 Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
 one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
-Unlinked files are made under their old name, opened, and unlinked again; hard links that a dump left (link_remap) are
+Unlinked files are made under their old name, opened, and unlinked again; files of dead processes are opened while a
+helper stands in for the process; hard links that a dump left (link_remap) are
 taken away when the restore has succeeded.
 """
 
@@ -18,7 +19,7 @@ from firn.resources import base
 from firn.resources.base import FIELD, MEMFD, REG
 from firn.resources.files import external, memfd
 from firn.resources.files.buildid import read_build_id, to_words
-from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
+from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS, process_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Opener:
         pids: list[int],
         options: RestoreOptions,
         warn: Callable[[str], object],
+        stand_in: Callable[[int], object],
     ) -> None:
         self.images = images
         self.files = files
@@ -69,6 +71,8 @@ class Opener:
         self.fds: dict[tuple[int, int, int], int] = {}
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
+        self.stand_in = stand_in
+        self.stand_ins: set[int] = set()
         self._ghosts: dict[int, str] = {}
         self._temporary: list[tuple[str, bool]] = []
 
@@ -103,6 +107,8 @@ class Opener:
         if kind != REG:
             message = self.message(kind, number)
             return self.kind(kind).is_late(message, self.context)
+        if self.remaps.get(number, {}).get("remap_type") == PROCFS:
+            return False
         name = self.message(kind, number)["name"]
         return name.startswith(self.own_proc) or name + "/" in self.own_proc
 
@@ -224,7 +230,12 @@ class Opener:
                 raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
             self._temporary.append((name, False))
             return True
-        raise NotBuilt(f"{name} belongs to a dead process, which is not supported yet")
+        if kind != PROCFS or process_of(name) != target:
+            raise ImageError(f"remap-fpath.img: {name} cannot be of process {target}")
+        if target not in self.stand_ins:
+            self.stand_in(target)
+            self.stand_ins.add(target)
+        return False
 
     def _make_parents(self, name: str) -> None:
         """Directories on the way that are gone too; taken away again with the file."""
@@ -258,7 +269,7 @@ class Opener:
         return path
 
     def remove_temporary(self) -> None:
-        """Unlink what was made only to be opened."""
+        """Unlink what was made only to be opened. (Who made the stand-ins of dead processes ends them.)"""
         while self._temporary:
             path, directory = self._temporary.pop()
             try:
