@@ -16,6 +16,7 @@ EXTENSIONS = {
     "inet_sk_entry": "1000 firn firn_inet?",
     "inotify_file_entry": "1000 firn firn_inotify?",
     "pipe_data_entry": "1000 firn firn_pipe?",
+    "tty_info_entry": "1000 firn firn_tty?",
     "tunfile_entry": "1000 firn firn_tun?",
     "reg_file_entry": "1000 firn firn_reg?",
 }
@@ -94,6 +95,9 @@ MESSAGES = {
         16 offload u32? hex
         17 addresses bytes*
         18 routes bytes*
+    """,
+    "firn_tty": """
+        1 stopped u32?
     """,
     "firn_option": """
         1 level u32?

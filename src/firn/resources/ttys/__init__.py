@@ -2,11 +2,12 @@
 
 State owned: which pseudoterminal, console or line a description leads to; settings, locked settings, window size,
 lock, packet and exclusive mode, the session it controls and its foreground group; of pseudoterminals what is queued
-both ways. Kernel: ioctl_tty(2) on a copy of the description; the session from /proc/PID/stat, because only its members
-may ask a slave for it. Pseudoterminals come back in the controller under their old number, see
-:mod:`firn.resources.ttys.rebuild`; sessions get them in their leaders. What goes wrong: a slave's master is outside
-(``--shell-job``, ``--external``); slaves that others hold; queues can only be looked at by taking them out
-(:mod:`firn.resources.ttys.queues`); what was typed, unechoed, for a slave that was never open cannot be seen at all.
+both ways, and whether output is stopped. Kernel: ioctl_tty(2) on a copy of the description; the session from
+/proc/PID/stat, because only its members may ask a slave for it. Pseudoterminals come back in the controller under
+their old number, see :mod:`firn.resources.ttys.rebuild`; sessions get them in their leaders. What goes wrong: a slave's
+master is outside (``--shell-job``, ``--external``); slaves that others hold; queues can only be looked at by taking
+them out (:mod:`firn.resources.ttys.queues`); what was typed, unechoed, for a slave that was never open cannot be seen
+at all.
 
 Images are as CRIU writes them, with these additions: data is recorded for a slave that nobody has open, and then also
 if it is empty (the master knows that it was open once); lines that newlines do not tell are records of their own.
@@ -316,15 +317,10 @@ class Ttys(Kind):
         finally:
             os.close(peer)
 
-    @staticmethod
-    def _look_into(pty: _Pty, queues: Queues, open: Open, context: DumpContext) -> None:
-        stopped = queues.is_stopped()
-        if not stopped:
-            found = queues.look()
-            stopped = queues.stopped
-        if stopped:
-            context.refuse(open, "is the master of a terminal whose output is stopped", "let it go on (Ctrl-Q)")
-            return
+    def _look_into(self, pty: _Pty, queues: Queues, open: Open, context: DumpContext) -> None:
+        found = queues.look()
+        if queues.stopped:
+            self.infos[self._keys[PTY, pty.index, 1]]["firn"] = {"stopped": queues.stopped}
         iflag, _, _, lflag, *_ = get_termios(pty.master)
         plain = not queues.canonical and not iflag and not lflag & _ECHO_AND_SIGNALS
         if sum(map(len, found.typed)) > tty.N_TTY_BUFFER and not plain:

@@ -19,7 +19,7 @@ from firn.abi.libc import syscall
 from firn.errors import ImageError, RestoreError
 from firn.host import procfs
 from firn.resources.base import REG, TTY
-from firn.resources.ttys.queues import Contents, Queues, open_peer
+from firn.resources.ttys.queues import BY_FLOW, BY_KEY, Contents, Queues, open_peer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -172,6 +172,9 @@ class Rebuild:
         if "termios_locked" in info and any(locked := _to_raw(info, "termios_locked")):
             fcntl.ioctl(master, tty.TIOCSLCKTRMIOS, locked[: tty.TERMIOS_SIZE])
         _set_size(master, info)
+        stopped = info.get("firn", {}).get("stopped", 0)
+        if opened and stopped in (BY_FLOW, BY_KEY):
+            Queues(master, self.working[index]).stop(stopped)
         for slave in slaves:
             self.made[slave.id] = self._open_slave(slave, master, index)
         if slaves and slaves[0].info["exclusive"]:
