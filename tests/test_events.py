@@ -28,7 +28,7 @@ from firn.resources.files.watches import Fanotify, Inotify
 PLACED = {
     "events": "eventfd signalfd timerfd timerfd-absolute timerfd-ticks timerfd-punctual",
     "epoll": "ways fired nested closed reused both many waiting",
-    "watches": "folder file numbers special unlinked link odd unread marks mount",
+    "watches": "folder file numbers special unlinked link odd unread lost marks mount",
     "pidfd": "self thread dead",
 }
 
@@ -45,6 +45,7 @@ TABLE += [
     Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY))
     for (program, mode), text in REFUSED.items()
 ]
+TABLE += [Workload("watches", "lost-fid", ways=(*PLAIN_WAYS, "dump"))]
 TABLE += [Workload("events_tree", mode) for mode in ("shared", "inherited", "pidfd")]
 TABLE += [
     Workload("events_tree", "apart", refused=("but not in process",), ways=(*PLAIN_WAYS, REFUSED_WAY))
@@ -210,6 +211,12 @@ WANTED = {
     "INOTIFY_IOC_SETNEXTWD": "_IOW('I', 0, int)",
     "FAN_CLOEXEC": "FAN_CLOEXEC",
     "FAN_NONBLOCK": "FAN_NONBLOCK",
+    "FAN_UNLIMITED_QUEUE": "FAN_UNLIMITED_QUEUE",
+    "FAN_REPORT_PIDFD": "FAN_REPORT_PIDFD",
+    "FAN_CLOSE_WRITE": "FAN_CLOSE_WRITE",
+    "FAN_EVENT_ON_CHILD": "FAN_EVENT_ON_CHILD",
+    "FAN_MARK_REMOVE": "FAN_MARK_REMOVE",
+    "FANOTIFY_EVENT.size": "sizeof(struct fanotify_event_metadata)",
     "FAN_MARK_ADD": "FAN_MARK_ADD",
     "FAN_MARK_DONT_FOLLOW": "FAN_MARK_DONT_FOLLOW",
     "FAN_MARK_MOUNT": "FAN_MARK_MOUNT",

@@ -58,6 +58,9 @@ EVENTS = Mirror(
         ),
         "EPOLL_EVENT": ("struct epoll_event", "events data"),
         "EPOLL_SLOT": ("struct kcmp_epoll_slot", "efd tfd toff"),
+        "FANOTIFY_EVENT": (
+            "struct fanotify_event_metadata", "event_len vers reserved metadata_len mask fd pid"
+        ),
         "FILE_HANDLE": ("struct file_handle", "handle_bytes handle_type"),
     },
     newer={
@@ -66,7 +69,7 @@ EVENTS = Mirror(
         "INOTIFY_IOC_SETNEXTWD": ("include/uapi/linux/inotify.h, Linux 4.16", 1 << 30 | 4 << 16 | ord("I") << 8),
         "PIDFD_THREAD": ("include/uapi/linux/pidfd.h, Linux 6.9: O_EXCL", 0o200),
     },
-    own=_names("CLOCK_OF_ALARM"),
+    own=_names("CLOCK_OF_ALARM MAX_FANOTIFY_EVENT"),
 )  # fmt: skip
 
 FCNTL = Mirror(headers=("linux/fcntl.h", "linux/kcmp.h"))

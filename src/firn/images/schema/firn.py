@@ -14,7 +14,8 @@ EXTENSIONS = {
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
     "inet_sk_entry": "1000 firn firn_inet?",
-    "inotify_file_entry": "1000 firn firn_inotify?",
+    "inotify_file_entry": "1000 firn firn_watcher?",
+    "fanotify_file_entry": "1000 firn firn_watcher?",
     "pipe_data_entry": "1000 firn firn_pipe?",
     "tty_info_entry": "1000 firn firn_tty?",
     "tunfile_entry": "1000 firn firn_tun?",
@@ -73,7 +74,7 @@ MESSAGES = {
     "firn_reg": """
         1 rdev u64?
     """,
-    "firn_inotify": """
+    "firn_watcher": """
         1 overflow bool?
     """,
     "firn_tun": """

@@ -4,11 +4,9 @@ State owned: the watches of an instance, each with its inode, events and (inotif
 Kernel: the ``inotify`` and ``fanotify`` lines of fdinfo. Watches are set again by the controller when the files of the
 checkpoint are in place, so that making those is not reported; inotify's numbers are chosen (INOTIFY_IOC_SETNEXTWD).
 
-What goes wrong: queued events can be read only by taking them away, and cannot be put back. An inotify instance that
-had some comes back with an IN_Q_OVERFLOW event in their place, which says that events were lost (inotify(7)): its
-reader has to look at the files again. The kernel makes that event when a queue is full, so the queue is filled, and
-read until only that event is left. A fanotify group that has events is refused. The number that a later
-inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
+What goes wrong: queued events cannot be put back. An instance that had some comes back with the event in their place
+that says that events were lost, so its reader has to look at the files again (:mod:`firn.resources.files.overflow`).
+The number that a later inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from firn.abi.libc import address_of, syscall
 from firn.errors import ImageError, KernelError, RestoreError
 from firn.host import procfs
 from firn.resources.base import Kind
+from firn.resources.files import overflow
 from firn.resources.files.events import set_status
 from firn.resources.files.handles import Finder, Mount, Places, mounts, to_entry
 
@@ -35,39 +34,14 @@ _INODE, _MOUNT = 1, 2
 """mark_type of fanotify_mark_entry."""
 
 
-_QUEUE_LIMIT = "/proc/sys/fs/inotify/max_queued_events"
-_MOST_EVENTS = 1 << 20
-"""A queue that is larger than this is not filled only to say that events were lost."""
-_EVENT_SIZE = 16
-"""Bytes of struct inotify_event without a name."""
-
-
-def _unread(fd: int) -> int:
-    """Bytes of events that wait to be read."""
-    size = bytearray(4)
-    syscall("FIONREAD of a watcher", nr.ioctl, fd, ev.FIONREAD, address_of(size))
-    return int.from_bytes(size, "little")
-
-
-def _overflow(fd: int) -> bool:
-    """Leave nothing but an IN_Q_OVERFLOW event in the new inotify instance *fd*; False if its queue is too large."""
-    limit = int(procfs.read(_QUEUE_LIMIT))
-    if limit > _MOST_EVENTS:
-        return False
-    file = os.memfd_create("firn", os.MFD_CLOEXEC)
-    try:
-        path = bytearray(f"/proc/self/fd/{file}\0".encode())
-        watch = syscall("inotify_add_watch", nr.inotify_add_watch, fd, address_of(path), ev.IN_ATTRIB | ev.IN_MODIFY)
-        for _ in range(limit // 2 + 1):
-            # Equal events one after the other would become one.
-            os.fchmod(file, 0o600)
-            os.ftruncate(file, 0)
-        syscall("inotify_rm_watch", nr.inotify_rm_watch, fd, watch)
-    finally:
-        os.close(file)
-    while (left := _unread(fd) - _EVENT_SIZE) > 0:
-        os.read(fd, min(left, 1 << 20))
-    return True
+def _note_unread(open: Open, what: str, event: str, context: DumpContext) -> bool:
+    """Whether events wait to be read; the log is told what becomes of them."""
+    count = overflow.unread(open.copy())
+    if count:
+        context.warn(
+            f"{open.what} is a {what} with {count} bytes of unread events: it comes back with {event} in their place"
+        )
+    return bool(count)
 
 
 def _lines(open: Open, name: str) -> list[dict[str, str]]:
@@ -128,12 +102,7 @@ class Inotify(_Watcher):
         """The message; its watches are filled in by :meth:`finish`."""
         watches: list[dict[str, Any]] = []
         message = {"flags": open.flags, "fown": context.owner(open), "wd": watches}
-        count = _unread(open.copy())
-        if count:
-            context.warn(
-                f"{open.what} is an inotify instance with {count} bytes of unread events: it will come back with the"
-                " event IN_Q_OVERFLOW in their place"
-            )
+        if _note_unread(open, "inotify instance", "IN_Q_OVERFLOW", context):
             message["firn"] = {"overflow": True}
         lines = sorted(_lines(open, "inotify"), key=lambda item: int(item["wd"], 16))
         self._instances.append((open, lines, watches))
@@ -159,8 +128,8 @@ class Inotify(_Watcher):
         """An instance with the watches."""
         fd = syscall(f"inotify_init1 {number}", nr.inotify_init1, fc.O_CLOEXEC)
         set_status(fd, message["flags"])
-        if message.get("firn", {}).get("overflow") and not _overflow(fd):
-            context.warn(f"inotify {number} had unread events, which are lost: {_QUEUE_LIMIT} is too large to say so")
+        if message.get("firn", {}).get("overflow") and not overflow.inotify(fd):
+            context.warn(f"inotify {number} had unread events, which are lost, and cannot be told so")
         for watch in message.get("wd", []):
             self._add(fd, f"inotify {number}, watch {watch['wd']}", watch, context)
         return fd
@@ -193,13 +162,15 @@ class Fanotify(_Watcher):
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The message; its marks are filled in by :meth:`finish`."""
-        count = _unread(open.copy())
-        if count:
-            reason = f"is a fanotify group with {count} bytes of unread events, which would be lost"
-            context.refuse(open, reason, "have it read them first, or try again")
-            return None
         lines = _lines(open, "fanotify")
         group, lines = lines[0], lines[1:]
+        lost = bool(overflow.unread(open.copy()))
+        if lost and int(group["flags"], 16) & (ev.FAN_UNLIMITED_QUEUE | ev.FAN_REPORT_PIDFD):
+            reason = "is a fanotify group with unread events, whose loss it cannot be told"
+            context.refuse(open, reason, "have it read them first, or try again")
+            return None
+        if lost:
+            _note_unread(open, "fanotify group", "FAN_Q_OVERFLOW", context)
         for item in lines:
             if "ino" not in item and "mnt_id" not in item:
                 what = "a whole file system" if "sdev" in item else "a namespace"
@@ -213,7 +184,7 @@ class Fanotify(_Watcher):
         self._instances.append((open, lines, marks))
         return {
             "flags": open.flags, "fown": context.owner(open), "faflags": int(group["flags"], 16),
-            "evflags": int(group["event-flags"], 16), "mark": marks,
+            "evflags": int(group["event-flags"], 16), "mark": marks, **({"firn": {"overflow": True}} if lost else {}),
         }  # fmt: skip
 
     def _entry(self, open: Open, item: dict[str, str], finder: Finder) -> dict[str, Any] | None:
@@ -246,6 +217,8 @@ class Fanotify(_Watcher):
         """A group with the marks."""
         flags = message["faflags"] & ~ev.FAN_NONBLOCK | ev.FAN_CLOEXEC
         fd = syscall(f"fanotify_init {number}", nr.fanotify_init, flags, message["evflags"])
+        if message.get("firn", {}).get("overflow") and not overflow.fanotify(fd):
+            context.warn(f"fanotify {number} had unread events, which are lost, and cannot be told so")
         set_status(fd, message["flags"])
         for mark in message.get("mark", []):
             self._add(fd, f"fanotify {number}", mark, context)
