@@ -28,6 +28,8 @@ from firn.resources.files.external import Inherited, inherit_key
 
 pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
+DEVICES = pytest.mark.xdist_group("network devices")
+"""Each wants the same index and addresses again."""
 TABLE = [
     # The restored tree has a time namespace of its own.
     Workload("outside", "namespaces", unlike=(r"fd\.\d+",)),
@@ -40,7 +42,11 @@ Stream = int | IO[bytes]
 
 @pytest.mark.parametrize(
     ("workload", "way"),
-    [pytest.param(workload, way, id=f"{workload.name}-{way}") for workload in TABLE for way in workload.ways],
+    [
+        pytest.param(workload, way, id=f"{workload.name}-{way}", marks=[DEVICES] if workload.mode == "tun" else [])
+        for workload in TABLE
+        for way in workload.ways
+    ],
 )
 def test_workload(workload: Workload, way: str, runner: Runner) -> None:
     run_workload(workload, way, runner)
@@ -237,6 +243,7 @@ def test_containers_are_refused_by_name(runner: Runner) -> None:
         assert code == 1 and f"--external (given: {text}) is not built yet" in output, output
 
 
+@DEVICES
 def test_a_tap_device_that_is_there_or_not(runner: Runner) -> None:
     """A persistent one is attached to, or made again with its offloads; one of another program is in the way."""
     if not os.path.exists("/dev/net/tun"):

@@ -112,7 +112,7 @@ POLL = Mirror(headers=("asm/poll.h",))
 PRCTL = Mirror(
     headers=("linux/prctl.h", "asm/prctl.h", "linux/securebits.h", "linux/capability.h", "linux/seccomp.h"),
     prefixes={
-        "": "PR_", "SECCOMP_": "", "ARCH_": "", "SECBIT_": "",
+        "": "PR_", "SECCOMP_": "", "ARCH_": "", "SECBIT_": "", "CAP_SYS_": "",
     },
     expressions={"CAP_VERSION_3": "_LINUX_CAPABILITY_VERSION_3"},
     structs={

@@ -102,14 +102,14 @@ static void tun_set(void)
 			cannot_run("/dev/net/tun");
 	NEED((net = socket(AF_INET, SOCK_DGRAM, 0)) >= 0);
 	/* Two queues, one of them detached; a tap device; the last has no device. */
-	strcpy(tun.ifr_name, "firnt%d");
+	snprintf(tun.ifr_name, IFNAMSIZ, "firnt%d", getpid());
 	tun.ifr_flags = TUN_FLAGS;
 	NEED(!ioctl(fds[0], TUNSETIFF, &tun));
 	tun.ifr_flags = TUN_FLAGS;
 	NEED(!ioctl(fds[1], TUNSETIFF, &tun));
 	struct ifreq detach = {.ifr_flags = IFF_DETACH_QUEUE};
 	NEED(!ioctl(fds[1], TUNSETQUEUE, &detach));
-	strcpy(tap.ifr_name, "firnt%d");
+	snprintf(tap.ifr_name, IFNAMSIZ, "firnp%d", getpid());
 	tap.ifr_flags = TAP_FLAGS;
 	NEED(!ioctl(fds[2], TUNSETIFF, &tap));
 

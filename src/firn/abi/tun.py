@@ -41,7 +41,7 @@ FEATURES_BLOCK = struct.Struct("<IIII")
 
 NETLINK_ROUTE = 0
 RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
-NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 4, 0x100, 0x400
+NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 4, 0x200, 0x400
 IFADDRMSG = struct.Struct("<BBBBI")
 """struct ifaddrmsg: family, prefix length, flags, scope, index."""
 RTMSG = struct.Struct("<BBBBBBBBI")

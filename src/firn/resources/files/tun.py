@@ -237,9 +237,17 @@ def _set_up_link(name: str, saved: dict[str, Any]) -> None:
         fcntl.ioctl(ioctl, tun.SIOCSIFFLAGS, tun.IFREQ_FLAGS.pack(raw, saved.get("state", 0) & tun.IFF_SETTABLE))
     finally:
         channel.close()
+    _set_up_network(index, saved)
+
+
+def _set_up_network(index: int, saved: dict[str, Any]) -> None:
+    """Addresses and routes."""
     for address in saved.get("addresses", []):
         head = tun.IFADDRMSG.unpack_from(address)[:4]
-        _tell("address", tun.RTM_NEWADDR, tun.IFADDRMSG.pack(*head, index) + address[tun.IFADDRMSG.size :])
+        try:
+            _tell("address", tun.RTM_NEWADDR, tun.IFADDRMSG.pack(*head, index) + address[tun.IFADDRMSG.size :])
+        except FileExistsError:
+            continue  # the kernel was faster
     for route in saved.get("routes", []):
         _tell("route", tun.RTM_NEWROUTE, _through(route, index))
 
@@ -262,9 +270,6 @@ def _write(path: str, text: str) -> None:
 
 
 def _tell(what: str, kind: int, payload: bytes) -> None:
-    """Send one rtnetlink message; OSError if the kernel does not take it. What is there already is no mistake."""
-    flags = sockdiag.NLM_F_REQUEST | tun.NLM_F_ACK | tun.NLM_F_CREATE | tun.NLM_F_REPLACE
-    try:
-        sockdiag.ask(what, payload, kind, flags, tun.NETLINK_ROUTE)
-    except FileExistsError:
-        return
+    """Have the kernel make something that must not be there yet (rtnetlink(7)); OSError if it does not."""
+    flags = sockdiag.NLM_F_REQUEST | tun.NLM_F_ACK | tun.NLM_F_CREATE | tun.NLM_F_EXCL
+    sockdiag.ask(what, payload, kind, flags, tun.NETLINK_ROUTE)
