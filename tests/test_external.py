@@ -497,6 +497,8 @@ def test_a_tree_is_frozen_by_its_control_group(runner: Runner, version: int) -> 
         code, text, _ = runner.try_dump(target, "-R", *options)
         assert code == 0, text
         assert group.frozen, "it was frozen before"
+        code, text, _ = runner.try_dump(target, "-R", "--fork-snapshot", *options)
+        assert code and "needs a control group that is not frozen" in text and group.frozen, text
         for each in (target, stranger):
             assert "TracerPid:\t0" in Path(f"/proc/{each.pid}/status").read_text()
         images = runner.dump(target, *options)

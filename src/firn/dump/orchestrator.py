@@ -25,7 +25,7 @@ from firn.abi.libc import address_of, syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
 from firn.dump.tree import FrozenTree, freeze, walk
-from firn.errors import FirnError, Obstacle, Refused, TargetError
+from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
 from firn.resources import base, cpu, restart
@@ -87,6 +87,8 @@ class Dump:
             from firn.tracee.freezer import Freezer
 
             self.freezer = Freezer(self.options.freeze_cgroup)
+            if self.freezer.was_frozen and self.options.fork_snapshot:
+                raise UsageError("--fork-snapshot needs a control group that is not frozen: the copies are in it")
         features.pagemap_scan()
         xsave_layout()
         self.images.clear_old()
@@ -173,13 +175,21 @@ class Dump:
             self.tree.release()
             return
         try:
-            if self.freezer.was_frozen:
-                for task in self.tree.tasks:
-                    task.restore_state()
+            if self.freezer.was_frozen and self._can_freeze():
                 self.freezer.freeze_again()
             self.tree.release()
         finally:
             self.freezer.let_go()
+            self.freezer.freeze_again()
+
+    def _can_freeze(self) -> bool:
+        """Whether no task needs to run for us any more."""
+        try:
+            for task in self.tree.tasks:
+                task.restore_state()
+        except (OSError, FirnError):
+            return False  # what it was is told when it is released
+        return True
 
     def _thawed(self) -> None:
         self.stats["frozen_time"] = (time.monotonic_ns() - self.frozen_at) // 1000
