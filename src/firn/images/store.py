@@ -81,7 +81,7 @@ class ImageDir:
         return ImageDir(fd, f"{self.path}/parent", False)
 
     def make_parent(self) -> ImageDir | None:
-        """A new directory ``parent`` in this one, for images that belong to this checkpoint; None if the name is in use.
+        """A new directory ``parent`` in this one, for images of this checkpoint; None if the name is in use.
 
         It is committed, aborted and revoked with this one. Raises :class:`ImageError` if it cannot be made.
         """

@@ -83,8 +83,8 @@ class TaskMemory:
     # -- inside the task ---------------------------------------------------------------------------------------------
 
     def replace(self, program: Program, scratch: Scratch, opener: Opener, own: Own) -> None:
-        """Replace what the task has by what it had, or has to have for its children. It has no descriptor open, and none
-        afterwards."""
+        """Replace what the task has by what it had, or has to have for its children. It has no descriptor open, and
+        none afterwards."""
         vmas = self.nursery.vmas
         spare = scratch.code - SPARE
         self.placement = self._place_vdso(own, spare)
@@ -127,6 +127,8 @@ class TaskMemory:
     def settle(self, program: Program) -> None:
         """All children are born: what was there for them goes, what they do not share with the process comes."""
         mine = self.nursery
+        if mine.runs is self.all_runs:
+            return
         runs, dropped = inherit.overlay(mine.runs, self.all_runs)
         for guest in mine.guests:
             start, size = guest["start"], guest["end"] - guest["start"]

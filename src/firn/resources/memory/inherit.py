@@ -1,9 +1,9 @@
 """What a restored child takes over from its parent's memory by fork, so that pages they shared stay shared.
 
 A child is cloned when its parent's memory is complete. Where both had the same mapping (same place, protection,
-flags, file and advice), the child keeps it, and only pages that differ are read in: those that are not at the same place
-of the same pages image or, where the images do not tell what was shared, have other contents; that is found out before
-anything is made. Pages that only the parent has are dropped. A mapping that is longer in the child is
+flags, file and advice), the child keeps it, and only pages that differ are read in: those that are not at the same
+place of the same pages image or, where the images do not tell what was shared, have other contents; that is found out
+before anything is made. Pages that only the parent has are dropped. A mapping that is longer in the child is
 lengthened: it must be one to mremap(2), and the kernel joins no new mapping to one that a fork has copied. Everything
 else is unmapped and made anew. Mappings that a fork leaves out or empties (MADV_DONTFORK, MADV_WIPEONFORK), huge page
 mappings and those with guard regions are always made anew.
@@ -52,8 +52,8 @@ def compare(
     runs: list[Run],
     by_content: bool,
 ) -> Inheritance:
-    """What a child with *vmas* and *runs* can take over from a parent; *by_content*: also pages that are stored apart and
-    are equal."""
+    """What a child with *vmas* and *runs* can take over from a parent; *by_content*: also pages that are stored apart
+    and are equal."""
     ends: dict[int, int] = {}
     kept = common(parent_vmas, vmas, ends)
     if not kept:

@@ -3,8 +3,10 @@
 A page that several children have and their parent does not (any more) can only come to be shared if the parent has it
 for as long as they are born. So a parent with children first gets, at every address, the page that most of them and
 itself have; what it had itself is put over that when the tree is complete. Where it does not even have the mapping
-(children of a process that is gone, adopted by another one), it gets that as well, as a *guest*, for as long. Which pages
-are one is told by the images: the same place of the same pages image (:mod:`firn.resources.memory.shared`).
+(children of a process that is gone, adopted by another one), it gets that as well, as a *guest*, for as long. Which
+pages are one is told by the images: the same place of the same pages image (:mod:`firn.resources.memory.shared`). What
+goes wrong: a place that the parent uses for something else, or where it has locked or sealed what is there, cannot be
+lent; there each child gets pages of its own.
 """
 
 from __future__ import annotations
@@ -107,8 +109,8 @@ def _bytes_in(runs: list[Run], vma: dict[str, Any]) -> int:
 
 
 class _Ballot:
-    """Finds at each address the page that most processes have. A stretch of memory with a stretch of an image in it is a
-    line: descriptor, and offset less address."""
+    """Finds at each address the page that most processes have. A stretch of memory with a stretch of an image in it is
+    a line: descriptor, and offset less address."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, int, tuple[int, int], bool]] = []

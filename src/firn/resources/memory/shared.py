@@ -3,14 +3,14 @@
 State owned: the contents of copy-on-write pages with more than one holder (:mod:`firn.resources.memory.frames` finds
 them). The image format has no word for sharing, but a page list may leave pages to the list of the same name in the
 directory ``parent``, meant for incremental dumps. So shared pages go there: one pages image, to which the page lists
-of all its holders refer. The place of a page in a pages image follows from the order of the runs in the list, so each of
-those lists names all pages of that image; a page that a process does not share is in its own list too, which is looked
-at first. At one address an image holds one page: what most processes have. Where others share another one at that
-address, and that saves enough, a second image lies above the first one (``parent`` and ``parent/parent``).
+of all its holders refer. The place of a page in a pages image follows from the order of the runs in the list, so each
+of those lists names all pages of that image; a page that a process does not share is in its own list too, which is
+looked at first. At one address an image holds one page: what most processes have. Where others share another one at
+that address, and that saves enough, a second image lies above the first one (``parent`` and ``parent/parent``).
 
 It comes back because the restored child of a fork takes over pages that are at the same place of the same image
-(:mod:`firn.resources.memory.inherit`). What goes wrong: whoever copies a checkpoint has to take the directory in it along.
-So it is made only where it saves a megabyte or more.
+(:mod:`firn.resources.memory.inherit`). What goes wrong: whoever copies a checkpoint has to take the directory in it
+along. So it is made only where it saves a megabyte or more.
 """
 
 from __future__ import annotations
