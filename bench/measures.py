@@ -276,7 +276,11 @@ def family(bench: Bench) -> list[Row]:
     rows.append(Row(f"images, {what}", "MB", None, "one process", FAMILY_SIZE_RATIO))
     for _ in range(3):
         for tool in bench.tools():
-            bench.attempt(tool, rows, lambda tool=tool: _family(bench, tool, "family", FAMILY))
+
+            def work(tool: Tool = tool) -> list[float]:
+                return _family(bench, tool, "family", FAMILY)
+
+            bench.attempt(tool, rows, work)
         for row, value in zip(rows, _family(bench, bench.own, "memory", 64), strict=True):
             row.references.append(value)
     return rows
