@@ -28,6 +28,7 @@ TABLE = [
     # Their sessions' leaders are gone, or are not their parents: nothing that comes back by being cloned.
     *(Workload("trees", mode, refused=("session",), ways=(*PLAIN_WAYS, REFUSED_WAY)) for mode in ("daemon", "sibling")),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),
+    *(Workload("memory_shared", mode) for mode in ("parted", "private")),
     # Part of what they check lives in a file, where a program that was left running has gone on.
     Workload("trees", "waiting", ways=GONE_WAYS),
     Workload("trees_sharing", "file", ways=(*PLAIN_WAYS, *GONE_WAYS)),
