@@ -44,27 +44,31 @@ def find(processes: list[tuple[int, list[tuple[int, int]]]]) -> list[tuple[int, 
     have the same end; their holders are different processes.
     """
     table: dict[int, dict[bytes, int]] = {}
+    seen: list[list[int]] = [[] for _ in processes]
     for index, (pid, runs) in enumerate(processes):
         for at, words in _blocks(pid, runs):
             holders = table.setdefault(at, {})
             holders[words] = holders.get(words, 0) | 1 << index
+            seen[index].append(at)
     table = {at: holders for at, holders in table.items() if sum(holders.values()).bit_count() > 1}
     if table:
-        _look_again(processes, table)
+        _look_again(processes, table, seen)
     found: list[tuple[int, int, int]] = []
     for at in sorted(table):
         _refine(at, _BLOCK, table[at], found)
     return found
 
 
-def _look_again(processes: list[tuple[int, list[tuple[int, int]]]], table: dict[int, dict[bytes, int]]) -> None:
-    """Take out of *table* what is not the same any more."""
+def _look_again(
+    processes: list[tuple[int, list[tuple[int, int]]]], table: dict[int, dict[bytes, int]], seen: list[list[int]]
+) -> None:
+    """Take out of *table* what is not the same any more; *seen* are the blocks that each process had."""
     for index, (pid, runs) in enumerate(processes):
         bit = 1 << index
         same = {at for at, words in _blocks(pid, runs) if at in table and table[at].get(words, 0) & bit}
-        for at, holders in table.items():
-            if at not in same:
-                table[at] = {words: others & ~bit for words, others in holders.items()}
+        for at in seen[index]:
+            if at in table and at not in same:
+                table[at] = {words: others & ~bit for words, others in table[at].items()}
 
 
 def _blocks(pid: int, runs: list[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
