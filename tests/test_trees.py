@@ -22,12 +22,14 @@ from firn.images.store import ImageDir
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 MODES = "fan chain sessions groups gone adopted zombies stopped users programs"
-SHARING = "table anon memfd offset cow kin resized"
+SHARING = "table anon memfd offset kin resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
     # Their sessions' leaders are gone, or are not their parents: nothing that comes back by being cloned.
     *(Workload("trees", mode, refused=("session",), ways=(*PLAIN_WAYS, REFUSED_WAY)) for mode in ("daemon", "sibling")),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),
+    # Fifty processes: dumped and restored once in test_copy_on_write_is_kept.
+    Workload("trees_sharing", "cow", ways=(*PLAIN_WAYS, "twice", "leave")),
     *(Workload("memory_shared", mode) for mode in ("parted", "private")),
     # Part of what they check lives in a file, where a program that was left running has gone on.
     Workload("trees", "waiting", ways=GONE_WAYS),
