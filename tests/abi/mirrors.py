@@ -223,9 +223,19 @@ X86_64 = Mirror(
     ),
 )
 
+IPC = Mirror(
+    headers=("sys/ipc.h", "sys/shm.h"),
+    structs={
+        "SHMID64_DS": (
+            "struct shmid_ds",
+            "shm_perm.__key shm_perm.uid shm_perm.gid shm_perm.cuid shm_perm.cgid shm_perm.mode - shm_segsz shm_atime "
+            "shm_dtime shm_ctime shm_cpid shm_lpid shm_nattch -",
+        ),
+    },
+)
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED,
-    "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
+    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE,
+    "sched": SCHED, "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from firn.dump.orchestrator import Dump
     from firn.dump.tree import FrozenTree, Zombie
+    from firn.resources.files.segments import DumpedSegments
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
@@ -38,6 +39,7 @@ class Collected:
         self.obstacles = obstacles
         self.table = FileTable()
         self.objects = MemoryObjects()
+        self.segments: DumpedSegments | None = None
         self.finder = PathFinder(self.table, obstacles, options.ghost_limit, options.link_remap)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
@@ -52,6 +54,8 @@ class Collected:
         """Let go of descriptors held for contents."""
         self.collector.close()
         self.objects.close()
+        if self.segments is not None:
+            self.segments.close()
         self.finder.close()
 
     def statistics(self) -> dict[str, int]:
@@ -60,7 +64,8 @@ class Collected:
         for task in self.tasks:
             for name, value in task.memory.statistics().items():
                 total[name] = total.get(name, 0) + value
-        return total | {"shpages_written": self.objects.pages}
+        shared = self.objects.pages + (self.segments.pages if self.segments is not None else 0)
+        return total | {"shpages_written": shared}
 
 
 def collect(dump: Dump) -> Collected:

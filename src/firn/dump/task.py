@@ -72,6 +72,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
     mine.areas = areas.classify(pid, maps, got.obstacles)
     areas.find_backing(pid, mine.areas, got.obstacles)
+    _add_segments(got, mine)
     cwd, root = _named_link(got, pid, "cwd"), _named_link(got, pid, "root")
     mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[pid]["Umask"], 8)}
     mine.exe_id = _named_link(got, pid, "exe")
@@ -139,6 +140,19 @@ def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
             area.shmid = known[key]
         elif area.kind == "shmem":
             area.shmid = _memory_object(got, mine.pid, area)
+
+
+def _add_segments(got: Collected, mine: CollectedTask) -> None:
+    """Give every mapping of a System V segment that one's id."""
+    for area in mine.areas:
+        if area.kind != "sysv" or area.stat is None:
+            continue
+        if got.segments is None:
+            from firn.resources.files.segments import DumpedSegments
+
+            got.segments = DumpedSegments(got.objects.numbers)
+        what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
+        area.shmid = got.segments.add(what, area.link(mine.pid), area.stat, got.obstacles)
 
 
 def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:

@@ -47,11 +47,16 @@ class Family:
         self.sessions: dict[int, int] = {}
         self._helpers: dict[int, Stub] = {}
         memories: dict[int, TaskMemory] = {}
+        sizes = {}
+        if checkpoint.segments:
+            from firn.resources.files.segments import attached_size
+
+            sizes = {shmid: attached_size(entry) for shmid, entry in checkpoint.segments.items()}
         for process in checkpoint.processes:
             if process.zombie:
                 continue
             parent = memories[process.parent.pid] if process.parent else None
-            memories[process.pid] = TaskMemory(process, checkpoint.images, parent)
+            memories[process.pid] = TaskMemory(process, checkpoint.images, parent, sizes)
             self.tasks.append(RestoredTask(process, memories[process.pid], opener))
         self.by_pid = {task.pid: task for task in self.tasks}
 

@@ -9,7 +9,7 @@ from firn.abi import mman, nr, prctl
 from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
 from firn.resources.base import MEMFD, REG
-from firn.resources.memory import aio, areas, inherit, layout, rebuild
+from firn.resources.memory import aio, areas, attach, inherit, layout, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.tracee import memory
 
@@ -28,14 +28,18 @@ SPARE = 1 << 20
 
 
 class TaskMemory:
-    """The mappings and pages of one process of the checkpoint."""
+    """The mappings and pages of one process of the checkpoint. *segments*: id -> bytes that an attachment covers, of
+    System V segments."""
 
-    def __init__(self, process: Process, images: ImageDir, parent: TaskMemory | None) -> None:
+    def __init__(
+        self, process: Process, images: ImageDir, parent: TaskMemory | None, segments: dict[int, int]
+    ) -> None:
         self.process = process
         self.pid = process.pid
         self.mm = process.mm
         self.vmas: list[dict[str, Any]] = process.mm["vmas"]
         self.parent = parent
+        self.segments = segments
         self.pagemap = PagemapReader(images, "PAGEMAP", self.pid)
         runs = [rebuild.Run(run.vaddr, run.nr_pages * mman.PAGE, run.fd, run.offset) for run in self.pagemap]
         self.pages = sum(run.size for run in runs) // mman.PAGE
@@ -63,7 +67,9 @@ class TaskMemory:
             status = vma["status"]
             if rebuild.is_special(vma):
                 continue
-            if status & (areas.SYSVIPC | areas.SOCKET):
+            if status & areas.SYSVIPC:
+                continue
+            if status & areas.SOCKET:
                 raise RestoreError(f"mapping {vma['start']:#x} is of a kind that is not supported yet")
             if status & areas.MEMFD:
                 found[rebuild.file_key(vma)] = (MEMFD, *rebuild.file_key(vma))
@@ -94,6 +100,9 @@ class TaskMemory:
         table = take_files(program, opener, self.wanted())
         fds = {number: table[opener.open(*key)] for number, key in self.mapped.items()}
         rebuild.plan_maps(program, self.vmas, fds, writable, list(self.inherited.ends.items()))
+        if self.segments:
+            in_use = [*kept, (spare, scratch.data + scratch.size)]
+            attach.plan(program, self.vmas, self.segments, self.inherited.kept, in_use)
         same_exe = self.parent is not None and self.parent.exe == self.exe
         layout.plan(program, self.mm, -1 if same_exe else table[opener.open(*self.exe)])
         page_fds = take_fds(program, sorted({run.fd for run in runs}), max(table.values()) + 1)

@@ -35,6 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from firn.api import RestoreOptions
     from firn.log import Log
+    from firn.resources.files.segments import RestoredSegments
 
 
 class Result:
@@ -56,6 +57,7 @@ class Restore:
         self.log = log
         self.opener: Opener | None = None
         self.family: Family | None = None
+        self.segments: RestoredSegments | None = None
         self.born = False
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
@@ -108,6 +110,11 @@ class Restore:
         self.family = Family(checkpoint, self.opener, self.options)
         self.family.open_files()
         self.opener.remove_temporary()
+        if checkpoint.segments:
+            from firn.resources.files.segments import RestoredSegments
+
+            self.segments = RestoredSegments(self.images)
+            self.segments.prepare(list(checkpoint.segments.values()))
 
     def birth(self) -> None:
         """Make the root task."""
@@ -158,12 +165,17 @@ class Restore:
         if self.options.pidfile:
             write_pidfile(os.path.join(self.options.work_dir, self.options.pidfile), self.checkpoint.root.pid)
         self.opener.succeeded()
+        if self.segments is not None:
+            self.segments.finish()
 
     def resume(self) -> None:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
         for task in tasks:
             task.make_ready()
+        if self.segments is not None:
+            self.segments.succeeded()
+            self.segments.close()
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         if self.opener is not None:
             self.opener.close()
@@ -182,6 +194,8 @@ class Restore:
             self.family.close()
         if self.opener is not None:
             self.opener.close()
+        if self.segments is not None:
+            self.segments.close()
 
 
 def restore(options: RestoreOptions, log: Log) -> Result:

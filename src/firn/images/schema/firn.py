@@ -13,6 +13,7 @@ EXTENSIONS = {
     "mm_entry": "1000 firn firn_mm?",
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
+    "ipc_shm_entry": "1000 firn firn_segment?",
     "inet_sk_entry": "1000 firn firn_inet?",
 }
 """Fields that are added to CRIU's messages."""
@@ -54,6 +55,10 @@ MESSAGES = {
     "firn_ghost": """
         1 atime_ns i64?
         2 mtime_ns i64?
+    """,
+    "firn_segment": """
+        1 boot str?
+        2 outside bool?
     """,
     "firn_inet": """
         1 options firn_option*
