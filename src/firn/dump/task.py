@@ -248,8 +248,7 @@ def _thread_core(
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
     core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
     core["blk_sigset"] = thread.mask
-    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
-    deliverable = bool(pending & ~thread.mask & ~int(status["SigIgn"], 16))
+    deliverable = restart.is_deliverable(status, thread.mask)
     interrupted = restart.save(mine.pid, thread, waiting, deliverable, frozen_at)
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:

@@ -1,4 +1,5 @@
-"""System V shared memory: the workloads, segments that are gone or another one's at the restore, damaged images."""
+"""System V IPC: shared memory that lives on, is gone or another one's at the restore; calls that wait for semaphores,
+messages and the like; damaged images."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import Runner, Target, firn_command
 from test_workloads import test_workload as run_workload
-from workloads.table import Workload
+from workloads.table import AGAIN_WAY, CHECKPOINT_WAYS, PLAIN_WAYS, Workload
 
 from firn.abi import ipc, nr
 from firn.abi.libc import syscall
@@ -18,26 +19,30 @@ from firn.images.store import ImageDir
 from firn.resources.files.segments import look_up
 
 TABLE = [Workload("segments", "kept"), Workload("segments", "marked", once=True)]
+TABLE.append(Workload("interrupts", "calls", once=True, ways=(*PLAIN_WAYS, *CHECKPOINT_WAYS, AGAIN_WAY)))
 OURS = 0x6669
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 
-def ids() -> list[int]:
-    """The segments that the workload made to stay."""
-    lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+def ids(kind: str = "shm") -> list[int]:
+    """The objects that workloads made to stay."""
+    lines = Path("/proc/sysvipc", kind).read_text().splitlines()[1:]
     return [int(words[1]) for words in map(str.split, lines) if int(words[0]) >> 16 == OURS]
 
 
-def remove(shmid: int) -> None:
-    syscall("shmctl", nr.shmctl, shmid, ipc.IPC_RMID, 0)
+def remove(number: int, kind: str = "shm") -> None:
+    # semctl(2) has a further argument, the number of the semaphore.
+    call = {"shm": nr.shmctl, "sem": nr.semctl, "msg": nr.msgctl}[kind]
+    syscall(f"remove {kind} {number}", call, number, *([0] if kind == "sem" else []), ipc.IPC_RMID, 0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    before = ids()
+    before = {kind: ids(kind) for kind in ("shm", "sem", "msg")}
     yield
-    for shmid in set(ids()) - set(before):
-        remove(shmid)
+    for kind, old in before.items():
+        for number in set(ids(kind)) - set(old):
+            remove(number, kind)
 
 
 @pytest.mark.parametrize(
