@@ -26,14 +26,12 @@ from firn.resources.files.watches import Fanotify, Inotify
 
 PLACED = {
     "events": "eventfd signalfd timerfd timerfd-absolute timerfd-ticks timerfd-punctual",
-    "epoll": "ways fired nested closed reused both many waiting",
+    "epoll": "ways fired nested closed reused both merged many waiting",
     "watches": "folder file numbers special unlinked link odd marks mount",
     "pidfd": "self thread dead",
 }
 
 REFUSED = {
-    ("epoll", "merged"): "several targets that are open as descriptor \\d+ only",
-    ("epoll", "lost"): "target \\d+ .* has been closed but lives on",
     ("watches", "unread"): "an inotify instance with 64 bytes of unread events",
     ("watches", "whole"): "watches a whole file system",
     ("watches", "deciding"): "decides about accesses",
@@ -45,10 +43,8 @@ TABLE += [
     Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY))
     for (program, mode), text in REFUSED.items()
 ]
-TABLE += [Workload("events_tree", mode) for mode in ("shared", "inherited", "pidfd")]
-TABLE += [
-    Workload("events_tree", "apart", refused=("but not in process",), ways=(*PLAIN_WAYS, REFUSED_WAY))
-]
+TABLE += [Workload("epoll", mode, once=True) for mode in ("lost", "sent")]
+TABLE += [Workload("events_tree", mode) for mode in ("shared", "inherited", "apart", "pidfd")]
 
 
 @pytest.mark.parametrize(

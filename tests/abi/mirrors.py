@@ -58,6 +58,7 @@ EVENTS = Mirror(
         ),
         "EPOLL_EVENT": ("struct epoll_event", "events data"),
         "EPOLL_SLOT": ("struct kcmp_epoll_slot", "efd tfd toff"),
+        "EPOLL_PARAMS": ("struct epoll_params", "busy_poll_usecs busy_poll_budget prefer_busy_poll -"),
         "FILE_HANDLE": ("struct file_handle", "handle_bytes handle_type"),
     },
     newer={
@@ -65,6 +66,9 @@ EVENTS = Mirror(
         "TFD_IOC_SET_TICKS": ("include/uapi/linux/timerfd.h, Linux 3.17", 1 << 30 | 8 << 16 | ord("T") << 8),
         "INOTIFY_IOC_SETNEXTWD": ("include/uapi/linux/inotify.h, Linux 4.16", 1 << 30 | 4 << 16 | ord("I") << 8),
         "PIDFD_THREAD": ("include/uapi/linux/pidfd.h, Linux 6.9: O_EXCL", 0o200),
+        "EPOLL_PARAMS": ("include/uapi/linux/eventpoll.h, Linux 6.9: __u32, __u16, two __u8", 8),
+        "EPIOCSPARAMS": ("include/uapi/linux/eventpoll.h, Linux 6.9", 1 << 30 | 8 << 16 | 0x8A << 8 | 1),
+        "EPIOCGPARAMS": ("include/uapi/linux/eventpoll.h, Linux 6.9", 2 << 30 | 8 << 16 | 0x8A << 8 | 2),
     },
     own=_names("CLOCK_OF_ALARM"),
 )  # fmt: skip

@@ -147,10 +147,11 @@ class Restore:
             task.make_threads()
         for task in self._family().tasks:
             task.finish_descriptors()
+        assert self.opener is not None
+        self.opener.complete()
         if self.images.exists("FILE_LOCKS"):
             from firn.resources.files import locks
 
-            assert self.opener is not None
             tasks = {task.pid: (task.leader.program, task.descriptors) for task in self._family().tasks}
             locks.restore(self.images, self.opener, tasks)
 

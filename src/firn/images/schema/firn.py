@@ -14,6 +14,8 @@ EXTENSIONS = {
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
     "ipc_shm_entry": "1000 firn firn_segment?",
+    "eventpoll_file_entry": "1000 firn firn_epoll?",
+    "eventpoll_tfd_entry": "1000 firn firn_target?",
     "inet_sk_entry": "1000 firn firn_inet?",
 }
 """Fields that are added to CRIU's messages."""
@@ -59,6 +61,14 @@ MESSAGES = {
     "firn_segment": """
         1 boot str?
         2 outside bool?
+    """,
+    "firn_epoll": """
+        1 params bytes?
+    """,
+    "firn_target": """
+        1 type u32?
+        2 file u32?
+        3 number u32?
     """,
     "firn_inet": """
         1 options firn_option*

@@ -91,6 +91,11 @@ class Opener:
         for kind in self.kinds.values():
             kind.plan_session(program, sid)
 
+    def complete(self) -> None:
+        """What is left to do when all tasks have all their descriptors."""
+        for kind in list(self.kinds.values()):
+            kind.complete()
+
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""
         if kind == MEMFD:
