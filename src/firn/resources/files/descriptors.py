@@ -178,10 +178,8 @@ class Collector:
         message: dict[str, Any] = {"flags": open.flags, "pos": open.position}
         o_path = open.flags & fc.O_PATH
         if link.startswith("/memfd:") and stat.S_ISREG(mode):
-            if o_path:
-                self.context.refuse(open, "is an O_PATH descriptor of a memfd", "close it before the dump")
-                return None
-            message |= {"fown": self._owner(open), "inode_id": self.objects.inode(open.path, open.stat)}
+            owner = NO_OWNER if o_path else self._owner(open)
+            message |= {"fown": owner, "inode_id": self.objects.inode(open.path, open.stat)}
             return self.table.add(base.MEMFD, message), base.MEMFD
         device = stat.S_ISCHR(mode) and open.stat.st_rdev in CHARACTER_DEVICES
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or device
