@@ -142,7 +142,10 @@ PTRACE = Mirror(
     headers=("linux/ptrace.h", "linux/elf.h", "linux/wait.h"),
     prefixes={"": "PTRACE_", "NT_": ""},
     expressions={"WALL": "__WALL", "SYSCALL_INFO_SIZE": "sizeof(struct ptrace_syscall_info)"},
-    newer={"NT_X86_SHSTK": ("include/uapi/linux/elf.h, Linux 6.6", 0x204)},
+    newer={
+        "GET_SYSCALL_USER_DISPATCH_CONFIG": ("include/uapi/linux/ptrace.h, Linux 6.4", 0x4211),
+        "NT_X86_SHSTK": ("include/uapi/linux/elf.h, Linux 6.6", 0x204),
+    },
 )
 
 SCHED = Mirror(
@@ -237,9 +240,17 @@ IPC = Mirror(
         ),
     },
 )
+POLICIES = Mirror(
+    headers=("linux/mempolicy.h", "linux/keyctl.h", "linux/landlock.h", "linux/ptrace.h"),
+    newer={
+        "SYSCALL_USER_DISPATCH_CONFIG": ("include/uapi/linux/ptrace.h, Linux 6.4: four __u64", 32),
+        "IO_BITMAP_BYTES": ("arch/x86/include/asm/processor.h: 65536 bits", 8192),
+    },
+    structs={"SYSCALL_USER_DISPATCH_CONFIG": ("struct ptrace_sud_config", "mode selector offset len")},
+)
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE,
-    "sched": SCHED, "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
+    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "policies": POLICIES, "poll": POLL, "prctl": PRCTL,
+    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

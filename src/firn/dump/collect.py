@@ -83,7 +83,7 @@ def collect(dump: Dump) -> Collected:
         if got.obstacles:
             return got
         for first in range(0, len(got.tasks), _AT_ONCE):
-            running = [Questions(mine) for mine in got.tasks[first : first + _AT_ONCE]]
+            running = [Questions(mine, dump.partners) for mine in got.tasks[first : first + _AT_ONCE]]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
         _identity(tree, got, dump.options.tcp_close)

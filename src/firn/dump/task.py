@@ -12,7 +12,7 @@ import stat as st_mode
 from firn.abi import ptrace as pt
 from firn.errors import Obstacle
 from firn.host import features, procfs
-from firn.resources import cgroups, creds, process, restart, signals, threads, timers
+from firn.resources import cgroups, creds, policies, process, restart, signals, threads, timers
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
@@ -69,6 +69,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _suspend_seccomp(mine)
     _leave_critical_sections(mine)
     _check_label(pid, got.obstacles)
+    policies.look(pid, mine.statuses, got.obstacles)
     maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
     mine.areas = areas.classify(pid, maps, got.obstacles)
     areas.find_backing(pid, mine.areas, got.obstacles)
@@ -171,7 +172,7 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask) -> None:
+    def __init__(self, mine: CollectedTask, partners: policies.Partners) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.pid)
@@ -185,8 +186,12 @@ class Questions:
             (task.leader, self.program, threads.ask(self.program))
         ]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024, status=mine.statuses[thread.tid])
+            own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
+        self.policies = {
+            thread.tid: policies.ask(own, mine.pid, partners.of(mine.statuses[thread.tid]))
+            for thread, own, _ in self.threads
+        }
         for _, own, _ in self.threads:
             own.start()
 
@@ -200,14 +205,20 @@ class Questions:
         tc["timers"] = timers.answer(program, self.timers)
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
+        rare = [
+            policies.answer(own, self.policies[thread.tid], pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
+            for thread, own, _ in self.threads
+        ]
         self._settle_timers()
         tc["signals_s"] = signals.queue(ptrace.pending_signals(pid, shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
             tc["stop_signo"] = stopped
-        for thread, one in zip(mine.task.threads, said, strict=True):
-            mine.cores.append((thread.tid, _thread_core(got, mine, thread, one, waiting, frozen_at)))
+        for thread, one, own in zip(mine.task.threads, said, rare, strict=True):
+            core = _thread_core(got, mine, thread, one, waiting, frozen_at)
+            core["thread_core"]["firn"] |= own
+            mine.cores.append((thread.tid, core))
         tc["blk_sigset"] = mine.task.leader.mask
         mine.cores[0][1]["tc"] = tc
         self._collect_memory(got, answers)

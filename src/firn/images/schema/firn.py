@@ -31,6 +31,11 @@ MESSAGES = {
         7 sched_deadline u64?
         8 sched_period u64?
         9 xsave bytes?
+        10 numa_mode u32?
+        11 numa_nodes bytes?
+        12 speculation u32*
+        13 util_min u32?
+        14 util_max u32?
     """,
     "firn_restart": """
         1 nr u32?
@@ -45,6 +50,7 @@ MESSAGES = {
         5 mce_kill u32?
         6 ksm_merge bool?
         7 tsc u32?
+        8 thp_flags u32?
     """,
     "firn_mm": """
         1 lock_future u32? hex
