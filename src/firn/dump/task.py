@@ -215,9 +215,9 @@ class Questions:
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
             tc["stop_signo"] = stopped
-        for thread, one, own in zip(mine.task.threads, said, rare, strict=True):
+        for thread, one, fields in zip(mine.task.threads, said, rare, strict=True):
             core = _thread_core(got, mine, thread, one, waiting, frozen_at)
-            core["thread_core"]["firn"] |= own
+            core["thread_core"]["firn"] |= fields
             mine.cores.append((thread.tid, core))
         tc["blk_sigset"] = mine.task.leader.mask
         mine.cores[0][1]["tc"] = tc

@@ -63,6 +63,11 @@ MESSAGES = {
     "firn_ghost": """
         1 atime_ns i64?
         2 mtime_ns i64?
+        3 xattrs firn_xattr*
+    """,
+    "firn_xattr": """
+        1 name str?
+        2 value bytes?
     """,
     "firn_segment": """
         1 boot str?

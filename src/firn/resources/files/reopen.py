@@ -2,7 +2,8 @@
 
 Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
 one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
-Unlinked files are made under their old name, opened, and unlinked again; hard links that a dump left (link_remap) are
+Unlinked files are made under their old name, opened, and unlinked again; those that never had a name (O_TMPFILE) are
+made without one, so that they can still be given one (linkat(2)). Hard links that a dump left (link_remap) are
 taken away when the restore has succeeded.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from firn.abi import fcntl as fc
 from firn.errors import ImageError, NotBuilt, RestoreError
@@ -18,7 +20,7 @@ from firn.resources import base
 from firn.resources.base import FIELD, MEMFD, REG
 from firn.resources.files import memfd
 from firn.resources.files.buildid import read_build_id, to_words
-from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
+from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Opener:
         self.remap_links: set[str] = set()
         self._ghosts: dict[int, str] = {}
         self._temporary: list[tuple[str, bool]] = []
+        self._nameless: dict[str, int] = {}
+        self._gone = 0
 
     def message(self, kind: int, number: int) -> dict[str, Any]:
         """The message of file *number*; ImageError if it is not there or of another kind."""
@@ -113,7 +117,8 @@ class Opener:
         if key not in self.fds:
             message = self.message(kind, number)
             if mode != AS_RECORDED:
-                message = {**message, "flags": message["flags"] & ~fc.O_ACCMODE | mode & fc.O_ACCMODE, "pos": 0}
+                kept = message["flags"] & ~(fc.O_ACCMODE | TMPFILE_BIT)
+                message = {**message, "flags": kept | mode & fc.O_ACCMODE, "pos": 0}
             if kind == MEMFD:
                 self.fds[key] = self._open_memfd(message)
             elif kind == REG:
@@ -133,6 +138,8 @@ class Opener:
         if remap is not None:
             remapped = self._remap(number, name, remap)
         path = self._ghosts.get(number, name)
+        if message["flags"] & TMPFILE_BIT and path in self._nameless:
+            return _at_position(self._nameless.pop(path), name, message["pos"])
         flags = message["flags"] & ~_NOT_FOR_OPEN | fc.O_CLOEXEC | fc.O_NOCTTY
         if stat.S_ISLNK(message.get("mode", 0)):
             flags |= fc.O_PATH | fc.O_NOFOLLOW
@@ -145,13 +152,7 @@ class Opener:
             raise RestoreError(f"{name} cannot be opened: {why}", "put the file back") from None
         if not remapped:
             self._validate(fd, message)
-        position = message["pos"]
-        if position != NO_SEEK and position and not flags & fc.O_PATH:
-            try:
-                os.lseek(fd, position, os.SEEK_SET)
-            except (OSError, OverflowError) as error:
-                raise RestoreError(f"{name}: cannot go to position {position}: {error}") from None
-        return fd
+        return fd if flags & fc.O_PATH else _at_position(fd, name, message["pos"])
 
     def _validate(self, fd: int, message: dict[str, Any]) -> None:
         name = message["name"]
@@ -193,6 +194,9 @@ class Opener:
         if kind == GHOST:
             self._ghosts[number] = self._make_ghost(name, target)
             return True
+        if kind == PROCFS:
+            self._ghosts[number] = self._name_of_gone(name)
+            return True
         if kind == LINKED:
             link = self.message(REG, target)["name"]
             self.remap_links.add(link)
@@ -206,7 +210,21 @@ class Opener:
                 raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
             self._temporary.append((name, False))
             return True
-        raise NotBuilt(f"{name} belongs to a dead process, which is not supported yet")
+        raise ImageError(f"remap-fpath image: file {number} has the unknown type {kind}")
+
+    def _name_of_gone(self, name: str) -> str:
+        """The name in /proc of a process of ours that takes the place of one that is gone, until the file is open."""
+        parts = name.split("/")
+        if parts[1] != "proc" or len(parts) < 3 or ".." in parts:
+            raise ImageError(f"remap-fpath image: {name} is no file of a process")
+        if not self._gone:
+            self._gone = os.fork()
+            if not self._gone:
+                _sleep_for_good()
+        for index in (2, 4):
+            if len(parts) > index and parts[index].isdigit():
+                parts[index] = str(self._gone)
+        return "/".join(parts)
 
     def _make_parents(self, name: str) -> None:
         """Directories on the way that are gone too; taken away again with the file."""
@@ -226,7 +244,8 @@ class Opener:
         if not self.images.exists("GHOST_FILE", number):
             raise ImageError(f"ghost-file-{number:x}.img is not there")
         self._make_parents(name)
-        path = name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
+        nameless = self._make_nameless(name, number)
+        path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
         entries = self.images.read_with_payload("GHOST_FILE", number)
         entry = entries[0][0]
         try:
@@ -235,12 +254,32 @@ class Opener:
             raise RestoreError(f"{path} is in the way of an unlinked file", "move it away") from None
         except OSError as error:
             raise RestoreError(f"unlinked file {path} cannot be made: {os.strerror(error.errno or 0)}") from error
-        self._temporary.append((path, stat.S_ISDIR(entry["mode"])))
+        if not nameless:
+            self._temporary.append((path, stat.S_ISDIR(entry["mode"])))
         self._ghosts[key] = path
+        return path
+
+    def _make_nameless(self, name: str, ghost: int) -> str:
+        """The path of a new file without a name for a ghost whose description says O_TMPFILE, else ""."""
+        made = [self.files[REG, remap["orig_id"]]["reg"]["flags"] for remap in self.remaps.values()
+                if remap["remap_id"] == ghost and (REG, remap["orig_id"]) in self.files]  # fmt: skip
+        flags = next((flags for flags in made if flags & TMPFILE_BIT and flags & fc.O_ACCMODE), 0)
+        if not flags:
+            return ""
+        try:
+            fd = os.open(os.path.dirname(name), flags & ~fc.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return ""  # a file system without such files
+        path = f"/proc/self/fd/{fd}"
+        self._nameless[path] = fd
         return path
 
     def remove_temporary(self) -> None:
         """Unlink what was made only to be opened."""
+        if self._gone:
+            os.kill(self._gone, 9)
+            os.waitpid(self._gone, 0)
+            self._gone = 0
         while self._temporary:
             path, directory = self._temporary.pop()
             try:
@@ -296,6 +335,23 @@ class Opener:
         for made in self.objects.values():
             os.close(made.fd)
         self.objects.clear()
+        while self._nameless:
+            os.close(self._nameless.popitem()[1])
+
+
+def _at_position(fd: int, name: str, position: int) -> int:
+    """*fd*, at *position*."""
+    if position != NO_SEEK and position:
+        try:
+            os.lseek(fd, position, os.SEEK_SET)
+        except (OSError, OverflowError) as error:
+            raise RestoreError(f"{name}: cannot go to position {position}: {error}") from None
+    return fd
+
+
+def _sleep_for_good() -> None:
+    while True:
+        time.sleep(3600)
 
 
 def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], PayloadRef]]) -> None:
@@ -307,7 +363,8 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
     elif stat.S_ISFIFO(mode):
         os.mkfifo(path, 0o600)
     elif stat.S_ISREG(mode):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        new = 0 if path.startswith("/proc/self/fd/") else os.O_CREAT | os.O_EXCL
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | new, 0o600)
         try:
             if entry.get("chunks"):
                 for chunk, part in entries[1:]:
@@ -322,6 +379,8 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
     os.chown(path, entry["uid"], entry["gid"])
     os.chmod(path, mode & 0o7777)
     own = entry.get("firn", {})
+    for xattr in own.get("xattrs", []):
+        os.setxattr(path, xattr.get("name", ""), xattr.get("value", b""))
     if "atime_ns" in own and "mtime_ns" in own:
         os.utime(path, ns=(own["atime_ns"], own["mtime_ns"]))
     elif "atim" in entry and "mtim" in entry:
