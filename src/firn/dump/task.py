@@ -16,7 +16,7 @@ from firn.resources import cgroups, creds, policies, process, restart, signals, 
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
-from firn.resources.memory import aio, areas, layout, pkeys
+from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
 
@@ -220,6 +220,7 @@ class Questions:
             core = _thread_core(got, mine, thread, one, waiting, frozen_at)
             core["thread_core"]["firn"] |= fields
             mine.cores.append((thread.tid, core))
+        numa.collect(pid, mine.areas, (rare[0].get("numa_mode", 0), rare[0].get("numa_nodes", b"")))
         tc["blk_sigset"] = mine.task.leader.mask
         mine.cores[0][1]["tc"] = tc
         self._collect_memory(got, answers)

@@ -9,7 +9,7 @@ from firn.abi import mman, nr, prctl
 from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
 from firn.resources.base import MEMFD, REG
-from firn.resources.memory import aio, areas, attach, inherit, layout, pkeys, rebuild
+from firn.resources.memory import aio, areas, attach, inherit, layout, numa, pkeys, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.tracee import memory
 
@@ -107,6 +107,7 @@ class TaskMemory:
         if self.segments:
             in_use = [*kept, (spare, scratch.data + scratch.size)]
             attach.plan(program, self.vmas, self.segments, self.inherited.kept, in_use)
+        numa.plan(program, self.vmas)
         same_exe = self.parent is not None and self.parent.exe == self.exe
         layout.plan(program, self.mm, -1 if same_exe else table[opener.open(*self.exe)])
         page_fds = take_fds(program, sorted({run.fd for run in runs}), max(table.values()) + 1)

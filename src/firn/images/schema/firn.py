@@ -61,6 +61,8 @@ MESSAGES = {
         2 anon_name str?
         3 account bool?
         4 pkey u32?
+        5 numa_mode u32?
+        6 numa_nodes bytes?
     """,
     "firn_ghost": """
         1 atime_ns i64?

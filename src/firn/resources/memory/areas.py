@@ -35,10 +35,11 @@ class Area:
     """A mapping and what it is.
 
     ``kind`` is one of anon, heap, file, shmem, sysv, aio, vdso, vvar, vsyscall; ``stat`` is that of the mapped object,
-    ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id (sysv: the segment's), where there is one.
+    ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id (sysv: the segment's), where there is one;
+    ``numa`` is (mode, nodes) of a NUMA policy of its own.
     """
 
-    __slots__ = ("kind", "map", "mode", "shmid", "stat")
+    __slots__ = ("kind", "map", "mode", "numa", "shmid", "stat")
 
     def __init__(self, map: Map, kind: str) -> None:
         self.map = map
@@ -46,6 +47,7 @@ class Area:
         self.mode = 0
         self.stat: os.stat_result | None = None
         self.shmid = 0
+        self.numa: tuple[int, bytes] | None = None
 
     @property
     def has_pages(self) -> bool:
@@ -172,6 +174,8 @@ def build_entry(area: Area) -> dict[str, Any]:
         extra["sealed"] = True
     if m.name.startswith("[anon:") or m.name.startswith("[anon_shmem:"):
         extra["anon_name"] = m.name[m.name.index(":") + 1 : -1]
+    if area.numa is not None:
+        extra["numa_mode"], extra["numa_nodes"] = area.numa
     if extra:
         entry["firn"] = extra
     return entry
