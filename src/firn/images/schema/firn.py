@@ -16,6 +16,7 @@ EXTENSIONS = {
     "ipc_shm_entry": "1000 firn firn_segment?",
     "eventpoll_file_entry": "1000 firn firn_epoll?",
     "eventpoll_tfd_entry": "1000 firn firn_target?",
+    "timerfd_entry": "1000 firn firn_timerfd?",
     "inet_sk_entry": "1000 firn firn_inet?",
 }
 """Fields that are added to CRIU's messages."""
@@ -76,6 +77,9 @@ MESSAGES = {
     "firn_segment": """
         1 boot str?
         2 outside bool?
+    """,
+    "firn_timerfd": """
+        1 deadline_ns u64?
     """,
     "firn_epoll": """
         1 params bytes?
