@@ -245,7 +245,6 @@ POLICIES = Mirror(
     newer={
         "SYSCALL_USER_DISPATCH_CONFIG": ("include/uapi/linux/ptrace.h, Linux 6.4: four __u64", 32),
         "MPOL_WEIGHTED_INTERLEAVE": ("include/uapi/linux/mempolicy.h, Linux 6.9", 6),
-        "IO_BITMAP_BYTES": ("arch/x86/include/asm/processor.h: 65536 bits", 8192),
     },
     structs={"SYSCALL_USER_DISPATCH_CONFIG": ("struct ptrace_sud_config", "mode selector offset len")},
 )

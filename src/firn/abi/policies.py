@@ -1,5 +1,4 @@
-"""Rarely used interfaces. Source: include/uapi/linux/{mempolicy,keyctl,landlock}.h, include/uapi/linux/ptrace.h, and
-arch/x86/include/asm/processor.h for the size of the I/O bitmap."""
+"""Rarely used interfaces. Source: include/uapi/linux/{mempolicy,keyctl,landlock,ptrace}.h."""
 
 from __future__ import annotations
 
@@ -21,4 +20,3 @@ KEY_SPEC_PROCESS_KEYRING = -2
 LANDLOCK_CREATE_RULESET_VERSION = 1
 SYSCALL_USER_DISPATCH_CONFIG = struct.Struct("<4Q")
 """struct ptrace_sud_config: mode, selector, offset, len (Linux 6.4)."""
-IO_BITMAP_BYTES = 8192

@@ -25,7 +25,6 @@ from firn.abi import policies as pol
 from firn.abi import ptrace as pt
 from firn.abi.libc import address_of, syscall
 from firn.errors import Obstacle
-from firn.tracee import ptrace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,31 +114,37 @@ def look(pid: int, statuses: dict[int, dict[str, str]], obstacles: list[Obstacle
             obstacles.append(Obstacle(f"process {pid}: thread {tid}", reason, help))
 
 
+_absent: set[int] = set()
+"""What this kernel or machine has not; nobody is asked about it twice."""
+
+
 def _obstacles(tid: int, status: dict[str, str]) -> list[tuple[str, str]]:
     found = []
     config = bytearray(pol.SYSCALL_USER_DISPATCH_CONFIG.size)
-    if _succeeds(pt.GET_SYSCALL_USER_DISPATCH_CONFIG, tid, len(config), address_of(config)) and any(config[:8]):
+    get_dispatch = pt.GET_SYSCALL_USER_DISPATCH_CONFIG
+    if _told(nr.ptrace, get_dispatch, tid, len(config), address_of(config)) and any(config[:8]):
         found.append(("has syscall user dispatch, which a dump would run into", "turn it off for the dump (prctl)"))
-    ports = bytearray(pol.IO_BITMAP_BYTES)
+    ports = bytearray(8)
     vector = bytearray(address_of(ports).to_bytes(8, "little") + len(ports).to_bytes(8, "little"))
-    if _succeeds(pt.GETREGSET, tid, pt.NT_386_IOPERM, address_of(vector)):
+    if _told(nr.ptrace, pt.GETREGSET, tid, pt.NT_386_IOPERM, address_of(vector)):
         found.append(("has rights to I/O ports (ioperm), which images cannot hold", "give them back for the dump"))
     if int(status.get("untag_mask", "0xffffffffffffffff"), 16) != 0xFFFFFFFFFFFFFFFF:
         found.append(("uses tagged addresses (LAM), which images cannot hold", "run it without"))
     cookie = bytearray(8)
-    try:
-        syscall("core scheduling", nr.prctl, prctl.SCHED_CORE, prctl.SCHED_CORE_GET, tid, 0, address_of(cookie))
-    except OSError:
-        pass  # the kernel or the machine has none
-    if any(cookie):
+    if _told(nr.prctl, prctl.SCHED_CORE, prctl.SCHED_CORE_GET, tid, 0, address_of(cookie)) and any(cookie):
         found.append(("has a core-scheduling cookie, which images cannot hold", "start it without (coresched)"))
     return found
 
 
-def _succeeds(code: int, tid: int, addr: int, data: int) -> bool:
+def _told(number: int, code: int, *args: int) -> bool:
+    """Whether the call tells anything; *code* is its first argument."""
+    if code in _absent:
+        return False
     try:
-        ptrace.request("look", code, tid, addr, data)
-    except OSError:
+        syscall("look", number, code, *args)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # that it is off
+            _absent.add(code)
         return False
     return True
 
