@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _WORD = (1 << 64) - 1
 _NOBODYS = (1 << 31) - 1
 """The number of a target that the instance's owner does not have open: none that anybody can have."""
+_LAST_STANDARD = 2
+"""Our own streams may be the target's too, but they are no queued descriptors."""
 
 
 class Epoll(Kind):
@@ -90,12 +92,12 @@ class Epoll(Kind):
 
     def complete(self) -> None:
         """Add the targets that no task can add by its own numbers."""
-        for number, message in self._made.items():
+        for number, message in list(self._made.items()):
             targets = message.get("tfd", [])
             if not _is_foreign(message) or not targets:
                 continue
-            files = [self._context.open(target["firn"].get("type", 0), target["firn"].get("file", 0))
-                     for target in targets]  # fmt: skip
+            places = [target.get("firn", {}) for target in targets]
+            files = [self._context.open(place.get("type", 0), place.get("file", 0)) for place in places]
             instance = self._context.open(EVENTPOLL, number)
             child = os.fork()
             if not child:
@@ -168,7 +170,7 @@ def _is_foreign(message: dict[str, Any]) -> bool:
 
 def _add_all(instance: int, targets: list[dict[str, Any]], files: list[int]) -> int:
     """In a child of ours: add *targets*, which are *files*, to *instance*; 0 or an errno. See :meth:`Epoll._disarm`."""
-    numbers = [target["firn"].get("number", 0) for target in targets]
+    numbers = [target.get("firn", {}).get("number", 0) for target in targets]
     above = max(*numbers, *files, instance) + 1
     event = bytearray(ev.EPOLL_EVENT.size)
 
@@ -292,6 +294,8 @@ class _Search:
         *owner*. What waits in the queues of sockets, we have open ourselves."""
         for pid in (owner, *(pid for pid in (*self.pids, os.getpid()) if pid != owner)):
             candidates = self._by_inode(pid).get(inode, [])
+            if pid == os.getpid():
+                candidates = [fd for fd in candidates if fd > _LAST_STANDARD]
             if number in candidates:
                 candidates = [number, *candidates]
             for fd in candidates:

@@ -93,7 +93,7 @@ class PathFinder:
     def _remap(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
         if not name.startswith("/"):
             self.obstacles.append(Obstacle(what, f"the path {name!r} leads out of its root"))
-        elif st.st_dev == os.stat("/proc").st_dev and name.split("/")[2].isdigit():
+        elif name.startswith("/proc/") and name.split("/")[2].isdigit() and st.st_dev == os.stat("/proc").st_dev:
             self.remaps.append({"orig_id": number, "remap_id": int(name.split("/")[2]), "remap_type": PROCFS})
         elif stat.S_ISREG(st.st_mode) and st.st_nlink > 0:
             self._keep_link(what, link, name, st, number)

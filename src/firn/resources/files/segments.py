@@ -73,7 +73,7 @@ class DumpedSegments:
             self.attached[shmid][0] += 1
             return shmid
         found = look_up(shmid)
-        if found is None:
+        if found is None or st.st_size < found["size"]:
             reason = "is memory of a System V segment that is none of this IPC namespace"
             obstacles.append(Obstacle(what, reason, "unmap it first"))
             return shmid
@@ -111,12 +111,12 @@ class DumpedSegments:
 class Segment:
     """A segment that the restore has attached at ``address`` of our own memory."""
 
-    __slots__ = ("address", "created", "entry", "id", "refill")
+    __slots__ = ("address", "created", "entry", "id", "marked", "refill")
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self.entry = entry
         self.id: int = entry["desc"]["id"]
-        self.created = self.refill = False
+        self.created = self.marked = self.refill = False
         self.address = 0
 
     @property
@@ -203,6 +203,7 @@ class Segment:
             _control(self.id, ipc.SHM_LOCK)
         if self.mode & ipc.SHM_DEST:
             _control(self.id, ipc.IPC_RMID)
+            self.marked = True
 
     def fill(self, images: ImageDir) -> None:
         """Give it the contents of the checkpoint."""
@@ -223,7 +224,7 @@ class Segment:
 
     def undo(self) -> None:
         """Remove it if it is ours."""
-        if self.created and not self.mode & ipc.SHM_DEST:
+        if self.created and not self.marked:
             _control(self.id, ipc.IPC_RMID)
         self.created = False
 
