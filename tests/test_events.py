@@ -20,6 +20,7 @@ from firn.errors import FirnError, ImageError
 from firn.resources import base
 from firn.resources.files.epoll import Epoll
 from firn.resources.files.events import EventFd, TimerFd
+from firn.resources.files.external import Inherited
 from firn.resources.files.handles import Finder, to_entry
 from firn.resources.files.paths import kernel_dev
 from firn.resources.files.pidfd import PidFd
@@ -28,12 +29,11 @@ from firn.resources.files.watches import Fanotify, Inotify
 PLACED = {
     "events": "eventfd signalfd timerfd timerfd-absolute timerfd-ticks timerfd-punctual",
     "epoll": "ways fired nested closed reused both merged many waiting",
-    "watches": "folder file numbers special unlinked link odd marks mount",
+    "watches": "folder file numbers special unlinked link odd unread lost marks mount",
     "pidfd": "self thread dead",
 }
 
 REFUSED = {
-    ("watches", "unread"): "an inotify instance with 64 bytes of unread events",
     ("watches", "whole"): "watches a whole file system",
     ("watches", "deciding"): "decides about accesses",
     ("pidfd", "outside"): "is a pidfd of process \\d+",
@@ -44,6 +44,7 @@ TABLE += [
     Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY))
     for (program, mode), text in REFUSED.items()
 ]
+TABLE += [Workload("watches", "lost-fid", ways=(*PLAIN_WAYS, "dump"))]
 TABLE += [Workload("epoll", mode, once=True) for mode in ("lost", "sent")]
 TABLE += [Workload("events_tree", mode) for mode in ("shared", "inherited", "apart", "pidfd")]
 
@@ -70,7 +71,7 @@ def restore_context(**files: dict[str, Any]) -> base.RestoreContext:
     entries = {(base.PIDFD, int(name[1:])): {"pidfd": message} for name, message in files.items()}
     unused: Any = None
     images: Any = Images()
-    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused)
+    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused, Inherited([]))
 
 
 def timer(**changes: int) -> dict[str, int]:
@@ -162,7 +163,7 @@ def test_a_file_without_a_handle_is_searched_for(tmp_path: Path) -> None:
     wanted.write_text("")
     st = wanted.stat()
     unused: Any = None
-    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)])
+    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)], force_irmap=True)
     finder = Finder(base.DumpContext([], options, [os.getpid()], unused, unused, unused))
     assert finder.find(os.getpid(), kernel_dev(st.st_dev), st.st_ino, to_entry({}, "")) == str(wanted)
 
@@ -202,9 +203,17 @@ WANTED = {
     "EPOLL_SLOT.size": "sizeof(struct kcmp_epoll_slot)",
     "IN_USER_MASK": "(unsigned)(IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT)",
     "IN_DONT_FOLLOW": "IN_DONT_FOLLOW",
+    "IN_MODIFY": "IN_MODIFY",
+    "IN_ATTRIB": "IN_ATTRIB",
     "INOTIFY_IOC_SETNEXTWD": "_IOW('I', 0, int)",
     "FAN_CLOEXEC": "FAN_CLOEXEC",
     "FAN_NONBLOCK": "FAN_NONBLOCK",
+    "FAN_UNLIMITED_QUEUE": "FAN_UNLIMITED_QUEUE",
+    "FAN_REPORT_PIDFD": "FAN_REPORT_PIDFD",
+    "FAN_CLOSE_WRITE": "FAN_CLOSE_WRITE",
+    "FAN_EVENT_ON_CHILD": "FAN_EVENT_ON_CHILD",
+    "FAN_MARK_REMOVE": "FAN_MARK_REMOVE",
+    "FANOTIFY_EVENT.size": "sizeof(struct fanotify_event_metadata)",
     "FAN_MARK_ADD": "FAN_MARK_ADD",
     "FAN_MARK_DONT_FOLLOW": "FAN_MARK_DONT_FOLLOW",
     "FAN_MARK_MOUNT": "FAN_MARK_MOUNT",
@@ -236,8 +245,8 @@ def test_constants_are_the_headers(tmp_path: Path) -> None:
 def test_a_target_under_a_number_of_its_own() -> None:
     """A child of ours adds it, so that our own descriptors stay what they are."""
     opened: dict[tuple[int, int], int] = {}
-    unused: Any = None
-    context = base.RestoreContext(unused, None, [os.getpid()], {}, unused, lambda kind, number: opened[kind, number])
+    context = restore_context()
+    context.open = lambda kind, number: opened[kind, number]
     epoll, before = Epoll(), os.listdir("/proc/self/fd")
     target = {"tfd": 0, "events": 1, "data": 5, "firn": {"type": base.EVENTFD, "file": 2, "number": 700}}
     message = {"id": 1, "flags": 0, "tfd": [target]}

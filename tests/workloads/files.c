@@ -3,7 +3,6 @@
 
 #include <dirent.h>
 #include <signal.h>
-#include <sys/wait.h>
 
 /* What the kernel adds to the flags of every file that a 64-bit program opens; O_LARGEFILE is 0 there. */
 enum { BYTES = 65536, KERNEL_LARGEFILE = 0100000 };
@@ -258,36 +257,6 @@ static void devices_harm(void)
 	dup2(fds[0], fds[2]);
 }
 
-/* Files of a process that is gone: nothing can be read any more. */
-static void proc_gone_set(void)
-{
-	char path[64], text[64];
-	pid_t child = fork();
-	NEED(child >= 0);
-	while (!child)
-		pause();
-	snprintf(path, sizeof path, "/proc/%d/task/%d/status", child, child);
-	fds[0] = open(path, O_RDONLY);
-	snprintf(path, sizeof path, "/proc/%d", child);
-	fds[1] = open(path, O_RDONLY | O_DIRECTORY);
-	NEED(fds[0] >= 0 && fds[1] >= 0 && !kill(child, SIGKILL) && waitpid(child, NULL, 0) == child);
-	NEED(read(fds[0], text, sizeof text) == -1 && errno == ESRCH);
-}
-
-static int proc_gone_check(void)
-{
-	char text[64];
-	CHECK(read(fds[0], text, sizeof text) == -1 && errno == ESRCH);
-	CHECK(openat(fds[1], "status", O_RDONLY) == -1 && (errno == ENOENT || errno == ESRCH));
-	return 1;
-}
-
-static void proc_gone_harm(void)
-{
-	dup2(open("/proc/self/status", O_RDONLY), fds[0]);
-}
-
-
 /* Files of /proc/self: after the restore they must show this process, not whoever opened them. */
 static void proc_set(void)
 {
@@ -370,7 +339,6 @@ WORKLOAD(
 	{"dup", dup_set, dup_check, dup_harm},
 	{"cloexec", cloexec_set, cloexec_check, cloexec_harm},
 	{"devices", devices_set, devices_check, devices_harm},
-	{"proc-gone", proc_gone_set, proc_gone_check, proc_gone_harm},
 	{"proc", proc_set, proc_check, proc_harm},
 	{"owner", owner_set, owner_check, owner_harm},
 )

@@ -105,8 +105,6 @@ TABLE: list[Workload] = [
     *_all("identity", "limits umask cwd cwd-deleted chroot session loginuid"),
     *_all("seccomp", "strict one stacked tsync threads"),
     *_all("files", "positions append path path-link directory dup cloexec devices proc owner"),
-    # Its numbers are those of another process that is gone.
-    Workload("files", "proc-gone", unlike=(r"fd\.\d+.*",)),
     *_all("ghosts", "ghost sparse two folder"),
     # It is called by its inode number.
     Workload("ghosts", "nameless", once=True, unlike=(r"fd\.\d+",)),

@@ -3,7 +3,8 @@
 Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
 one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
 Unlinked files are made under their old name, opened, and unlinked again; those that never had a name (O_TMPFILE) are
-made without one, so that they can still be given one (linkat(2)). Hard links that a dump left (link_remap) are
+made without one, so that they can still be given one (linkat(2)); files of dead processes are opened while a
+helper stands in for the process; hard links that a dump left (link_remap) are
 taken away when the restore has succeeded.
 """
 
@@ -12,18 +13,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 
 from firn.abi import fcntl as fc
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.resources import base
 from firn.resources.base import FIELD, MEMFD, REG
-from firn.resources.files import memfd
+from firn.resources.files import external, memfd
 from firn.resources.files.buildid import read_build_id, to_words
-from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS
+from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS, process_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.api import RestoreOptions
@@ -53,6 +54,8 @@ class Opener:
         memfds: dict[int, dict[str, Any]],
         pids: list[int],
         options: RestoreOptions,
+        warn: Callable[[str], object],
+        stand_in: Callable[[int], object],
     ) -> None:
         self.images = images
         self.files = files
@@ -62,14 +65,18 @@ class Opener:
         self.validation = options.file_validation
         self.check_mode = not options.skip_file_rwx_check
         self.kinds: dict[int, base.Kind] = {}
-        self.context = base.RestoreContext(images, options, pids, files, self.message, self.open)
+        self.inherited = external.Inherited(options.inherit_fd)
+        self.context = base.RestoreContext(
+            images, options, pids, files, self.message, self.open, self.inherited, warn
+        )
         self.fds: dict[tuple[int, int, int], int] = {}
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
+        self.stand_in = stand_in
+        self.stand_ins: set[int] = set()
         self._ghosts: dict[int, str] = {}
         self._temporary: list[tuple[str, bool]] = []
         self._nameless: dict[str, int] = {}
-        self._gone = 0
 
     def message(self, kind: int, number: int) -> dict[str, Any]:
         """The message of file *number*; ImageError if it is not there or of another kind."""
@@ -102,11 +109,13 @@ class Opener:
 
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""
-        if kind == MEMFD:
+        if kind == MEMFD or self._inherit_key(kind, number):
             return False
         if kind != REG:
             message = self.message(kind, number)
             return self.kind(kind).is_late(message, self.context)
+        if self.remaps.get(number, {}).get("remap_type") == PROCFS:
+            return False
         name = self.message(kind, number)["name"]
         return name.startswith(self.own_proc) or name + "/" in self.own_proc
 
@@ -119,7 +128,10 @@ class Opener:
             if mode != AS_RECORDED:
                 kept = message["flags"] & ~(fc.O_ACCMODE | TMPFILE_BIT)
                 message = {**message, "flags": kept | mode & fc.O_ACCMODE, "pos": 0}
-            if kind == MEMFD:
+            inherited = self._inherit_key(kind, number) if mode == AS_RECORDED else ""
+            if inherited:
+                self.fds[key] = self.inherited.open(inherited, kind, message)
+            elif kind == MEMFD:
                 self.fds[key] = self._open_memfd(message)
             elif kind == REG:
                 self.fds[key] = self._open_reg(number, message)
@@ -127,10 +139,21 @@ class Opener:
                 self.fds[key] = self.kind(kind).open(number, message, self.context)
         return self.fds[key]
 
+    def _inherit_key(self, kind: int, number: int) -> str:
+        """The key under which file *number* is inherited; empty if it is not."""
+        if not self.inherited:
+            return ""
+        message = self.message(kind, number)
+        memory = self.memfds.get(message["inode_id"], {}).get("name", "") if kind == MEMFD else ""
+        key = external.inherit_key(kind, message, memory)
+        return key if key in self.inherited else ""
+
     # -- regular files -----------------------------------------------------------------------------------------------
 
     def _open_reg(self, number: int, message: dict[str, Any]) -> int:
         name = message["name"]
+        if external.is_external(message):
+            raise external.not_supplied(message)
         if not name.startswith("/") or "\0" in name:
             raise ImageError(f"files image: file {number} has no absolute name ({name!r})")
         remap = self.remaps.get(number)
@@ -166,6 +189,10 @@ class Opener:
                     f"{name} was changed since the dump: mode {there:o} instead of {wanted:o}",
                     "put the file back, or use --skip-file-rwx-check if only its permissions differ",
                 )
+        device = message.get("firn", {}).get("rdev", st.st_rdev)
+        if st.st_rdev != device:
+            numbers = [f"{os.major(each)}:{os.minor(each)}" for each in (st.st_rdev, device)]
+            raise RestoreError(f"{name} is the device {numbers[0]} now, instead of {numbers[1]}", "put it back")
         if "size" not in message or not stat.S_ISREG(st.st_mode) or name.startswith("/proc/"):
             return
         if message["flags"] & fc.O_ACCMODE == fc.O_WRONLY and message["flags"] & fc.O_APPEND:
@@ -194,9 +221,6 @@ class Opener:
         if kind == GHOST:
             self._ghosts[number] = self._make_ghost(name, target)
             return True
-        if kind == PROCFS:
-            self._ghosts[number] = self._name_of_gone(name)
-            return True
         if kind == LINKED:
             link = self.message(REG, target)["name"]
             self.remap_links.add(link)
@@ -210,21 +234,12 @@ class Opener:
                 raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
             self._temporary.append((name, False))
             return True
-        raise ImageError(f"remap-fpath image: file {number} has the unknown type {kind}")
-
-    def _name_of_gone(self, name: str) -> str:
-        """The name in /proc of a process of ours that takes the place of one that is gone, until the file is open."""
-        parts = name.split("/")
-        if parts[1] != "proc" or len(parts) < 3 or ".." in parts:
-            raise ImageError(f"remap-fpath image: {name} is no file of a process")
-        if not self._gone:
-            self._gone = os.fork()
-            if not self._gone:
-                _sleep_for_good()
-        for index in (2, 4):
-            if len(parts) > index and parts[index].isdigit():
-                parts[index] = str(self._gone)
-        return "/".join(parts)
+        if kind != PROCFS or process_of(name) != target:
+            raise ImageError(f"remap-fpath.img: {name} cannot be of process {target}")
+        if target not in self.stand_ins:
+            self.stand_in(target)
+            self.stand_ins.add(target)
+        return False
 
     def _make_parents(self, name: str) -> None:
         """Directories on the way that are gone too; taken away again with the file."""
@@ -275,11 +290,7 @@ class Opener:
         return path
 
     def remove_temporary(self) -> None:
-        """Unlink what was made only to be opened."""
-        if self._gone:
-            os.kill(self._gone, 9)
-            os.waitpid(self._gone, 0)
-            self._gone = 0
+        """Unlink what was made only to be opened. (Who made the stand-ins of dead processes ends them.)"""
         while self._temporary:
             path, directory = self._temporary.pop()
             try:
@@ -305,7 +316,12 @@ class Opener:
             entry = self.memfds.get(inode_id)
             if entry is None:
                 raise ImageError(f"memfd.img has no inode {inode_id}")
-            found = self.objects[inode_id] = memfd.restore(entry, self.images)
+            key = f"/memfd:{entry['name']}"
+            if key in self.inherited:
+                found = memfd.RestoredObject({**entry, "seals": memfd.F_SEAL_SEAL}, self.inherited.take(key))
+            else:
+                found = memfd.restore(entry, self.images)
+            self.objects[inode_id] = found
         return found
 
     def _open_memfd(self, message: dict[str, Any]) -> int:
@@ -347,11 +363,6 @@ def _at_position(fd: int, name: str, position: int) -> int:
         except (OSError, OverflowError) as error:
             raise RestoreError(f"{name}: cannot go to position {position}: {error}") from None
     return fd
-
-
-def _sleep_for_good() -> None:
-    while True:
-        time.sleep(3600)
 
 
 def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], PayloadRef]]) -> None:
