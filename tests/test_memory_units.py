@@ -25,7 +25,7 @@ from firn.errors import RestoreError
 from firn.host import features, procfs
 from firn.images.pages import PagemapReader
 from firn.images.store import ImageDir
-from firn.resources.memory import areas, copyout, inherit, pagelist, rebuild, vdso
+from firn.resources.memory import areas, copyout, inherit, numa, pagelist, rebuild, vdso
 
 PAGE = mman.PAGE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -499,3 +499,18 @@ def test_the_xsave_layout(tmp_path: Path) -> None:
     assert all(at + size <= following for (at, size), (following, _) in pairwise(parts))
     if " avx " in Path("/proc/cpuinfo").read_text():
         assert layout[2] == (576, 256), "the upper halves of ymm (Intel SDM vol. 1, 13.4.3)"
+
+
+@pytest.mark.parametrize(
+    ("line", "policy"),
+    [
+        ("default file=/usr/bin/head mapped=2 N0=2", (0, b"")),
+        ("bind=static:0 anon=128 N0=128", (2 | 1 << 15, b"\x01")),
+        ("prefer (many):0,9-10 anon=1", (5, b"\x01\x06")),
+        ("weighted interleave=relative|balancing:1-3", (6 | 1 << 14 | 1 << 13, b"\x0e")),
+        ("local", (4, b"")),
+        ("unheard of:5", (0, b"")),
+    ],
+)
+def test_a_numa_policy_is_read(line: str, policy: tuple[int, bytes]) -> None:
+    assert numa.parse(line) == policy

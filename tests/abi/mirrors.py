@@ -58,6 +58,7 @@ EVENTS = Mirror(
         ),
         "EPOLL_EVENT": ("struct epoll_event", "events data"),
         "EPOLL_SLOT": ("struct kcmp_epoll_slot", "efd tfd toff"),
+        "EPOLL_PARAMS": ("struct epoll_params", "busy_poll_usecs busy_poll_budget prefer_busy_poll -"),
         "FANOTIFY_EVENT": (
             "struct fanotify_event_metadata", "event_len vers reserved metadata_len mask fd pid"
         ),
@@ -68,6 +69,9 @@ EVENTS = Mirror(
         "TFD_IOC_SET_TICKS": ("include/uapi/linux/timerfd.h, Linux 3.17", 1 << 30 | 8 << 16 | ord("T") << 8),
         "INOTIFY_IOC_SETNEXTWD": ("include/uapi/linux/inotify.h, Linux 4.16", 1 << 30 | 4 << 16 | ord("I") << 8),
         "PIDFD_THREAD": ("include/uapi/linux/pidfd.h, Linux 6.9: O_EXCL", 0o200),
+        "EPOLL_PARAMS": ("include/uapi/linux/eventpoll.h, Linux 6.9: __u32, __u16, two __u8", 8),
+        "EPIOCSPARAMS": ("include/uapi/linux/eventpoll.h, Linux 6.9", 1 << 30 | 8 << 16 | 0x8A << 8 | 1),
+        "EPIOCGPARAMS": ("include/uapi/linux/eventpoll.h, Linux 6.9", 2 << 30 | 8 << 16 | 0x8A << 8 | 2),
     },
     own=_names("CLOCK_OF_ALARM MAX_FANOTIFY_EVENT"),
 )  # fmt: skip
@@ -141,7 +145,10 @@ PTRACE = Mirror(
     headers=("linux/ptrace.h", "linux/elf.h", "linux/wait.h"),
     prefixes={"": "PTRACE_", "NT_": ""},
     expressions={"WALL": "__WALL", "SYSCALL_INFO_SIZE": "sizeof(struct ptrace_syscall_info)"},
-    newer={"NT_X86_SHSTK": ("include/uapi/linux/elf.h, Linux 6.6", 0x204)},
+    newer={
+        "GET_SYSCALL_USER_DISPATCH_CONFIG": ("include/uapi/linux/ptrace.h, Linux 6.4", 0x4211),
+        "NT_X86_SHSTK": ("include/uapi/linux/elf.h, Linux 6.6", 0x204),
+    },
 )
 
 SCHED = Mirror(
@@ -255,9 +262,27 @@ X86_64 = Mirror(
     ),
 )
 
+IPC = Mirror(
+    headers=("sys/ipc.h", "sys/shm.h"),
+    structs={
+        "SHMID64_DS": (
+            "struct shmid_ds",
+            "shm_perm.__key shm_perm.uid shm_perm.gid shm_perm.cuid shm_perm.cgid shm_perm.mode - shm_segsz shm_atime "
+            "shm_dtime shm_ctime shm_cpid shm_lpid shm_nattch -",
+        ),
+    },
+)
+POLICIES = Mirror(
+    headers=("linux/mempolicy.h", "linux/keyctl.h", "linux/landlock.h", "linux/ptrace.h"),
+    newer={
+        "SYSCALL_USER_DISPATCH_CONFIG": ("include/uapi/linux/ptrace.h, Linux 6.4: four __u64", 32),
+        "MPOL_WEIGHTED_INTERLEAVE": ("include/uapi/linux/mempolicy.h, Linux 6.9", 6),
+    },
+    structs={"SYSCALL_USER_DISPATCH_CONFIG": ("struct ptrace_sud_config", "mode selector offset len")},
+)
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED,
-    "signal": SIGNAL, "tty": TTY, "tun": TUN, "x86_64": X86_64,
+    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "policies": POLICIES, "poll": POLL, "prctl": PRCTL,
+    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "tun": TUN, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

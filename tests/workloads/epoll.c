@@ -213,38 +213,93 @@ static void both_harm(void)
 	epoll_ctl(instance, EPOLL_CTL_DEL, target[1], NULL);
 }
 
-/* One file added under two numbers, of which one is left. */
+/* One file added under two numbers, of which one is left; the other one is known to the instance still. */
 static void merged_set(void)
 {
 	both_set();
 	NEED(!close(target[1]));
 }
 
-/* Closed here, but it lives on in a message that nobody has read. */
-static void lost_set(void)
+static int merged_check(void)
 {
-	int pair[2];
+	CHECK_ALL(both_check());
+	CHECK(fcntl(target[1], F_GETFD) == -1 && dup2(target[0], target[1]) == target[1]);
+	CHECK(!change(instance, target[1], EPOLLIN, 92) && !close(target[1]));
+	return 1;
+}
+
+static void merged_harm(void)
+{
+	dup2(target[0], target[1]);
+	both_harm();
+	close(target[1]);
+}
+
+/* Closed here, but it lives on in a message that nobody has read. */
+static int pair[2];
+
+static void send_away(int fd)
+{
 	char control[CMSG_SPACE(sizeof(int))];
 	struct iovec part = {"x", 1};
 	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
 				 .msg_controllen = sizeof control};
-	make(1);
-	NEED(!add(instance, target[0], EPOLLIN, 5) && !socketpair(AF_UNIX, SOCK_DGRAM, 0, pair));
 	struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
 	*rights = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-	memcpy(CMSG_DATA(rights), &target[0], sizeof(int));
-	NEED(sendmsg(pair[0], &message, 0) == 1 && !close(target[0]));
+	memcpy(CMSG_DATA(rights), &fd, sizeof(int));
+	NEED(!socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) && sendmsg(pair[0], &message, 0) == 1 && !close(fd));
 }
 
-static int still_check(void)
+static int fetch(void)
 {
-	CHECK(fcntl(instance, F_GETFD) == FD_CLOEXEC);
+	char control[CMSG_SPACE(sizeof(int))], byte;
+	struct iovec part = {&byte, 1};
+	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control,
+				 .msg_controllen = sizeof control};
+	int fd = -1;
+	if (recvmsg(pair[1], &message, MSG_DONTWAIT) == 1)
+		memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
+	return fd;
+}
+
+static void lost_set(void)
+{
+	make(2);
+	NEED(!add(instance, target[0], EPOLLIN, 5) && !add(instance, target[1], EPOLLIN | EPOLLONESHOT, 6));
+	NEED(tell(target[1]) && reported(NULL) == 6);
+	send_away(target[0]);
+}
+
+static int lost_check(void)
+{
+	CHECK(!reported(NULL));
+	target[0] = fetch();
+	CHECK(target[0] >= 0 && tell(target[0]) && reported(NULL) == 5 && quiet(target[0]) && !reported(NULL));
+	CHECK(!change(instance, target[1], EPOLLIN, 7) && reported(NULL) == 7);
 	return 1;
 }
 
-static void still_harm(void)
+/* The instance itself is on its way. */
+static void sent_set(void)
 {
-	close(instance);
+	make(1);
+	NEED(!add(instance, target[0], EPOLLIN | EPOLLET, BIG));
+	send_away(instance);
+}
+
+static int sent_check(void)
+{
+	instance = fetch();
+	CHECK(instance >= 0 && !reported(NULL) && tell(target[0]) && reported(NULL) == BIG && !reported(NULL));
+	CHECK(!epoll_ctl(instance, EPOLL_CTL_DEL, target[0], NULL));
+	return 1;
+}
+
+static void away_harm(void)
+{
+	int fd = fetch();
+	epoll_ctl(fd, EPOLL_CTL_DEL, target[0], NULL);
+	close(fd);
 }
 
 /* ---- many, and somebody who waits ---- */
@@ -307,8 +362,9 @@ WORKLOAD(
 	{"closed", closed_set, closed_check, closed_harm},
 	{"reused", reused_set, reused_check, reused_harm},
 	{"both", both_set, both_check, both_harm},
-	{"merged", merged_set, still_check, still_harm},
-	{"lost", lost_set, still_check, still_harm},
+	{"merged", merged_set, merged_check, merged_harm},
+	{"lost", lost_set, lost_check, away_harm},
+	{"sent", sent_set, sent_check, away_harm},
 	{"many", many_set, many_check, many_harm},
 	{"waiting", waiting_set, waiting_check, waiting_harm},
 )

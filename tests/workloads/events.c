@@ -136,6 +136,9 @@ static int wanted_flags(int i)
 	return !absolute() ? 0 : i ? TFD_TIMER_ABSTIME : TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET;
 }
 
+/* Of timers that are due at a time of the wall clock, in ns. */
+static int64_t wall_due[CLOCKS];
+
 static void clocks_set(void)
 {
 	for (int i = 0; i < CLOCKS; i++) {
@@ -146,6 +149,7 @@ static void clocks_set(void)
 			       clocks[i] == CLOCK_BOOTTIME_ALARM ? CLOCK_BOOTTIME : clocks[i];
 		long start = absolute() ? now_ns(by) / SECOND : 0;
 		struct itimerspec value = {{i, i + 1}, {start + FAR, 0}};
+		wall_due[i] = absolute() && by == CLOCK_REALTIME ? (start + FAR) * SECOND : 0;
 		NEED(!timerfd_settime(timer[i], wanted_flags(i), &value, NULL));
 	}
 	/* Never set; and off, but with an interval. */
@@ -159,7 +163,13 @@ static int clocks_check(void)
 	struct itimerspec value;
 	uint64_t ticks;
 	for (int i = 0; i < CLOCKS; i++) {
+		int64_t before = now_ns(CLOCK_REALTIME);
 		CHECK(!timerfd_gettime(timer[i], &value));
+		/* A time of the wall clock is what it was (but for the moment in which it was read), however long the program
+		 * was away. */
+		before -= (int64_t)(beat->away_ns / 4 + 1000000);
+		int64_t now = wall_due[i] - value.it_value.tv_sec * SECOND - value.it_value.tv_nsec;
+		CHECK(!wall_due[i] || (now >= before && now <= now_ns(CLOCK_REALTIME)));
 		CHECK(value.it_interval.tv_sec == i && value.it_interval.tv_nsec == i + 1);
 		CHECK(value.it_value.tv_sec <= FAR && value.it_value.tv_sec > FAR - SLACK);
 		CHECK(!get(timer[i], &ticks) && errno == EAGAIN);

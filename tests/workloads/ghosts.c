@@ -2,6 +2,7 @@
 #include "workload.h"
 
 #include <dirent.h>
+#include <sys/xattr.h>
 
 enum { BYTES = 65536, BLOCK = 512 };
 
@@ -172,11 +173,49 @@ static void folder_harm(void)
 	NEED(dup2(open(".", O_RDONLY | O_DIRECTORY), fds[0]) >= 0);
 }
 
+/* Never had a name, but can be given one; and a second description of it. */
+static void nameless_set(void)
+{
+	char path[64];
+	fds[0] = open(".", O_TMPFILE | O_WRONLY, 0640);
+	NEED(fds[0] >= 0);
+	fill(expected, BYTES, 5);
+	NEED(write(fds[0], expected, BYTES) == BYTES && lseek(fds[0], 77, SEEK_SET) == 77);
+	/* A file system without such attributes: then there is nothing to keep. */
+	fsetxattr(fds[0], "user.firn", "value", 5, 0);
+	fsetxattr(fds[0], "trusted.firn", "", 0, 0);
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fds[0]);
+	fds[1] = open(path, O_RDONLY);
+	NEED(fds[1] >= 0);
+	NEED((fds[2] = (int)fgetxattr(fds[0], "user.firn", NULL, 0)) != 0);
+}
+
+static int nameless_check(void)
+{
+	struct stat now, other;
+	char got[BYTES];
+	CHECK(!fstat(fds[0], &now) && now.st_nlink == 0 && (now.st_mode & 07777) == 0640);
+	CHECK(!fstat(fds[1], &other) && now.st_ino == other.st_ino && lseek(fds[0], 0, SEEK_CUR) == 77);
+	CHECK(pread(fds[1], got, BYTES, 0) == BYTES && !memcmp(got, expected, BYTES));
+	CHECK((fcntl(fds[0], F_GETFL) & O_TMPFILE) == O_TMPFILE);
+	CHECK((int)fgetxattr(fds[0], "user.firn", got, BYTES) == fds[2]);
+	CHECK(fds[2] < 0 || (!memcmp(got, "value", 5) && fgetxattr(fds[0], "trusted.firn", NULL, 0) == 0));
+	snprintf(got, sizeof got, "/proc/self/fd/%d", fds[0]);
+	CHECK(!linkat(AT_FDCWD, got, AT_FDCWD, "named", AT_SYMLINK_FOLLOW) && !unlink("named"));
+	return 1;
+}
+
+static void nameless_harm(void)
+{
+	dup2(fds[1], fds[0]);
+}
+
 WORKLOAD(
 	{"ghost", ghost_set, ghost_check, ghost_harm},
 	{"sparse", sparse_set, sparse_check, sparse_harm},
 	{"large", large_set, large_check, large_harm},
 	{"two", two_set, two_check, two_harm},
 	{"relinked", relinked_set, relinked_check, relinked_harm},
+	{"nameless", nameless_set, nameless_check, nameless_harm},
 	{"folder", folder_set, folder_check, folder_harm},
 )

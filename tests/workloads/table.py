@@ -62,8 +62,12 @@ def _waits(modes: str, unlike: tuple[str, ...] = ()) -> list[Workload]:
     ]
 
 
+def _refused(program: str, mode: str, *refused: str) -> Workload:
+    return Workload(program, mode, refused=refused, ways=(*PLAIN_WAYS, REFUSED_WAY))
+
+
 def _obstacle(mode: str, *refused: str) -> Workload:
-    return Workload("obstacles", mode, refused=refused, ways=(*PLAIN_WAYS, REFUSED_WAY))
+    return _refused("obstacles", mode, *refused)
 
 
 TABLE: list[Workload] = [
@@ -102,6 +106,8 @@ TABLE: list[Workload] = [
     *_all("seccomp", "strict one stacked tsync threads"),
     *_all("files", "positions append path path-link directory dup cloexec devices proc owner"),
     *_all("ghosts", "ghost sparse two folder"),
+    # It is called by its inode number.
+    Workload("ghosts", "nameless", once=True, unlike=(r"fd\.\d+",)),
     Workload("ghosts", "large", refused=("--ghost-limit",), dump=("--ghost-limit", "4M"), ways=REFUSED_FIRST),
     # A dump that leaves the program running takes its helper link away again, so only the live file is left of it.
     Workload(
@@ -114,5 +120,10 @@ TABLE: list[Workload] = [
     *_all("descriptors", "thousand high"),
     *_all("obstacles", "pipe events socketpair terminal child listener"),
     # What nobody can save: each of them has to be named at once.
+    *_all("policies", "set"),
+    _refused("policies", "dispatch", "has syscall user dispatch"),
+    _refused("policies", "keyring", "has a process keyring"),
+    _refused("policies", "landlock", "Landlock restricts it"),
+    _refused("policies", "landlock-user", "Landlock restricts it"),
     _obstacle("strange", "io_uring", "userfaultfd", "perf", "(?i)bpf"),
 ]

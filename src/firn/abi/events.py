@@ -29,6 +29,10 @@ EPOLL_READINESS = 0x2007
 EPOLL_PRIVATE = 0xF << 28
 """EPOLLEXCLUSIVE, EPOLLWAKEUP, EPOLLONESHOT, EPOLLET: all that is left of a one-shot target that has fired."""
 EPOLLONESHOT = 1 << 30
+EPOLL_PARAMS = struct.Struct("<IHBx")
+"""struct epoll_params: busy_poll_usecs, busy_poll_budget, prefer_busy_poll (Linux 6.9)."""
+EPIOCSPARAMS = 0x40088A01
+EPIOCGPARAMS = 0x80088A02
 KCMP_EPOLL_TFD = 7
 EPOLL_SLOT = struct.Struct("<III")
 """struct kcmp_epoll_slot: efd, tfd, toff."""

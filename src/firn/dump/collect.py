@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from firn.dump.orchestrator import Dump
     from firn.dump.tree import FrozenTree, Zombie
     from firn.log import Log
+    from firn.resources.files.segments import DumpedSegments
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
@@ -39,6 +40,7 @@ class Collected:
         self.obstacles = obstacles
         self.table = FileTable()
         self.objects = MemoryObjects()
+        self.segments: DumpedSegments | None = None
         self.finder = PathFinder(self.table, obstacles, options)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
@@ -53,6 +55,8 @@ class Collected:
         """Let go of descriptors held for contents."""
         self.collector.close()
         self.objects.close()
+        if self.segments is not None:
+            self.segments.close()
         self.finder.close()
 
     def statistics(self) -> dict[str, int]:
@@ -61,7 +65,8 @@ class Collected:
         for task in self.tasks:
             for name, value in task.memory.statistics().items():
                 total[name] = total.get(name, 0) + value
-        return total | {"shpages_written": self.objects.pages}
+        shared = self.objects.pages + (self.segments.pages if self.segments is not None else 0)
+        return total | {"shpages_written": shared}
 
 
 def collect(dump: Dump) -> Collected:
@@ -80,7 +85,7 @@ def collect(dump: Dump) -> Collected:
         if got.obstacles:
             return got
         for first in range(0, len(got.tasks), _AT_ONCE):
-            running = [Questions(mine) for mine in got.tasks[first : first + _AT_ONCE]]
+            running = [Questions(mine, dump.partners) for mine in got.tasks[first : first + _AT_ONCE]]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
         _identity(tree, got, dump.options.tcp_close)

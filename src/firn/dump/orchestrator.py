@@ -28,7 +28,7 @@ from firn.dump.tree import FrozenTree, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, cpu, restart
+from firn.resources import base, cpu, policies, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -61,6 +61,7 @@ class Dump:
         self.images = ImageDir.open(options.images_dir, create_files=True)
         self.obstacles: list[Obstacle] = []
         self.waiting: dict[int, restart.Waiting] = {}
+        self.partners = policies.Partners()
         self.early_maps: dict[int, list[procfs.Map]] = {}
         self.tree = FrozenTree()
         self.collected: Collected | None = None
@@ -116,6 +117,7 @@ class Dump:
             try:
                 base.preload(pid)
                 self.waiting |= restart.observe(pid)
+                self.partners.of(procfs.status(pid))
                 if self.options.leave_running:
                     self.early_maps[pid] = procfs.smaps(pid)
             except (FileNotFoundError, ProcessLookupError):
@@ -264,6 +266,7 @@ class Dump:
 
     def close(self) -> None:
         """Let go of what the dump held open."""
+        self.partners.close()
         if self.collected is not None:
             if self.options.leave_running:
                 self.collected.finder.undo()

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def save_contents(images: ImageDir, got: Collected) -> None:
     """What must be copied while the target stands still besides its pages: unlinked files, shared memory."""
     got.finder.save(images)
-    got.objects.save(images, len(got.tasks) + 1)
+    following = got.objects.save(images, len(got.tasks) + 1)
+    if got.segments is not None:
+        got.segments.save(images, got.namespaces.root_ids()["ipc_ns_id"], following)
 
 
 def save_records(images: ImageDir, got: Collected, log: Log) -> None:

@@ -12,11 +12,11 @@ import stat as st_mode
 from firn.abi import ptrace as pt
 from firn.errors import Obstacle
 from firn.host import features, procfs
-from firn.resources import cgroups, creds, process, restart, signals, threads, timers
+from firn.resources import cgroups, creds, policies, process, restart, signals, threads, timers
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
-from firn.resources.memory import aio, areas, layout, pkeys
+from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
 
@@ -69,9 +69,11 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _suspend_seccomp(mine)
     _leave_critical_sections(mine)
     _check_label(pid, got.obstacles)
+    policies.look(pid, mine.statuses, got.obstacles)
     maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
     mine.areas = areas.classify(pid, maps, got.obstacles)
     areas.find_backing(pid, mine.areas, got.obstacles)
+    _add_segments(got, mine)
     cwd, root = _named_link(got, pid, "cwd"), _named_link(got, pid, "root")
     mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[pid]["Umask"], 8)}
     mine.exe_id = _named_link(got, pid, "exe")
@@ -141,6 +143,19 @@ def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
             area.shmid = _memory_object(got, mine.pid, area)
 
 
+def _add_segments(got: Collected, mine: CollectedTask) -> None:
+    """Give every mapping of a System V segment that one's id."""
+    for area in mine.areas:
+        if area.kind != "sysv" or area.stat is None:
+            continue
+        if got.segments is None:
+            from firn.resources.files.segments import DumpedSegments
+
+            got.segments = DumpedSegments(got.objects.numbers)
+        what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
+        area.shmid = got.segments.add(what, area.link(mine.pid), area.stat, got.obstacles)
+
+
 def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
     assert area.stat is not None
     key = ("memory", area.stat.st_dev, area.stat.st_ino, area.mode)
@@ -157,7 +172,7 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask) -> None:
+    def __init__(self, mine: CollectedTask, partners: policies.Partners) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.pid)
@@ -172,8 +187,12 @@ class Questions:
             (task.leader, self.program, threads.ask(self.program))
         ]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024, status=mine.statuses[thread.tid])
+            own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
+        self.policies = {
+            thread.tid: policies.ask(own, mine.pid, partners.of(mine.statuses[thread.tid]))
+            for thread, own, _ in self.threads
+        }
         for _, own, _ in self.threads:
             own.start()
 
@@ -187,14 +206,21 @@ class Questions:
         tc["timers"] = timers.answer(program, self.timers)
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
+        rare = [
+            policies.answer(own, self.policies[thread.tid], pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
+            for thread, own, _ in self.threads
+        ]
         self._settle_timers()
         tc["signals_s"] = signals.queue(ptrace.pending_signals(pid, shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
             tc["stop_signo"] = stopped
-        for thread, one in zip(mine.task.threads, said, strict=True):
-            mine.cores.append((thread.tid, _thread_core(got, mine, thread, one, waiting, frozen_at)))
+        for thread, one, fields in zip(mine.task.threads, said, rare, strict=True):
+            core = _thread_core(got, mine, thread, one, waiting, frozen_at)
+            core["thread_core"]["firn"] |= fields
+            mine.cores.append((thread.tid, core))
+        numa.collect(pid, mine.areas, (rare[0].get("numa_mode", 0), rare[0].get("numa_nodes", b"")))
         tc["blk_sigset"] = mine.task.leader.mask
         mine.cores[0][1]["tc"] = tc
         self._collect_memory(got, answers)
@@ -236,8 +262,7 @@ def _thread_core(
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
     core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
     core["blk_sigset"] = thread.mask
-    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
-    deliverable = bool(pending & ~thread.mask & ~int(status["SigIgn"], 16))
+    deliverable = restart.is_deliverable(status, thread.mask)
     interrupted = restart.save(mine.pid, thread, waiting, deliverable, frozen_at)
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:

@@ -191,6 +191,9 @@ class Kind:
     def plan(self, program: Program, fd: int, message: dict[str, Any]) -> None:
         """Calls that the restored task makes when all its descriptors are in place; *fd* is its number in the task."""
 
+    def complete(self) -> None:
+        """All restored tasks have all their descriptors."""
+
     def close(self) -> None:
         """Let go of what was held open; also called after a failure."""
 

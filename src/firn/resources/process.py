@@ -117,6 +117,8 @@ def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
     for name in ("io_flusher", "ksm_merge"):
         if answers.switches[name]:
             own[name] = True
+    if answers.switches["thp_disable"] > 1:
+        own["thp_flags"] = answers.switches["thp_disable"] & ~1
     if answers.tsc > 1:
         own["tsc"] = answers.tsc
     entry["firn"] = own
@@ -173,7 +175,7 @@ def plan_late(program: Program, tc: dict[str, Any], mm: dict[str, Any]) -> None:
     """What must come after the credentials (they reset dumpable) and what restricts the task itself."""
     own = tc.get("firn", {})
     if mm.get("thp_disabled"):
-        program.call("prctl THP disable", nr.prctl, prctl.SET_THP_DISABLE, 1, 0, 0, 0)
+        program.call("prctl THP disable", nr.prctl, prctl.SET_THP_DISABLE, 1, own.get("thp_flags", 0), 0, 0)
     if mm.get("dumpable", 1) in (0, 1):
         program.call("prctl dumpable", nr.prctl, prctl.SET_DUMPABLE, mm.get("dumpable", 1), 0, 0, 0)
     if own.get("tsc"):

@@ -6,7 +6,9 @@ instruction. 516 (ERESTART_RESTARTBLOCK: nanosleep, clock_nanosleep, poll, futex
 is in the kernel's restart block, which nobody can read. The remaining time is taken from where the kernel left it (the
 *rmtp* argument), or computed from when the thread went to sleep: just before the freeze, ``se.exec_start`` of
 /proc/PID/task/TID/sched is that moment. When neither is known the call waits its full time again: never too short.
-EINTR from a call that the freeze alone has ended (epoll_wait, rt_sigtimedwait): made again as well.
+EINTR from a call that the freeze alone has ended is made again as well, with its full time: signal(7) lists the calls
+that do not go on by themselves. All of them have done nothing yet when they give EINTR, and one that has done a part
+gives what it has done, as after SIGSTOP and SIGCONT.
 
 It comes back by letting the restored thread make the call with the remaining time, interrupting it at once, and then
 giving it its original registers with code 516: the kernel's own restart block is then as it was. CRIU returns EINTR
@@ -39,7 +41,13 @@ RESTART_BLOCK = 516
 _WORD = 1 << 64
 _TIMESPEC = struct.Struct("<qq")
 TIMED = {nr.poll: "poll", nr.nanosleep: "nanosleep", nr.clock_nanosleep: "clock_nanosleep", nr.futex: "futex"}
-AGAIN_AFTER_EINTR = frozenset((nr.epoll_wait, nr.epoll_pwait, nr.epoll_pwait2, nr.rt_sigtimedwait))
+AGAIN_AFTER_EINTR = frozenset((
+    nr.epoll_wait, nr.epoll_pwait, nr.epoll_pwait2, nr.rt_sigtimedwait, nr.semop, nr.semtimedop, nr.io_getevents,
+    # Of sockets with SO_RCVTIMEO or SO_SNDTIMEO (sock_intr_errno in include/net/sock.h).
+    nr.read, nr.readv, nr.recvfrom, nr.recvmsg, nr.recvmmsg, nr.accept, nr.accept4, nr.connect,
+    nr.write, nr.writev, nr.sendto, nr.sendmsg, nr.sendmmsg,
+))  # fmt: skip
+_IGNORED_BY_DEFAULT = sig.bit(sig.SIGCHLD) | sig.bit(sig.SIGCONT) | sig.bit(sig.SIGURG) | sig.bit(sig.SIGWINCH)
 _WAITS = {b"hrtimer_nanosleep": nr.nanosleep, b"do_nanosleep": nr.nanosleep, b"common_nsleep": nr.clock_nanosleep}
 _FUTEX_CMD_MASK = 0x7F
 _FUTEX_WAIT_BITSET = 9
@@ -145,6 +153,14 @@ def _again(regs: tuple[int, ...], number: int) -> tuple[int, ...]:
     changed[cpu.AX] = number
     changed[cpu.IP] -= 2
     return tuple(changed)
+
+
+def is_deliverable(status: dict[str, str], mask: int) -> bool:
+    """Whether a signal is about to interrupt a thread with *status* (/proc/PID/task/TID/status) and signal *mask*. What
+    is ignored does not, but a traced task gets it queued all the same (sig_ignored in kernel/signal.c)."""
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    nothing = int(status["SigIgn"], 16) | _IGNORED_BY_DEFAULT & ~int(status["SigCgt"], 16)
+    return bool(pending & ~mask & ~nothing)
 
 
 def resume_registers(regs: tuple[int, ...], deliverable: bool) -> tuple[int, ...]:

@@ -49,11 +49,16 @@ class Family:
         self._helpers: dict[int, Stub] = {}
         self._pages_files = PagesFiles()
         memories: dict[int, TaskMemory] = {}
+        sizes = {}
+        if checkpoint.segments:
+            from firn.resources.files.segments import attached_size
+
+            sizes = {shmid: attached_size(entry) for shmid, entry in checkpoint.segments.items()}
         for process in checkpoint.processes:
             if process.zombie:
                 continue
             parent = memories[process.parent.pid] if process.parent else None
-            memories[process.pid] = TaskMemory(process, checkpoint.images, parent, self._pages_files)
+            memories[process.pid] = TaskMemory(process, checkpoint.images, parent, sizes, self._pages_files)
             self.tasks.append(RestoredTask(process, memories[process.pid], opener))
         plan_sharing(list(memories.values()), checkpoint.knows_sharing())
         self.by_pid = {task.pid: task for task in self.tasks}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.images.store import ImageDir, read_files
 from firn.resources.base import MEMFD
-from firn.resources.memory import areas
+from firn.resources.memory import areas, attach
 from firn.resources.process import ALIVE, DEAD, STOPPED
 
 TYPE_CHECKING = False
@@ -109,6 +109,7 @@ class Checkpoint:
         self.remaps = {entry["orig_id"]: entry for entry in images.read_all("REMAP_FPATH")}
         self.memfds = {entry["inode_id"]: entry for entry in images.read_all("MEMFD_INODE")}
         self._take_old_shared_memory()
+        self.segments = self._load_segments()
         filters = images.read_one("SECCOMP") if images.exists("SECCOMP") else {}
         self.filters: list[dict[str, Any]] = filters.get("seccomp_filters", [])
 
@@ -171,6 +172,17 @@ class Checkpoint:
                 known = self.memfds.setdefault(number, entry)
                 known["size"] = max(known["size"], vma["pgoff"] + vma["end"] - vma["start"])
                 vma |= {"status": areas.REGULAR | areas.FILE_SHARED | areas.MEMFD, "shmid": number, "fdflags": 2}
+
+    def _load_segments(self) -> dict[int, dict[str, Any]]:
+        """Id -> ipc_shm_entry of the System V segments that are attached."""
+        wanted = {
+            shmid for process in self.processes if not process.zombie for shmid in attach.wanted(process.mm["vmas"])
+        }
+        if not wanted:
+            return {}
+        from firn.resources.files import segments
+
+        return segments.load(self.images, self.inventory["root_ids"].get("ipc_ns_id", 0), wanted)
 
     def clocks(self) -> dict[str, Any] | None:
         """The timens_entry, or None for an image without."""

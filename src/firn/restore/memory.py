@@ -9,7 +9,7 @@ from firn.abi import mman, nr, prctl
 from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
 from firn.resources.base import MEMFD, REG
-from firn.resources.memory import aio, areas, inherit, layout, nursery, pkeys, rebuild
+from firn.resources.memory import aio, areas, attach, inherit, layout, numa, nursery, pkeys, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.tracee import memory
 
@@ -31,15 +31,24 @@ SPARE = 1 << 20
 class TaskMemory:
     """The mappings and pages of one process of the checkpoint.
 
-    ``nursery`` is what it has while its children are born, from *files*, the pages images; see :func:`plan_sharing`.
+    *segments*: id -> bytes that an attachment covers, of System V segments; *files* are the pages images.
+    ``nursery`` is what the process has while its children are born; see :func:`plan_sharing`.
     """
 
-    def __init__(self, process: Process, images: ImageDir, parent: TaskMemory | None, files: PagesFiles) -> None:
+    def __init__(
+        self,
+        process: Process,
+        images: ImageDir,
+        parent: TaskMemory | None,
+        segments: dict[int, int],
+        files: PagesFiles,
+    ) -> None:
         self.process = process
         self.pid = process.pid
         self.mm = process.mm
         self.vmas: list[dict[str, Any]] = process.mm["vmas"]
         self.parent = parent
+        self.segments = segments
         pagemap = PagemapReader(images, "PAGEMAP", self.pid, files)
         runs = [rebuild.Run(run.vaddr, run.nr_pages * mman.PAGE, run.fd, run.offset) for run in pagemap]
         self.pages = sum(run.size for run in runs) // mman.PAGE
@@ -73,7 +82,9 @@ class TaskMemory:
             status = vma["status"]
             if rebuild.is_special(vma):
                 continue
-            if status & (areas.SYSVIPC | areas.SOCKET):
+            if status & areas.SYSVIPC:
+                continue
+            if status & areas.SOCKET:
                 raise RestoreError(f"mapping {vma['start']:#x} is of a kind that is not supported yet")
             if status & areas.MEMFD:
                 found[rebuild.file_key(vma)] = (MEMFD, *rebuild.file_key(vma))
@@ -109,6 +120,10 @@ class TaskMemory:
         if has_keys:
             self.keys.plan_before(program)
         rebuild.plan_maps(program, vmas, fds, writable, list(self.inherited.ends.items()))
+        if self.segments:
+            in_use = [*kept, (spare, scratch.data + scratch.size)]
+            attach.plan(program, vmas, self.segments, self.inherited.kept, in_use)
+        numa.plan(program, vmas)
         same_exe = self.parent is not None and self.parent.exe == self.exe
         layout.plan(program, self.mm, -1 if same_exe else table[opener.open(*self.exe)])
         page_fds = take_fds(program, sorted({run.fd for run in runs}), max(table.values()) + 1)

@@ -37,6 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
+    from firn.resources.files.segments import RestoredSegments
     from firn.restore.tasks import RestoredTask
 
 
@@ -63,6 +64,7 @@ class Restore:
         self.log = log
         self.opener: Opener | None = None
         self.family: Family | None = None
+        self.segments: RestoredSegments | None = None
         self.born = False
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
@@ -123,6 +125,11 @@ class Restore:
             self.opener.remove_temporary()
         finally:
             birth.kill([[pid] for pid in self.opener.stand_ins])
+        if checkpoint.segments:
+            from firn.resources.files.segments import RestoredSegments
+
+            self.segments = RestoredSegments(self.images)
+            self.segments.prepare(list(checkpoint.segments.values()))
 
     def birth(self) -> None:
         """Make the root task."""
@@ -155,10 +162,11 @@ class Restore:
             task.make_threads()
         for task in self._family().tasks:
             task.finish_descriptors()
+        assert self.opener is not None
+        self.opener.complete()
         if self.images.exists("FILE_LOCKS"):
             from firn.resources.files import locks
 
-            assert self.opener is not None
             tasks = {task.pid: (task.leader.program, task.descriptors) for task in self._family().tasks}
             locks.restore(self.images, self.opener, tasks)
 
@@ -176,6 +184,8 @@ class Restore:
             for task in self._family().tasks:
                 self._log_task(task)
         self.opener.succeeded()
+        if self.segments is not None:
+            self.segments.finish()
 
     def _log_task(self, task: RestoredTask) -> None:
         """One file for each task, as callers of CRIU expect. The tasks themselves have nothing to say."""
@@ -192,6 +202,9 @@ class Restore:
         tasks = self._family().tasks
         for task in tasks:
             task.make_ready()
+        if self.segments is not None:
+            self.segments.succeeded()
+            self.segments.close()
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         if self.opener is not None:
             self.opener.close()
@@ -211,6 +224,8 @@ class Restore:
             self.family.close()
         if self.opener is not None:
             self.opener.close()
+        if self.segments is not None:
+            self.segments.close()
 
 
 def restore(options: RestoreOptions, log: Log) -> Result:

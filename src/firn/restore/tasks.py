@@ -10,7 +10,7 @@ from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.host import features
-from firn.resources import creds, process, restart, seccomp, signals, threads, timers
+from firn.resources import creds, policies, process, restart, seccomp, signals, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
 from firn.resources.threads import xstate
@@ -229,6 +229,7 @@ class RestoredTask:
         program = thread.program
         comm = thread.core.get("comm", self.tc["comm"])
         threads.plan_own(program, thread.core, comm)
+        policies.plan(program, thread.core)
         program.call("set_tid_address", nr.set_tid_address, thread.info["clear_tid_addr"])
         signals.plan_queue(program, self.pid, thread.tid, thread.core.get("signals_p"))
 

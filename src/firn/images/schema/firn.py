@@ -14,6 +14,10 @@ EXTENSIONS = {
     "mm_entry": "1000 firn firn_mm?",
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
+    "ipc_shm_entry": "1000 firn firn_segment?",
+    "eventpoll_file_entry": "1000 firn firn_epoll?",
+    "eventpoll_tfd_entry": "1000 firn firn_target?",
+    "timerfd_entry": "1000 firn firn_timerfd?",
     "inet_sk_entry": "1000 firn firn_inet?",
     "inotify_file_entry": "1000 firn firn_watcher?",
     "fanotify_file_entry": "1000 firn firn_watcher?",
@@ -38,6 +42,11 @@ MESSAGES = {
         7 sched_deadline u64?
         8 sched_period u64?
         9 xsave bytes?
+        10 numa_mode u32?
+        11 numa_nodes bytes?
+        12 speculation u32*
+        13 util_min u32?
+        14 util_max u32?
     """,
     "firn_restart": """
         1 nr u32?
@@ -52,6 +61,7 @@ MESSAGES = {
         5 mce_kill u32?
         6 ksm_merge bool?
         7 tsc u32?
+        8 thp_flags u32?
     """,
     "firn_mm": """
         1 lock_future u32? hex
@@ -62,10 +72,32 @@ MESSAGES = {
         2 anon_name str?
         3 account bool?
         4 pkey u32?
+        5 numa_mode u32?
+        6 numa_nodes bytes?
     """,
     "firn_ghost": """
         1 atime_ns i64?
         2 mtime_ns i64?
+        3 xattrs firn_xattr*
+    """,
+    "firn_xattr": """
+        1 name str?
+        2 value bytes?
+    """,
+    "firn_segment": """
+        1 boot str?
+        2 outside bool?
+    """,
+    "firn_timerfd": """
+        1 deadline_ns u64?
+    """,
+    "firn_epoll": """
+        1 params bytes?
+    """,
+    "firn_target": """
+        1 type u32?
+        2 file u32?
+        3 number u32?
     """,
     "firn_inet": """
         1 options firn_option*

@@ -215,10 +215,8 @@ class Collector:
             message |= {"fown": self._owner(open), "name": external, "ext": True}
             return self.table.add(base.REG, message), base.REG
         if link.startswith("/memfd:") and stat.S_ISREG(mode):
-            if o_path:
-                self.context.refuse(open, "is an O_PATH descriptor of a memfd", "close it before the dump")
-                return None
-            message |= {"fown": self._owner(open), "inode_id": self.objects.inode(open.path, open.stat)}
+            owner = NO_OWNER if o_path else self._owner(open)
+            message |= {"fown": owner, "inode_id": self.objects.inode(open.path, open.stat)}
             return self.table.add(base.MEMFD, message), base.MEMFD
         device = _is_plain_device(open.stat)
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or device

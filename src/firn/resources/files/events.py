@@ -90,15 +90,19 @@ class TimerFd(Kind):
         if (isec or insec) and not (vsec or vnsec):
             # Due at this very moment, or off: the second look tells.
             isec, insec, vsec, vnsec = _remaining(copy)
+        now = time.time_ns()
         info = procfs.fdinfo(open.pid, open.fd)
         ticks = int(info["ticks"])
         if (vsec or vnsec) and info["it_value"] == "(0, 0)":
             # It expired between the two looks; restored with the time of the first one, it does so once more.
             ticks -= 1
-        return {
+        message: dict[str, Any] = {
             "flags": open.flags, "fown": context.owner(open), "clockid": int(info["clockid"]), "ticks": ticks,
             "settime_flags": int(info["settime flags"], 8), "vsec": vsec, "vnsec": vnsec, "isec": isec, "insec": insec,
         }  # fmt: skip
+        if _goes_by_the_wall(message) and (vsec or vnsec):
+            message["firn"] = {"deadline_ns": now + vsec * _SECOND + vnsec}
+        return message
 
     def is_late(self, message: dict[str, Any], context: RestoreContext) -> bool:
         """Whether it runs: the clocks of the restored tasks go on from when the first of them is made."""
@@ -114,7 +118,10 @@ class TimerFd(Kind):
             raise ImageError(f"files image: timerfd {number} has an impossible time")
         if (vsec or vnsec) and message["settime_flags"] & ev.TFD_TIMER_ABSTIME:
             now = time.clock_gettime_ns(ev.CLOCK_OF_ALARM.get(clock, clock))
-            vsec, vnsec = divmod(now + vsec * _SECOND + vnsec, _SECOND)
+            due = now + vsec * _SECOND + vnsec
+            if _goes_by_the_wall(message):
+                due = min(message.get("firn", {}).get("deadline_ns", due), _FARTHEST * _SECOND)
+            vsec, vnsec = divmod(due, _SECOND)
         value = bytearray(ev.ITIMERSPEC.pack(message["isec"], message["insec"], vsec, vnsec))
         syscall(f"timerfd_settime {number}", nr.timerfd_settime, fd, message["settime_flags"], address_of(value), 0)
         if message["ticks"]:
@@ -128,6 +135,12 @@ def _remaining(copy: int) -> tuple[int, ...]:
     value = bytearray(ev.ITIMERSPEC.size)
     syscall("timerfd_gettime", nr.timerfd_gettime, copy, address_of(value))
     return ev.ITIMERSPEC.unpack(value)
+
+
+def _goes_by_the_wall(message: dict[str, Any]) -> bool:
+    """Whether the timer is due at a time of the wall clock, which goes on while the program is away."""
+    clock: int = message["clockid"]
+    return bool(message["settime_flags"] & ev.TFD_TIMER_ABSTIME) and ev.CLOCK_OF_ALARM.get(clock, clock) == 0
 
 
 def _to_set(message: dict[str, Any]) -> tuple[int, int]:

@@ -39,6 +39,8 @@ class MemoryObjects:
         self.inodes: dict[tuple[int, int], dict[str, Any]] = {}
         self.fds: dict[int, int] = {}
         self.pages = 0
+        self.numbers: set[int] = set()
+        """The numbers of page lists that are taken: an inode number is unique in its file system only."""
 
     def inode(self, link: str, st: os.stat_result) -> int:
         """The inode_id of the object behind *link*, which is kept open until :meth:`close`."""
@@ -50,9 +52,13 @@ class MemoryObjects:
             self.fds[number] = fd
             name = os.readlink(link).removesuffix(DELETED)
             anonymous = name in ANONYMOUS
+            shmid = st.st_ino
+            while shmid in self.numbers:
+                shmid += 1
+            self.numbers.add(shmid)
             entry = self.inodes[key] = {
                 "name": name.removeprefix("/memfd:"),
-                "uid": st.st_uid, "gid": st.st_gid, "size": st.st_size, "shmid": st.st_ino,
+                "uid": st.st_uid, "gid": st.st_gid, "size": st.st_size, "shmid": shmid,
                 "seals": F_SEAL_SEAL if anonymous else fcntl.fcntl(fd, fc.F_GET_SEALS), "inode_id": number,
                 "mode": st.st_mode,
             }  # fmt: skip
@@ -61,33 +67,39 @@ class MemoryObjects:
         number = entry["inode_id"]
         return int(number)
 
-    def save(self, images: ImageDir, next_pages_id: int) -> None:
-        """Write memfd.img and the contents, the pages into images from number *next_pages_id* on."""
+    def save(self, images: ImageDir, next_pages_id: int) -> int:
+        """Write memfd.img and the contents, the pages into images from number *next_pages_id* on; the next one after
+        them."""
         if not self.inodes:
-            return
+            return next_pages_id
         images.write_all("MEMFD_INODE", list(self.inodes.values()))
         for entry in self.inodes.values():
-            fd, size = self.fds[entry["inode_id"]], entry["size"]
-            if size == 0:
-                continue
-            runs = _huge_runs(fd, size) if "hugetlb_flag" in entry else page_runs(fd, size)
-            pages = images.open_raw(f"pages-{next_pages_id}.img", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                copy = _copy_huge if "hugetlb_flag" in entry else copy_range
-                for start, count in runs:
-                    copy(fd, start, pages, count * mman.PAGE, size)
-            finally:
-                os.close(pages)
-            write_pagemap(
-                images, "PAGEMAP_SHMEM", entry["shmid"], next_pages_id, [(at, n, PE_PRESENT) for at, n in runs]
-            )
-            next_pages_id += 1
-            self.pages += sum(count for _, count in runs)
+            if entry["size"]:
+                self.pages += save_pages(images, self.fds[entry["inode_id"]], entry, entry["shmid"], next_pages_id)
+                next_pages_id += 1
+        return next_pages_id
 
     def close(self) -> None:
         """Let go of the objects."""
         while self.fds:
             os.close(self.fds.popitem()[1])
+
+
+def save_pages(images: ImageDir, fd: int, entry: dict[str, Any], shmid: int, pages_id: int) -> int:
+    """Write the contents of the memory object *fd* with the size and page size of *entry*, as page list *shmid*; how
+    many pages there are."""
+    size = entry["size"]
+    huge = bool(entry.get("hugetlb_flag"))
+    runs = _huge_runs(fd, size) if huge else page_runs(fd, size)
+    pages = images.open_raw(f"pages-{pages_id}.img", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        copy = _copy_huge if huge else copy_range
+        for start, count in runs:
+            copy(fd, start, pages, count * mman.PAGE, size)
+    finally:
+        os.close(pages)
+    write_pagemap(images, "PAGEMAP_SHMEM", shmid, pages_id, [(at, n, PE_PRESENT) for at, n in runs])
+    return sum(count for _, count in runs)
 
 
 def page_runs(fd: int, size: int) -> list[tuple[int, int]]:
@@ -170,12 +182,17 @@ def restore(entry: dict[str, Any], images: ImageDir) -> RestoredObject:
         if "mode" in entry:
             os.fchmod(fd, entry["mode"] & 0o7777)
     if size:
-        with PagemapReader(images, "PAGEMAP_SHMEM", entry["shmid"]) as pagemap:
-            for run in pagemap:
-                length = min(run.nr_pages * mman.PAGE, size - run.vaddr)
-                fill = _fill_huge if entry.get("hugetlb_flag") else _fill
-                fill(run.fd, run.offset, fd, run.vaddr, length, entry["name"])
+        fill_pages(images, fd, entry, entry["shmid"], entry["name"])
     return RestoredObject(entry, fd)
+
+
+def fill_pages(images: ImageDir, fd: int, entry: dict[str, Any], shmid: int, name: str) -> None:
+    """Fill the memory object *fd* from page list *shmid*."""
+    with PagemapReader(images, "PAGEMAP_SHMEM", shmid) as pagemap:
+        for run in pagemap:
+            length = min(run.nr_pages * mman.PAGE, entry["size"] - run.vaddr)
+            fill = _fill_huge if entry.get("hugetlb_flag") else _fill
+            fill(run.fd, run.offset, fd, run.vaddr, length, name)
 
 
 def _anonymous(size: int, huge: int) -> int:

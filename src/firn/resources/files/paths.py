@@ -6,6 +6,7 @@ the magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (delete
 but a file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to
 another file (replaced), or the file lives on under another hard link only: then a link of our own is needed
 (``--link-remap``). A file of /proc whose process is dead is opened again while a helper has that process's pid.
+Labels of security modules (extended attributes) are not kept of unlinked files; the modules give them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ LINKED, GHOST, PROCFS = 0, 1, 2
 """remap_type of remap_file_path_entry."""
 NO_SEEK = (1 << 64) - 1
 GHOST_CHUNKS_FROM = 12288
+_LABELS = ("security.selinux", "security.ima", "security.evm", "security.SMACK64")
+FS_IOC_GETFLAGS = 0x80086601
+_UNCHANGEABLE = 0x30
+"""FS_IMMUTABLE_FL | FS_APPEND_FL (include/uapi/linux/fs.h)."""
+_MANY_LINKS = 1000
 
 
 class Ghost:
@@ -99,10 +105,11 @@ class PathFinder:
         elif stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or stat.S_ISFIFO(st.st_mode):
             self._keep_ghost(what, link, name, st, number)
         else:
+            reason = f"{name} is gone or another file now, and it is neither a file nor a folder nor a FIFO"
             help = "restore its name, or close it before the dump"
             if st.st_rdev:
                 help += "; --evasive-devices accepts another node of the same device"
-            self.obstacles.append(Obstacle(what, f"{name} leads to another file now", help))
+            self.obstacles.append(Obstacle(what, reason, help))
 
     def _keep_ghost(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
         key = (st.st_dev, st.st_ino)
@@ -116,7 +123,12 @@ class PathFinder:
                     )
                 )  # fmt: skip
                 return
-            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC) if stat.S_ISREG(st.st_mode) else -1
+            fd = -1
+            if not stat.S_ISFIFO(st.st_mode):
+                fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+                if _is_unchangeable(fd):
+                    reason = f"the unlinked file {name} is immutable or append-only, which images cannot hold"
+                    self.obstacles.append(Obstacle(what, reason, "change its attributes (FS_IOC_SETFLAGS)"))
             ghost = self.ghosts[key] = Ghost(len(self.ghosts) + 1, name, st, fd)
         self.remaps.append({"orig_id": number, "remap_id": ghost.id, "remap_type": GHOST})
 
@@ -129,7 +141,12 @@ class PathFinder:
         key = (st.st_dev, st.st_ino)
         if key not in self.links:
             remap_id = self.table.new_id()
-            path = f"{os.path.dirname(name)}/link_remap.{remap_id}"
+            base = f"{os.path.dirname(name)}/link_remap."
+            # Another checkpoint may have taken the name.
+            suffix = next(
+                (n for n in range(remap_id, remap_id + _MANY_LINKS) if not os.path.lexists(f"{base}{n}")), remap_id
+            )
+            path = f"{base}{suffix}"
             try:
                 _link_to(link, path)
             except OSError as error:
@@ -169,16 +186,38 @@ class PathFinder:
 NO_OWNER: dict[str, int] = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
 
 
+def _is_unchangeable(fd: int) -> bool:
+    """Whether the file has an attribute that forbids to write or unlink it (ioctl_iflags(2))."""
+    flags = bytearray(8)
+    try:
+        syscall("FS_IOC_GETFLAGS", nr.ioctl, fd, FS_IOC_GETFLAGS, address_of(flags))
+    except OSError:
+        return False  # its file system has none
+    return bool(flags[0] & _UNCHANGEABLE)
+
+
+def _xattrs(fd: int) -> list[dict[str, Any]]:
+    """The extended attributes of a file, without labels."""
+    try:
+        names = os.listxattr(fd)
+    except OSError:
+        return []  # its file system has none
+    return [{"name": name, "value": os.getxattr(fd, name)} for name in names if name not in _LABELS]
+
+
 def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
     st = ghost.stat
     entry: dict[str, Any] = {
         "uid": st.st_uid, "gid": st.st_gid, "mode": st.st_mode, "dev": kernel_dev(st.st_dev), "ino": st.st_ino,
         "atim": _time(st.st_atime_ns), "mtim": _time(st.st_mtime_ns),
     }  # fmt: skip
+    xattrs = _xattrs(ghost.fd) if ghost.fd >= 0 else []
+    if xattrs:
+        entry["firn"] = {"xattrs": xattrs}
     if not stat.S_ISREG(st.st_mode):
         images.write_one("GHOST_FILE", entry, ghost.id)
         return
-    entry["firn"] = {"atime_ns": st.st_atime_ns, "mtime_ns": st.st_mtime_ns}
+    entry["firn"] = {"atime_ns": st.st_atime_ns, "mtime_ns": st.st_mtime_ns, "xattrs": xattrs}
     entry |= {"size": st.st_size, "chunks": st.st_size >= GHOST_CHUNKS_FROM}
     with images.writer("GHOST_FILE", ghost.id) as writer:
         writer.add(entry)

@@ -2,7 +2,8 @@
 
 Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
 one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
-Unlinked files are made under their old name, opened, and unlinked again; files of dead processes are opened while a
+Unlinked files are made under their old name, opened, and unlinked again; those that never had a name (O_TMPFILE) are
+made without one, so that they can still be given one (linkat(2)); files of dead processes are opened while a
 helper stands in for the process; hard links that a dump left (link_remap) are
 taken away when the restore has succeeded.
 """
@@ -75,6 +76,7 @@ class Opener:
         self.stand_ins: set[int] = set()
         self._ghosts: dict[int, str] = {}
         self._temporary: list[tuple[str, bool]] = []
+        self._nameless: dict[str, int] = {}
 
     def message(self, kind: int, number: int) -> dict[str, Any]:
         """The message of file *number*; ImageError if it is not there or of another kind."""
@@ -100,6 +102,11 @@ class Opener:
         for kind in self.kinds.values():
             kind.plan_session(program, sid)
 
+    def complete(self) -> None:
+        """What is left to do when all tasks have all their descriptors."""
+        for kind in list(self.kinds.values()):
+            kind.complete()
+
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""
         if kind == MEMFD or self._inherit_key(kind, number):
@@ -119,7 +126,8 @@ class Opener:
         if key not in self.fds:
             message = self.message(kind, number)
             if mode != AS_RECORDED:
-                message = {**message, "flags": message["flags"] & ~fc.O_ACCMODE | mode & fc.O_ACCMODE, "pos": 0}
+                kept = message["flags"] & ~(fc.O_ACCMODE | TMPFILE_BIT)
+                message = {**message, "flags": kept | mode & fc.O_ACCMODE, "pos": 0}
             inherited = self._inherit_key(kind, number) if mode == AS_RECORDED else ""
             if inherited:
                 self.fds[key] = self.inherited.open(inherited, kind, message)
@@ -153,6 +161,8 @@ class Opener:
         if remap is not None:
             remapped = self._remap(number, name, remap)
         path = self._ghosts.get(number, name)
+        if message["flags"] & TMPFILE_BIT and path in self._nameless:
+            return _at_position(self._nameless.pop(path), name, message["pos"])
         flags = message["flags"] & ~_NOT_FOR_OPEN | fc.O_CLOEXEC | fc.O_NOCTTY
         if stat.S_ISLNK(message.get("mode", 0)):
             flags |= fc.O_PATH | fc.O_NOFOLLOW
@@ -165,13 +175,7 @@ class Opener:
             raise RestoreError(f"{name} cannot be opened: {why}", "put the file back") from None
         if not remapped:
             self._validate(fd, message)
-        position = message["pos"]
-        if position != NO_SEEK and position and not flags & fc.O_PATH:
-            try:
-                os.lseek(fd, position, os.SEEK_SET)
-            except (OSError, OverflowError) as error:
-                raise RestoreError(f"{name}: cannot go to position {position}: {error}") from None
-        return fd
+        return fd if flags & fc.O_PATH else _at_position(fd, name, message["pos"])
 
     def _validate(self, fd: int, message: dict[str, Any]) -> None:
         name = message["name"]
@@ -255,7 +259,8 @@ class Opener:
         if not self.images.exists("GHOST_FILE", number):
             raise ImageError(f"ghost-file-{number:x}.img is not there")
         self._make_parents(name)
-        path = name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
+        nameless = self._make_nameless(name, number)
+        path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
         entries = self.images.read_with_payload("GHOST_FILE", number)
         entry = entries[0][0]
         try:
@@ -264,8 +269,24 @@ class Opener:
             raise RestoreError(f"{path} is in the way of an unlinked file", "move it away") from None
         except OSError as error:
             raise RestoreError(f"unlinked file {path} cannot be made: {os.strerror(error.errno or 0)}") from error
-        self._temporary.append((path, stat.S_ISDIR(entry["mode"])))
+        if not nameless:
+            self._temporary.append((path, stat.S_ISDIR(entry["mode"])))
         self._ghosts[key] = path
+        return path
+
+    def _make_nameless(self, name: str, ghost: int) -> str:
+        """The path of a new file without a name for a ghost whose description says O_TMPFILE, else ""."""
+        made = [self.files[REG, remap["orig_id"]]["reg"]["flags"] for remap in self.remaps.values()
+                if remap["remap_id"] == ghost and (REG, remap["orig_id"]) in self.files]  # fmt: skip
+        flags = next((flags for flags in made if flags & TMPFILE_BIT and flags & fc.O_ACCMODE), 0)
+        if not flags:
+            return ""
+        try:
+            fd = os.open(os.path.dirname(name), flags & ~fc.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return ""  # a file system without such files
+        path = f"/proc/self/fd/{fd}"
+        self._nameless[path] = fd
         return path
 
     def remove_temporary(self) -> None:
@@ -330,6 +351,18 @@ class Opener:
         for made in self.objects.values():
             os.close(made.fd)
         self.objects.clear()
+        while self._nameless:
+            os.close(self._nameless.popitem()[1])
+
+
+def _at_position(fd: int, name: str, position: int) -> int:
+    """*fd*, at *position*."""
+    if position != NO_SEEK and position:
+        try:
+            os.lseek(fd, position, os.SEEK_SET)
+        except (OSError, OverflowError) as error:
+            raise RestoreError(f"{name}: cannot go to position {position}: {error}") from None
+    return fd
 
 
 def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], PayloadRef]]) -> None:
@@ -341,7 +374,8 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
     elif stat.S_ISFIFO(mode):
         os.mkfifo(path, 0o600)
     elif stat.S_ISREG(mode):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        new = 0 if path.startswith("/proc/self/fd/") else os.O_CREAT | os.O_EXCL
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | new, 0o600)
         try:
             if entry.get("chunks"):
                 for chunk, part in entries[1:]:
@@ -356,6 +390,8 @@ def fill_ghost(images: ImageDir, path: str, entries: list[tuple[dict[str, Any], 
     os.chown(path, entry["uid"], entry["gid"])
     os.chmod(path, mode & 0o7777)
     own = entry.get("firn", {})
+    for xattr in own.get("xattrs", []):
+        os.setxattr(path, xattr.get("name", ""), xattr.get("value", b""))
     if "atime_ns" in own and "mtime_ns" in own:
         os.utime(path, ns=(own["atime_ns"], own["mtime_ns"]))
     elif "atim" in entry and "mtim" in entry:

@@ -34,11 +34,12 @@ MADVICE = (
 class Area:
     """A mapping and what it is.
 
-    ``kind`` is one of anon, heap, file, memfd, shmem, aio, vdso, vvar, vsyscall, hugetlb; ``stat`` is that of the
-    mapped object, ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id, where there is one.
+    ``kind`` is one of anon, heap, file, shmem, sysv, aio, vdso, vvar, vsyscall; ``stat`` is that of the mapped object,
+    ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id (sysv: the segment's), where there is one;
+    ``numa`` is (mode, nodes) of a NUMA policy of its own.
     """
 
-    __slots__ = ("kind", "map", "mode", "shmid", "stat")
+    __slots__ = ("kind", "map", "mode", "numa", "shmid", "stat")
 
     def __init__(self, map: Map, kind: str) -> None:
         self.map = map
@@ -46,6 +47,7 @@ class Area:
         self.mode = 0
         self.stat: os.stat_result | None = None
         self.shmid = 0
+        self.numa: tuple[int, bytes] | None = None
 
     @property
     def has_pages(self) -> bool:
@@ -58,6 +60,7 @@ class Area:
         return f"/proc/{pid}/map_files/{self.map.start:x}-{self.map.end:x}"
 
 
+_WITH_OBJECT = ("file", "shmem", "sysv")
 SPECIAL = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar", "[vsyscall]": "vsyscall", "[heap]": "heap"}
 
 
@@ -92,9 +95,8 @@ def _kind(pid: int, m: Map, obstacles: list[Obstacle]) -> str | None:
         return None
     if name.startswith("/[aio]"):
         return "aio"
-    if name.startswith("/SYSV") and m.device[0] == 0:
-        obstacles.append(_obstacle(pid, m, "is System V shared memory", "not supported yet; detach it (shmdt) first"))
-        return None
+    if name.startswith("/SYSV") and name.endswith(" (deleted)") and m.device[0] == 0 and m.shared:
+        return "sysv"
     if name.startswith(("socket:", "anon_inode:", "/anon_inode", "/dmabuf")):
         reason = "is memory of a kernel object that cannot be mapped again"
         obstacles.append(_obstacle(pid, m, reason, "unmap it first"))
@@ -119,7 +121,7 @@ def find_backing(pid: int, areas: list[Area], obstacles: list[Obstacle]) -> None
     """Fill in ``stat`` and ``mode`` of the mappings that have an object behind them (once per object and mode)."""
     seen: dict[tuple[object, ...], os.stat_result] = {}
     for area in areas:
-        if area.kind not in ("file", "shmem"):
+        if area.kind not in _WITH_OBJECT:
             continue
         link = area.link(pid)
         m = area.map
@@ -147,7 +149,7 @@ def build_entry(area: Area) -> dict[str, Any]:
     if "ht" in flags and area.kind == "anon":
         mmap_flags |= mman.MAP_HUGETLB | (m.page_size.bit_length() - 1) << mman.MAP_HUGE_SHIFT
     entry: dict[str, Any] = {
-        "start": m.start, "end": m.end, "pgoff": m.offset if area.kind in ("file", "shmem", "aio") else 0,
+        "start": m.start, "end": m.end, "pgoff": m.offset if area.kind in (*_WITH_OBJECT, "aio") else 0,
         "shmid": area.shmid, "prot": m.prot, "flags": mmap_flags, "status": status, "fd": -1,
     }  # fmt: skip
     madvice = 0
@@ -158,7 +160,7 @@ def build_entry(area: Area) -> dict[str, Any]:
         madvice = 0
     if madvice:
         entry["madv"] = madvice
-    if area.kind in ("file", "shmem"):
+    if area.kind in _WITH_OBJECT:
         entry["fdflags"] = area.mode
     elif area.kind == "aio":
         entry["fdflags"] = 2
@@ -172,6 +174,8 @@ def build_entry(area: Area) -> dict[str, Any]:
         extra["sealed"] = True
     if m.name.startswith("[anon:") or m.name.startswith("[anon_shmem:"):
         extra["anon_name"] = m.name[m.name.index(":") + 1 : -1]
+    if area.numa is not None:
+        extra["numa_mode"], extra["numa_nodes"] = area.numa
     if extra:
         entry["firn"] = extra
     return entry
@@ -186,6 +190,8 @@ def _status(area: Area) -> tuple[int, int]:
         return REGULAR | (FILE_SHARED if m.shared else FILE_PRIVATE), sharing
     if area.kind == "shmem":
         return REGULAR | MEMFD | (FILE_SHARED if m.shared else FILE_PRIVATE), sharing
+    if area.kind == "sysv":
+        return REGULAR | ANON_SHARED | SYSVIPC, mman.MAP_SHARED | mman.MAP_ANONYMOUS
     if area.kind == "aio":
         return AIORING, mman.MAP_SHARED
     bits = {"vdso": VDSO | REGULAR, "vvar": VVAR | REGULAR, "vsyscall": VSYSCALL, "heap": HEAP | REGULAR}

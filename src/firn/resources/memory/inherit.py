@@ -117,9 +117,13 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     for field in ("prot", "flags", "status", "shmid", "fdflags", "madv", "firn"):
         if one.get(field) != other.get(field):
             return False
-    if one["flags"] & mman.MAP_GROWSDOWN and (one["start"], one["end"]) != (other["start"], other["end"]):
+    if (one["flags"] & mman.MAP_GROWSDOWN or one["status"] & areas.SYSVIPC) and (one["start"], one["end"]) != (
+        other["start"],
+        other["end"],
+    ):
         return False
-    return bool(one["flags"] & mman.MAP_ANONYMOUS or one["pgoff"] - one["start"] == other["pgoff"] - other["start"])
+    anonymous = one["flags"] & mman.MAP_ANONYMOUS and not one["status"] & areas.SYSVIPC
+    return bool(anonymous or one["pgoff"] - one["start"] == other["pgoff"] - other["start"])
 
 
 def _part(run: Run, start: int, end: int) -> Run:

@@ -83,9 +83,10 @@ def plan_maps(
     writable: set[int],
     kept: list[tuple[int, int]],
 ) -> None:
-    """Make all ordinary mappings except the *kept* ranges; *fds* are the task's descriptors by :func:`file_key`."""
+    """Make all ordinary mappings except the *kept* ranges; *fds* are the task's descriptors by :func:`file_key`.
+    System V segments come by shmat(2) instead, see :mod:`firn.resources.memory.attach`."""
     for vma in vmas:
-        if is_special(vma):
+        if is_special(vma) or vma["status"] & areas.SYSVIPC:
             continue
         flags, prot = vma["flags"], vma["prot"]
         if vma["start"] in writable:

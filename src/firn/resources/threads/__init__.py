@@ -112,6 +112,8 @@ def save_core(thread: Thread, answers: Answers, creds: dict[str, Any], comm: str
         own["sched_flags"] = attr["flags"]
     if attr["policy"] == sched.SCHED_DEADLINE:
         own |= {f"sched_{name}": attr[name] for name in ("runtime", "deadline", "period")}
+    if attr["util_max"]:
+        own |= {"util_min": attr["util_min"], "util_max": attr["util_max"]}
     core["firn"] = own
     return core
 
@@ -217,6 +219,11 @@ def set_scheduling(tid: int, core: dict[str, Any]) -> None:
             )
         )  # fmt: skip
         syscall(f"sched_setattr of task {tid}", nr.sched_setattr, tid, address_of(attr), 0)
+    clamps = own.get("util_min", 0), own.get("util_max", 0)
+    if clamps[1] and now["util_max"] and clamps != (now["util_min"], now["util_max"]):
+        keep = sched.SCHED_FLAG_KEEP_ALL | sched.SCHED_FLAG_UTIL_CLAMP
+        clamp = bytearray(sched.SCHED_ATTR.pack(sched.SCHED_ATTR.size, policy, keep, 0, 0, 0, 0, 0, *clamps))
+        syscall(f"sched_setattr of task {tid}", nr.sched_setattr, tid, address_of(clamp), 0)
     if own.get("affinity"):
         mask = int.from_bytes(own["affinity"], "little")
         wanted_cpus = {n for n in range(mask.bit_length()) if mask >> n & 1}
