@@ -13,16 +13,14 @@ from hypothesis import strategies as st
 from test_workloads import test_workload as run_workload
 from workloads.forest import children, descendants, forest, proportional_size
 from workloads.likeness import EXCEPTIONS, Portrait, differences
-from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
+from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, Workload
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
-MODES = "fan chain sessions groups gone adopted zombies stopped users programs"
+MODES = "fan chain sessions groups gone adopted daemon sibling zombies stopped users programs"
 SHARING = "table anon memfd offset cow resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
-    # Their sessions' leaders are gone, or are not their parents: nothing that comes back by being cloned.
-    *(Workload("trees", mode, refused=("session",), ways=(*PLAIN_WAYS, REFUSED_WAY)) for mode in ("daemon", "sibling")),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),
     # Part of what they check lives in a file, where a program that was left running has gone on.
     Workload("trees", "waiting", ways=GONE_WAYS),

@@ -129,13 +129,18 @@ class Dump:
         save_contents(self.images, self.collected)
         for number, mine in enumerate(self.collected.tasks, 1):
             mine.memory.pages_id = number
+            if mine.sharer is not None:
+                mine.memory.pages_id = mine.sharer.memory.pages_id
+                continue
             mine.memory.find(mine.pid, early=True)
             if self.take_snapshots is not None:
                 mine.memory.hold_early()
             else:
                 self._copy_pages(mine.memory, mine.pid)
         if self.take_snapshots is not None:
-            self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self.collected.tasks])
+            self.snapshots = self.take_snapshots(
+                [(mine.task, mine.trace_options()) for mine in self.collected.tasks if mine.sharer is None]
+            )
 
     def _copy_pages(self, pages: ProcessPages, pid: int) -> None:
         started = time.monotonic_ns()
@@ -161,7 +166,8 @@ class Dump:
     def save(self) -> None:
         """Write all records."""
         assert self.collected is not None
-        for mine, snapshot in zip(self.collected.tasks, self.snapshots, strict=False):
+        owners = [mine for mine in self.collected.tasks if mine.sharer is None]
+        for mine, snapshot in zip(owners, self.snapshots, strict=False):
             self._copy_pages(mine.memory, snapshot.pid)
             areas.refresh_flags(mine.areas, procfs.smaps(snapshot.pid))
             snapshot.end()

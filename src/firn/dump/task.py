@@ -10,6 +10,7 @@ import os
 import stat as st_mode
 
 from firn.abi import ptrace as pt
+from firn.abi import signal as sig
 from firn.errors import Obstacle
 from firn.host import features, procfs
 from firn.resources import cgroups, creds, process, restart, signals, threads, timers
@@ -49,6 +50,8 @@ class CollectedTask:
         self.mm: dict[str, Any] = {}
         self.exe_id = 0
         self.memory: ProcessPages
+        self.sharer: CollectedTask | None = None
+        """The process that is collected before and has the same memory (CLONE_VM)."""
 
     def trace_options(self) -> int:
         """The PTRACE_O_* under which the task is traced."""
@@ -69,9 +72,10 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _suspend_seccomp(mine)
     _leave_critical_sections(mine)
     _check_label(pid, got.obstacles)
-    maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
-    mine.areas = areas.classify(pid, maps, got.obstacles)
-    areas.find_backing(pid, mine.areas, got.obstacles)
+    if mine.sharer is None:
+        maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
+        mine.areas = areas.classify(pid, maps, got.obstacles)
+        areas.find_backing(pid, mine.areas, got.obstacles)
     cwd, root = _named_link(got, pid, "cwd"), _named_link(got, pid, "root")
     mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[pid]["Umask"], 8)}
     mine.exe_id = _named_link(got, pid, "exe")
@@ -183,6 +187,8 @@ class Questions:
             own.finish()
         answers = process.Answers(program, self.process)
         tc = process.save(pid, mine.stat, answers)
+        if mine.stat.exit_signal != sig.SIGCHLD:
+            tc["firn"]["exit_signal"] = mine.stat.exit_signal
         tc["timers"] = timers.answer(program, self.timers)
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
@@ -200,6 +206,10 @@ class Questions:
 
     def _collect_memory(self, got: Collected, answers: process.Answers) -> None:
         mine, pid = self.mine, self.mine.pid
+        if mine.sharer is not None:
+            mine.mm = mine.sharer.mm
+            mine.memory = ProcessPages(pid, [], False)
+            return
         _add_mapped_files(got, mine)
         mine.mm = layout.save(pid, mine.stat, answers, mine.exe_id)
         mine.mm["aios"] = [aio.save(pid, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]

@@ -1,10 +1,9 @@
-"""The tree of restored processes: who is born of whom, sessions, process groups, zombies.
+"""The tree of restored processes on its way back: births, sessions, process groups, zombies.
 
-Parenthood comes out right by construction: every process is cloned by its parent. So do sessions: a process inherits
-its parent's, so children that stayed in the session that their parent left by setsid(2) are cloned before that call,
-all others after it. Groups are joined when everybody lives: leaders first. A group whose leader is gone is made by a
-helper with that pid, which ends when its members have joined. A zombie is a child that ends as it did, when everybody
-has joined.
+Who is born of whom is planned by :mod:`firn.resources.births`. A process is cloned when its forker's memory is
+complete, so it takes over the pages that both have. Groups are joined when everybody lives: leaders first. A group
+whose leader is gone is made by a helper with that pid, a session likewise; both end when the members of the groups have
+joined. A zombie is a process that ends as it did, when everybody has joined.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from firn.abi import mman, nr, prctl, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
-from firn.errors import NotBuilt, RestoreError
+from firn.errors import RestoreError
 from firn.host import procfs
-from firn.resources import signals
+from firn.resources import births, signals
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
 from firn.restore import birth
@@ -29,6 +28,7 @@ from firn.tracee.program import Runner, Scratch
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from firn.api import RestoreOptions
+    from firn.resources.births import Birth, Member
     from firn.resources.files.reopen import Opener
     from firn.restore.load import Checkpoint, Process
 
@@ -44,16 +44,29 @@ class Family:
         self.options = options
         self.tasks: list[RestoredTask] = []
         self.stubs: dict[int, Stub] = {}
-        self.sessions: dict[int, int] = {}
         self._helpers: dict[int, Stub] = {}
-        memories: dict[int, TaskMemory] = {}
+        self._memories: dict[int, TaskMemory] = {}
+        self._plan_memories()
         for process in checkpoint.processes:
-            if process.zombie:
-                continue
-            parent = memories[process.parent.pid] if process.parent else None
-            memories[process.pid] = TaskMemory(process, checkpoint.images, parent)
-            self.tasks.append(RestoredTask(process, memories[process.pid], opener))
+            if not process.zombie:
+                self.tasks.append(RestoredTask(process, self._memories[process.ids["vm_id"]], opener))
         self.by_pid = {task.pid: task for task in self.tasks}
+
+    def _plan_memories(self) -> None:
+        """One memory for each vm_id. Its images are those of the first process that has it, its source is the memory of
+        who gives birth to the first of those who share it."""
+        first: dict[int, Process] = {}
+        known = {process.pid: process for process in self.checkpoint.processes}
+        for process in self.checkpoint.processes:
+            if not process.zombie:
+                first.setdefault(process.ids["vm_id"], process)
+        for pid in self.checkpoint.plan.order():
+            member = known.get(pid)
+            if member is None or member.zombie or member.shared & sched.CLONE_VM:
+                continue
+            number, source = member.ids["vm_id"], self.checkpoint.plan.memory_of(pid)
+            copied = self._memories[known[source].ids["vm_id"]] if source is not None else None
+            self._memories[number] = TaskMemory(first[number], self.checkpoint.images, copied)
 
     def open_files(self) -> None:
         """Open everything that does not have to wait for the tasks."""
@@ -64,34 +77,38 @@ class Family:
 
     def pages(self) -> int:
         """How many pages the images hold."""
-        return sum(task.memory.pages for task in self.tasks)
+        return sum(each.pages for each in self._memories.values())
 
     def close(self) -> None:
         """Close the page images."""
-        for task in self.tasks:
-            task.memory.close()
+        for each in self._memories.values():
+            each.close()
 
     # -- birth and memory ----------------------------------------------------------------------------------------------
 
     def grow(self) -> None:
-        """Rebuild the root's memory, then clone and rebuild its children, and so on."""
-        root = self.checkpoint.root
-        self._adopt_root(root)
+        """Rebuild the root's memory, have it clone whom it has to clone, and so on."""
+        plan = self.checkpoint.plan
+        self._adopt_root(self.checkpoint.root)
         own = Own()
-        self.sessions[root.pid] = 0
-        waiting = [root]
-        while waiting:
-            process = waiting.pop()
-            stub = self.stubs[process.pid]
-            task = self.by_pid[process.pid]
-            task.memory.replace(stub.program, stub.scratch, self.opener, own)
-            waiting += self._bear(process)
+        for pid in plan.order():
+            stub, task = self.stubs[pid], self.by_pid.get(pid)
+            if task is not None and not task.process.shared & sched.CLONE_VM:
+                task.memory.replace(stub.program, stub.scratch, self.opener, own)
+            for each in plan.born_of(pid, late=False):
+                self._bear(each)
+            if plan.members[pid].leads:
+                stub.program.call("setsid", nr.setsid)
+                if task is not None:
+                    self.opener.plan_session(stub.program, pid)
+                stub.program.run()
+            for each in plan.born_of(pid, late=True):
+                self._bear(each)
         self.opener.seal()
 
     def _adopt_root(self, root: Process) -> None:
         """Map the scratch area, at a place where no process of the tree has anything, and take over the root."""
-        count = max(len(task.threads) for task in self.tasks)
-        data = LEADER_AREA + THREAD_AREA * count
+        data = max(self._areas().values())
         taken = [
             (vma["start"], vma["end"])
             for task in self.tasks
@@ -110,79 +127,100 @@ class Family:
         single(birth.SYSCALL_SITE, nr.mmap, code + mman.PAGE, data, mman.PROT_READ | mman.PROT_WRITE, flags, _NONE, 0)
         scratch = Scratch(root.pid, code, code + mman.PAGE, data)
         memory.force_write(root.pid, code, cpu.INTERPRETER)
-        self._settle(root, Stub(root.pid, runner, scratch))
+        self._settle(root.pid, Stub(root.pid, runner, scratch))
 
-    def _settle(self, process: Process, stub: Stub) -> None:
-        self.stubs[process.pid] = stub
-        if not process.zombie:
-            self.by_pid[process.pid].adopt(stub)
+    def _areas(self) -> dict[int, int]:
+        """How many bytes the programs of all threads of a memory (vm_id) need."""
+        sizes: dict[int, int] = {}
+        for task in self.tasks:
+            number = task.process.ids["vm_id"]
+            sizes[number] = sizes.get(number, 0) + LEADER_AREA + THREAD_AREA * len(task.threads)
+        return sizes
 
-    def _bear(self, parent: Process) -> list[Process]:
-        """Clone the children of *parent*, those of its old session first; the living ones."""
-        inherited = self.sessions[parent.pid]
-        program = self.stubs[parent.pid].program
-        early = [child for child in parent.children if child.sid not in (parent.sid, child.pid)]
-        for child in early:
-            if inherited != child.sid and not self._is_outer(child.sid):
-                raise NotBuilt(
-                    f"process {child.pid} belongs to session {child.sid}, whose leader is gone: not supported yet"
-                )
-            self._clone(parent, child)
-        if parent.sid == parent.pid:
-            program.call("setsid", nr.setsid)
-            self.opener.plan_session(program, parent.pid)
-            program.run()
-            self.sessions[parent.pid] = parent.pid
-        for child in parent.children:
-            if child not in early:
-                self._clone(parent, child)
-        return [child for child in parent.children if not child.zombie]
+    def _settle(self, pid: int, stub: Stub) -> None:
+        self.stubs[pid] = stub
+        if pid in self.by_pid:
+            self.by_pid[pid].adopt(stub)
 
-    def _is_outer(self, sid: int) -> bool:
-        """Whether *sid* is the session outside of the tree that a shell job belongs to; ours takes its place."""
-        return self.options.shell_job and sid == self.checkpoint.root.sid != self.checkpoint.root.pid
+    def _bear(self, planned: Birth) -> None:
+        """Have the forker clone a process so that it gets the right parent."""
+        member, forker = planned.member, self.stubs[planned.forker]
+        if planned.way == births.ORPHAN:
+            child = self._bear_orphan(member, forker, planned.flags)
+        else:
+            sibling = planned.way == births.SIBLING
+            flags, signal = (sched.CLONE_PARENT, 0) if sibling else (0, member.exit_signal)
+            child = self._clone(forker, member.pid, planned.flags | flags, signal)
+        self._settle(member.pid, child)
+        if member.helper:
+            self._helpers[member.pid] = child
 
-    def _clone(self, parent: Process, child: Process) -> None:
-        born_of = self.stubs[parent.pid]
-        flags = sched.CLONE_FILES if not child.zombie and child.shares_files else 0
-        self._give_birth(born_of, child.pid, flags, sig.SIGCHLD)
-        self.sessions[child.pid] = self.sessions[parent.pid]
-        self._settle(child, self._newborn(child.pid, born_of))
+    def _bear_orphan(self, member: Member, forker: Stub, flags: int) -> Stub:
+        """By one in between, who shares the forker's memory and ends; the parent adopts the orphan."""
+        program = self.stubs[member.parent].program
+        program.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        program.run()
+        between = self._clone(forker, self._spare_pid(), flags | sched.CLONE_VM, 0, forker.program.area)
+        self._helpers[between.pid] = between
+        child = self._clone(between, member.pid, flags, sig.SIGCHLD)
+        self._end_helper(between)
+        program.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        program.run()
+        return child
 
-    def _give_birth(self, parent: Stub, pid: int, flags: int, exit_signal: int) -> None:
-        plan_clone(parent.program, pid, flags, exit_signal)
+    def _spare_pid(self) -> int:
+        """A pid that nobody of the checkpoint needs."""
+        wanted = {*self.checkpoint.tids(), *self.checkpoint.helpers(), *self._helpers}
+        return next(pid for pid in range(birth.pid_max() - 1, 1, -1) if pid not in wanted and not birth.is_used(pid))
+
+    def _clone(self, forker: Stub, pid: int, flags: int, exit_signal: int, area: int = 0) -> Stub:
+        """A new process *pid*. Its program is in *area*, if it shares the forker's memory, or in an area of its own."""
+        plan_clone(forker.program, pid, flags, exit_signal)
         try:
-            parent.program.run()
+            forker.program.run()
         except OSError as error:
             if error.errno == errno.EEXIST:
                 raise birth.taken(pid) from None
             raise
+        scratch = forker.scratch
+        if not flags & sched.CLONE_VM:
+            scratch = Scratch(pid, scratch.code, scratch.data, scratch.size)
+        return Stub(pid, await_birth(pid, pid, forker.runner, scratch), scratch, area)
 
-    def _newborn(self, pid: int, born_of: Stub) -> Stub:
-        scratch = Scratch(pid, born_of.scratch.code, born_of.scratch.data, born_of.scratch.size)
-        return Stub(pid, await_birth(pid, pid, born_of.runner, scratch), scratch)
+    def helpers(self) -> list[int]:
+        """The pids of helpers that have not been ended."""
+        return list(self._helpers)
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
     def join_groups(self) -> None:
-        """Sessions of those who lead one and have no children, then process groups, leaders first."""
+        """Process groups, leaders first."""
+        members = [
+            process for process in self.checkpoint.processes
+            if process.pgid not in (process.pid, 0) and not self._is_outer_group(process.pgid)
+        ]  # fmt: skip
         for process in self.checkpoint.processes:
-            stub = self.stubs[process.pid]
-            if process.sid == process.pid and process.zombie:
-                stub.program.call("setsid", nr.setsid)
-            elif process.pgid == process.pid != process.sid:
-                stub.program.call("setpgid", nr.setpgid, 0, 0)
-            stub.program.run()
-        for process in self.checkpoint.processes:
-            if process.pgid in (process.pid, 0) or self._is_outer_group(process.pgid):
-                continue
-            if process.pgid not in self.stubs:
-                self._make_group(process)
+            if process.pgid == process.pid != process.sid:
+                self._found_group(self.stubs[process.pid])
+        moved = {process.pid: process for process in members}
+        for pgid in sorted({process.pgid for process in members}):
+            if pgid in moved:
+                # Its leader has gone to another group: somebody has to stay until all are in theirs.
+                self._found_group(self.stubs[pgid])
+                keeper = self._clone(self.stubs[pgid], self._spare_pid(), 0, 0)
+                self._helpers[keeper.pid] = keeper
+            elif pgid not in self.stubs:
+                self._make_group(next(process for process in members if process.pgid == pgid))
+        for process in members:
             program = self.stubs[process.pid].program
             program.call(f"setpgid to {process.pgid}", nr.setpgid, 0, process.pgid)
             program.run()
-        for helper, stub in self._helpers.items():
-            self._end_helper(helper, stub)
+        for helper in list(self._helpers.values()):
+            self._end_helper(helper)
+
+    def _found_group(self, stub: Stub) -> None:
+        stub.program.call("setpgid", nr.setpgid, 0, 0)
+        stub.program.run()
 
     def _is_outer_group(self, pgid: int) -> bool:
         root = self.checkpoint.root
@@ -192,21 +230,20 @@ class Family:
 
     def _make_group(self, member: Process) -> None:
         """A helper in *member*'s session with the pid of its group, a child of *member* for as long as it is needed."""
-        if member.pgid in self._helpers:
-            return
-        stub = self.stubs[member.pid]
-        self._give_birth(stub, member.pgid, 0, 0)
-        helper = self._newborn(member.pgid, stub)
-        helper.program.call("setpgid", nr.setpgid, 0, 0)
-        helper.program.run()
-        self._helpers[member.pgid] = helper
+        helper = self._clone(self.stubs[member.pid], member.pgid, 0, 0)
+        self._helpers[helper.pid] = helper
+        self._found_group(helper)
 
-    def _end_helper(self, pid: int, helper: Stub) -> None:
+    def _end_helper(self, helper: Stub) -> None:
+        """End a helper and have its parent reap it."""
+        parent = int(procfs.status(helper.pid)["PPid"])
         _end(helper, 0)
-        parent = int(procfs.status(pid)["PPid"])
         program = self.stubs[parent].program
-        program.call("wait4", nr.wait4, pid, 0, pt.WALL, 0)
+        program.call("wait4", nr.wait4, helper.pid, 0, pt.WALL, 0)
         program.run()
+        del self._helpers[helper.pid]
+        if parent in self.by_pid:
+            self.by_pid[parent].bereaved = True
 
     def end_zombies(self) -> None:
         """Those who ended before the dump end again."""

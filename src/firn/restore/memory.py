@@ -28,7 +28,8 @@ SPARE = 1 << 20
 
 
 class TaskMemory:
-    """The mappings and pages of one process of the checkpoint."""
+    """The mappings and pages of one process of the checkpoint, or of several that share them. *parent* is the memory
+    that it is copied from at birth."""
 
     def __init__(self, process: Process, images: ImageDir, parent: TaskMemory | None) -> None:
         self.process = process
@@ -111,7 +112,7 @@ class TaskMemory:
         program.run()
         if self.placement is not None and not keeps_vdso:
             for address, code in self.placement.patches:
-                memory.force_write(self.pid, address, code)
+                memory.force_write(program.runner.pid, address, code)
 
     def _plan_clear(self, program: Program, kept: list[tuple[int, int]]) -> None:
         """Unmap everything outside *kept*."""

@@ -82,7 +82,7 @@ class Restore:
         checkpoint, root = self.checkpoint, self.checkpoint.root
         if checkpoint.inventory.get("tcp_close") and not self.options.tcp_close:
             raise RestoreError("connections were dumped to come back closed", "Need to set the --tcp-close options.")
-        birth.check_pids(checkpoint.tids())
+        birth.check_pids([*checkpoint.tids(), *checkpoint.helpers()])
         last, own = features.cap_last_cap(), features.effective_caps()
         living = [process for process in checkpoint.processes if not process.zombie]
         for process in living:
@@ -174,7 +174,8 @@ class Restore:
     def undo(self) -> None:
         """Kill what was made."""
         if self.born:
-            birth.kill([process.tids for process in self.checkpoint.processes])
+            helpers = self.family.helpers() if self.family is not None else []
+            birth.kill([*(process.tids for process in self.checkpoint.processes), *([pid] for pid in helpers)])
 
     def close(self) -> None:
         """Close what was opened."""

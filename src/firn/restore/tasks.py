@@ -49,11 +49,11 @@ class RestoredThread:
 class Stub:
     """A restored process as long as it is only a runner with a program: all there ever is of a zombie."""
 
-    def __init__(self, pid: int, runner: Runner, scratch: Scratch) -> None:
+    def __init__(self, pid: int, runner: Runner, scratch: Scratch, area: int = 0) -> None:
         self.pid = pid
         self.runner = runner
         self.scratch = scratch
-        self.program = Program(runner, scratch, scratch.data, LEADER_AREA)
+        self.program = Program(runner, scratch, area or scratch.area(LEADER_AREA), LEADER_AREA)
 
 
 class RestoredTask:
@@ -70,6 +70,7 @@ class RestoredTask:
         self.threads = [
             RestoredThread(tid, core, mask) for tid, core, mask in zip(process.tids, process.cores, masks, strict=True)
         ]
+        self.bereaved = False
         self.cwd, self.root = (REG, process.fs["cwd_id"]), (REG, process.fs["root_id"])
         self.scratch: Scratch
 
@@ -90,7 +91,6 @@ class RestoredTask:
     def adopt(self, stub: Stub) -> None:
         """Take over the runner that the newborn process is."""
         self.scratch = stub.scratch
-        self.scratch.used = LEADER_AREA
         self.leader.runner, self.leader.program = stub.runner, stub.program
 
     # -- join ----------------------------------------------------------------------------------------------------------
@@ -101,11 +101,13 @@ class RestoredTask:
         process.set_outside(self.pid, self.tc, log)
         process.plan_early(program, self.tc, self.process.fs.get("umask", 0o22))
         process.plan_loginuid(program, self.tc)
-        self._enter_directories(program)
+        if not self.process.shared & sched.CLONE_FS:
+            self._enter_directories(program)
+        program.run()
 
     def join(self) -> None:
         """Descriptors, except for tables that have some which must wait."""
-        if not self.process.shares_files and not self._has_late():
+        if not self._shares_files() and not self._has_late():
             self.install_descriptors()
 
     def _enter_directories(self, program: Program) -> None:
@@ -116,6 +118,10 @@ class RestoredTask:
         program.call("fchdir", nr.fchdir, table[self.opener.open(*self.cwd)])
         program.call("close all", nr.close_range, 0, 0xFFFFFFFF, 0)
         program.run()
+
+    def _shares_files(self) -> bool:
+        """Whether the descriptor table is another task's, who looks after it."""
+        return bool(self.process.shared & sched.CLONE_FILES)
 
     def _has_late(self) -> bool:
         return any(self.opener.is_late(entry["type"], entry["id"]) for entry in self.descriptors)
@@ -149,7 +155,7 @@ class RestoredTask:
 
     def finish_descriptors(self) -> None:
         """What the task does with its descriptors when all of them are there (epoll)."""
-        if self.process.shares_files:
+        if self._shares_files():
             return
         program = self.leader.program
         if self._has_late():
@@ -210,7 +216,7 @@ class RestoredTask:
             threads.plan_last(thread.program, thread.core)
         self._run_all()
         process.plan_late(program, tc, self.process.mm)
-        if not self.process.shares_files:
+        if not self._shares_files():
             self._plan_owners(program)
         rebuild.plan_seal(program, self.process.mm["vmas"])
         program.run()
@@ -219,7 +225,7 @@ class RestoredTask:
 
     def _plan_reaping(self, program: Program) -> None:
         """Children that ended while they were restored (zombies, helpers) have sent a SIGCHLD that nobody is to see."""
-        if not any(child.zombie for child in self.process.children):
+        if not self.bereaved and not any(child.zombie for child in self.process.children):
             return
         program.reserve(1, 64)
         wanted, none = program.data(sig.bit(sig.SIGCHLD).to_bytes(8, "little")), program.data(bytes(16))

@@ -42,6 +42,7 @@ MESSAGES = {
         5 mce_kill u32?
         6 ksm_merge bool?
         7 tsc u32?
+        20 exit_signal u32?
     """,
     "firn_mm": """
         1 lock_future u32? hex
