@@ -153,13 +153,14 @@ def _end(target: Target) -> None:
 
 # ---- trees made up at random
 
-QUIET = "PPAFDTUJG"
+QUIET = "PPAFDTUJGCR"
 
 
-HOW = st.sampled_from(["()", "()", "()", "[]"])
+# How a process is born: by fork, sharing descriptors or directories, as a sibling; one in braces ends when it is set up.
+HOW = st.sampled_from(["()", "()", "()", "[]", "<>", "{}", "{}", "^()", "^[]"])
 # Only who has no children may be dead: a dead process's children belong to somebody else.
 LEAF = st.builds(
-    lambda how, steps, end: how[0] + steps + end + how[1],
+    lambda how, steps, end: how[:-1] + steps + end + how[-1],
     HOW, st.text(QUIET + "S", max_size=3), st.sampled_from(["", "", "", "W", "X", "K"]),
 )  # fmt: skip
 
@@ -167,7 +168,7 @@ LEAF = st.builds(
 def _grow(below: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     """A process: steps and children in any order, in brackets that say how it is born."""
     body = st.lists(st.one_of(st.sampled_from([*QUIET, "S"]), below), max_size=5).map("".join)
-    return st.builds(lambda how, inner: how[0] + inner + how[1], HOW, body)
+    return st.builds(lambda how, inner: how[:-1] + inner + how[-1], HOW, body)
 
 
 BRANCH = st.recursive(LEAF, _grow, max_leaves=8)
@@ -211,6 +212,12 @@ def test_random_trees(number: int, tmp_path_factory: pytest.TempPathFactory, run
         "(SX)(GX)(JK)(J)",
         "(TUW)(SGT(W))",
         "((S)((S(S))G)S((S)))",
+        # Daemons: one forks twice, one leaves a sibling in its session, one was adopted by a subreaper further down.
+        "{S(P)}({S(^(G))})(R{S{(F)(SX)}S[D]})",
+        # Two leaders that were born in one session whose leader is gone, and the children they left in it.
+        "{S(S{(P)})((J)S(G))}({S((P)S)}S)",
+        # Tables that siblings share, but not their parents.
+        "F(N[[D]^[C]]N)<C^<(S)>>({[^[S]]})",
     ],
 )
 def test_plans(plan: str, runner: Runner) -> None:

@@ -29,6 +29,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_TRIES = 1000
+"""How often at most a process is tried as the first of those who share a table."""
 CHILD, SIBLING, ORPHAN = range(3)
 """How a process gets from its forker to its parent."""
 
@@ -189,6 +191,11 @@ class Plan:
 
     def _lift(self, session: int, parents: list[int], bottom: int) -> set[int] | None:
         """Who has to be born in *session* if its helper is a child of *bottom*; None if that is not possible."""
+        above = self.members[bottom]
+        while above.birth_session() != session and above is not self.root:
+            above = self.members[above.parent]
+        if above.birth_session() == session:
+            return None  # it would have to be there before itself
         lifted: set[int] = set()
         waiting = [pid for pid in parents if not self.is_below(bottom, pid)]
         while waiting:
@@ -212,28 +219,53 @@ class _Placement:
         self.placed: set[int] = set()
         self.offers: dict[int | None, list[tuple[Member, bool]]] = {}
         self.tables: dict[tuple[str, int], list[Member]] = {}
-        self.founders = self._founders()
+        self.tops = self._tops()
+        self.tries = _TRIES
+        self.order: list[int] = []
+        self.reasons: list[tuple[int, str]] = []
         self._settle(plan.root)
-        waiting = [member for member in plan.members.values() if member is not plan.root]
-        while waiting:
-            left = [member for member in waiting if not self._place(member)]
-            if len(left) == len(waiting):
-                self._give_up(left)
-                return
-            waiting = left
+        if not self._place_all([member for member in plan.members.values() if member is not plan.root]):
+            plan.trouble += self.reasons
 
-    def _founders(self) -> dict[tuple[str, int], int]:
-        """Table -> who of its members is born first, without sharing it with the forker: the uppermost, or of several
-        with different parents the deepest, since a process can be passed up but not down."""
-        tops: dict[tuple[str, int], Member] = {}
+    def _place_all(self, waiting: list[Member]) -> bool:
+        """Place everybody in *waiting*; whether that worked. If not, everything is as it was."""
+        count = len(self.order)
+        while waiting:
+            left = [member for member in waiting if not self._place(member, False)]
+            if len(left) == len(waiting):
+                break
+            waiting = left
+        if not waiting or self._found_tables(waiting):
+            return True
+        self.reasons = self.reasons or self._why(waiting)
+        self._undo(count)
+        return False
+
+    def _found_tables(self, waiting: list[Member]) -> bool:
+        """Nobody of *waiting* can be placed unless somebody founds a table that he shares with others of them. Try one
+        after the other: a process can be passed up in the tree, but not down, so the deepest first."""
+        for member in sorted(waiting, key=lambda member: (-member.depth, -self._bonds(member))):
+            if self.tries and self._place(member, True):
+                self.tries -= 1
+                if self._place_all([other for other in waiting if other is not member]):
+                    return True
+                self._undo(len(self.order) - 1)
+        return False
+
+    def _bonds(self, member: Member) -> int:
+        """In how many tables of *member* there is somebody already."""
+        return sum(table in self.tables for table in member.shares.items())
+
+    def _tops(self) -> dict[tuple[str, int], list[int]]:
+        """Table -> those of its members whose parents do not share it. One of them is born first, the founder, who does
+        not share it with its forker."""
+        tops: dict[tuple[str, int], list[int]] = {}
         for member in self.plan.members.values():
             above = self.plan.members.get(member.parent)
             for table in member.shares.items():
-                if above is not None and above.shares.get(table[0]) == table[1]:
-                    continue
-                if table not in tops or member.depth > tops[table].depth:
-                    tops[table] = member
-        return {table: member.pid for table, member in tops.items()}
+                if above is None or above.shares.get(table[0]) != table[1]:
+                    tops.setdefault(table, []).append(member.pid)
+        return tops
 
     def _settle(self, member: Member) -> None:
         """*member* has its forker: from now on it can be one."""
@@ -246,22 +278,39 @@ class _Placement:
         for table in member.shares.items():
             self.tables.setdefault(table, []).append(member)
 
-    def _place(self, member: Member) -> bool:
-        """Find a forker for *member* among those who have one; whether there is."""
+    def _undo(self, count: int) -> None:
+        """Take back all placements but the first *count*."""
+        for pid in self.order[count:]:
+            member = self.plan.members[pid]
+            del self.plan.births[pid]
+            self.placed.discard(pid)
+            for table in member.shares.items():
+                self.tables[table].remove(member)
+                if not self.tables[table]:
+                    del self.tables[table]
+            for session in {member.sid, member.born_in}:
+                offers = self.offers.get(session, [])
+                offers[:] = [offer for offer in offers if offer[0] is not member]
+        del self.order[count:]
+
+    def _place(self, member: Member, founds: bool) -> bool:
+        """Find a forker for *member* among those who have one; whether there is. Unless it *founds* its tables, it waits
+        until there is somebody to share them with."""
         if member.parent not in self.placed:
             return False
         needs = {}
         for table in member.shares.items():
-            if self.founders[table] != member.pid:
-                if table not in self.tables:
-                    return False
+            if table in self.tables:
                 needs[table[0]] = table[1]
+            elif member.pid not in self.tops[table] or not (founds or len(self.tops[table]) == 1):
+                return False
         found = next(self._forkers(member, needs), None)
         if found is None:
             return False
         forker, way, late = found
         flags = sum(flag for field, flag, _ in SHARED if field in needs)
         self.plan.births[member.pid] = Birth(member, forker.pid, way, late, flags)
+        self.order.append(member.pid)
         self._settle(member)
         return True
 
@@ -294,15 +343,16 @@ class _Placement:
             for other in self.tables[table]:
                 yield other, True
 
-    def _give_up(self, left: list[Member]) -> None:
+    def _why(self, left: list[Member]) -> list[tuple[int, str]]:
+        """The reasons why those that are *left* could not be placed, of those whose parents could."""
+        found = []
         for member in left:
             if member.parent not in self.placed:
                 continue
+            reason = f"belongs to session {member.sid}, which it cannot be born into"
             for field, _, name in SHARED:
                 others = self.tables.get((field, member.shares.get(field, 0)), [])
                 if others and self.plan.members[member.parent] not in others:
                     reason = f"shares its {name} with process {others[0].pid}, but not with a process between them"
-                    self.plan.trouble.append((member.pid, reason))
-                    break
-            else:
-                self.plan._session_trouble(member.pid, member.sid)
+            found.append((member.pid, reason))
+        return found
