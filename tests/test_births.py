@@ -148,7 +148,7 @@ def test_what_happened_can_happen_again(number: int) -> None:
 
     @seed(number)
     @settings(
-        max_examples=3000, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+        max_examples=200, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(st.lists(STEP, max_size=25))

@@ -18,7 +18,7 @@ from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, Workload
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 MODES = "fan chain sessions groups gone adopted daemon sibling zombies stopped users programs"
-SHARING = "table anon memfd offset cow resized"
+SHARING = "table vm sighand directories anon memfd offset cow resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),

@@ -100,6 +100,7 @@ class Plan:
                 member.depth = self.members[member.parent].depth + 1
                 self._children[member.parent].append(member)
         self._choose_sessions()
+        self._lend_tables()
         if not self.trouble:
             _Placement(self)
         self._of: dict[int, list[Birth]] = {pid: [] for pid in self.members}
@@ -209,6 +210,18 @@ class Plan:
             if session not in (above.sid, above.born_in) and not self.is_below(bottom, above.pid):
                 waiting.append(above.pid)
         return lifted
+
+
+    def _lend_tables(self) -> None:
+        """A leader that is dead or a helper must have what those born of it share with their parents."""
+        for member in self.members.values():
+            above = self.members.get(member.parent)
+            leader = self.members.get(member.birth_session() or 0)
+            if above is None or leader is None or not (leader.dead or leader.helper) or leader is member:
+                continue
+            if leader.pid not in (above.sid, above.birth_session()):
+                common = {field: table for field, table in member.shares.items() if above.shares.get(field) == table}
+                leader.shares = common | leader.shares
 
 
 class _Placement:

@@ -135,6 +135,9 @@ class Family:
         for task in self.tasks:
             number = task.process.ids["vm_id"]
             sizes[number] = sizes.get(number, 0) + LEADER_AREA + THREAD_AREA * len(task.threads)
+        for member in self.checkpoint.plan.members.values():
+            if member.pid not in self.by_pid and "vm_id" in member.shares:
+                sizes[member.shares["vm_id"]] += LEADER_AREA
         return sizes
 
     def _settle(self, pid: int, stub: Stub) -> None:

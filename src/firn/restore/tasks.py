@@ -274,14 +274,20 @@ class RestoredTask:
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
-    def make_ready(self) -> None:
-        """Take the scratch area away, set registers and masks: only letting go is left."""
+    def prime(self) -> None:
+        """Have threads that were interrupted in a call begin it again: the last of what needs the scratch area."""
         site = self.scratch.code + cpu.SYSCALL_AT
         for thread in self.threads:
             waiting = restart.stored(self.pid, thread.core, thread.info["gpregs"], thread.regs)
             if waiting:
                 thread.regs = restart.prime(thread.runner, thread.program, site, thread.regs, waiting)
-        self.leader.runner.single(site, nr.munmap, self.scratch.code, mman.PAGE + self.scratch.size)
+
+    def make_ready(self, last: bool) -> None:
+        """Set registers and masks: only letting go is left. The *last* of those who share its memory takes the scratch
+        area away."""
+        if last:
+            site, size = self.scratch.code + cpu.SYSCALL_AT, mman.PAGE + self.scratch.size
+            self.leader.runner.single(site, nr.munmap, self.scratch.code, size)
         if self.leader.regs[cpu.ORIG_AX] != cpu.NO_SYSCALL:
             self._leave_syscall_exit()
         for thread in self.threads:
