@@ -50,10 +50,10 @@ def check_pids(pids: list[int]) -> None:
             raise RestoreError(
                 f"pid {pid} is above this machine's limit of {maximum}", f"sysctl -w kernel.pid_max={pid + 1}"
             )
-        if is_used(pid):
-            _await_reaping(pid)
         if is_used(pid) or is_used(-pid):
-            raise taken(pid)
+            _await_reaping(pid)
+            if is_used(pid) or is_used(-pid):
+                raise taken(pid)
 
 
 def pid_max() -> int:
@@ -73,13 +73,15 @@ def is_used(pid: int) -> bool:
 
 
 def _await_reaping(pid: int) -> None:
-    """Give the parent of a zombie a moment to take notice of it: a restore often follows its dump at once."""
+    """Give the parents of zombies a moment to take notice of them: a restore often follows its dump at once. A group is
+    there as long as a zombie is in it."""
     for _ in range(_REAPING_TRIES):
         try:
             if procfs.stat(pid).state not in "ZX":
                 return
         except OSError:
-            return
+            if not is_used(-pid):
+                return
         time.sleep(0.02)
 
 
