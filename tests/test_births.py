@@ -1,7 +1,7 @@
 """The plan of births, tried on histories made up at random: what really happened on one kernel can be made again.
 
-A history of forks, sessions, shared tables and deaths is played in a small model of the kernel; from what is left of it a
-plan is made, and played in the same model; both must show the same tree.
+A history of forks, sessions, shared tables and deaths is played in a small model of the kernel; from what is left of it
+a plan is made, and played in the same model; both must show the same tree.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _end(target: Target) -> None:
 QUIET = "PPAFDTUJGCR"
 
 
-# How a process is born: by fork, sharing descriptors or directories, as a sibling; one in braces ends when it is set up.
+# How a process is born: by fork, sharing descriptors or directories, as a sibling; one in braces ends when set up.
 HOW = st.sampled_from(["()", "()", "()", "[]", "<>", "{}", "{}", "^()", "^[]"])
 # Only who has no children may be dead: a dead process's children belong to somebody else.
 LEAF = st.builds(

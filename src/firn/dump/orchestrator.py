@@ -24,7 +24,7 @@ from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import address_of, syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
-from firn.dump.tree import FrozenTree, freeze, walk
+from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
@@ -109,8 +109,11 @@ class Dump:
         """Stop every thread of every process."""
         self.log.info(f"freezing the tree of process {self.pid}")
         started = time.monotonic_ns()
-        with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
-            self.tree = freeze(self.pid, self.obstacles)
+        try:
+            with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
+                self.tree = freeze(self.pid, self.obstacles)
+        except TargetError as error:
+            raise find_vfork(self.pid) or error from None
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):

@@ -307,8 +307,8 @@ class _Placement:
         del self.order[count:]
 
     def _place(self, member: Member, founds: bool) -> bool:
-        """Find a forker for *member* among those who have one; whether there is. Unless it *founds* its tables, it waits
-        until there is somebody to share them with."""
+        """Find a forker for *member* among those who have one; whether there is. Unless it *founds* its tables, it
+        waits until there is somebody to share them with."""
         if member.parent not in self.placed:
             return False
         needs = {}
