@@ -279,13 +279,19 @@ def processes(bench: Bench) -> list[Row]:
     with bench.target("spin", kind, count) as target, bench.target("spin", kind, count // 2) as half:
         for _ in range(5):
             for tool in bench.tools():
+
+                def work(tool: Tool = tool) -> list[float]:
+                    return [_pause(bench, tool, target) / count]
+
                 with _stopped(half):
-                    bench.attempt(tool, [row], lambda tool=tool: [_pause(bench, tool, target) / count])
+                    bench.attempt(tool, [row], work)
             with _stopped(target):
                 row.references.append(_pause(bench, bench.own, half) / (count // 2))
     return [row, *_scale(bench, "processes", count)]
 
 
 MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
-    measure.__name__: measure for measure in (pause, crowd, snapshot, cold, memory, huge, threads, vmas, files, processes)
+    measure.__name__: measure for measure in (
+        pause, crowd, snapshot, cold, memory, huge, threads, vmas, files, processes,
+    )
 }

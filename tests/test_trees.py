@@ -17,7 +17,7 @@ from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, Workload
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
-MODES = "fan chain sessions groups gone adopted daemon sibling zombies stopped users programs"
+MODES = "fan chain sessions groups gone adopted daemon sibling zombies stopped told users programs"
 SHARING = "table vm sighand directories anon memfd offset cow resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
@@ -66,18 +66,6 @@ def test_tree(workload: Workload, way: str, runner: Runner) -> None:
     runner.assert_right(back, "after the restore")
     runner.wait_beats(back)
     _end(back)
-
-
-@needs_firn
-@pytest.mark.xfail(strict=False, reason="a child's stop at the end of a restore is told to its parent a second time")
-def test_a_stop_is_told_once(runner: Runner) -> None:
-    """A parent that has seen its child stop gets no second SIGCHLD and no second wait status for it."""
-    target = runner.start(Workload("trees", "told"))
-    back = _bring_back(runner, target)
-    try:
-        runner.assert_right(back, "after the restore")
-    finally:
-        runner.kill(back)
 
 
 @needs_firn

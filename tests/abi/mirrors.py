@@ -223,9 +223,11 @@ X86_64 = Mirror(
     ),
 )
 
+WAIT = Mirror(headers=("linux/wait.h", "linux/signal.h"), expressions={"SI_PID": "offsetof(siginfo_t, si_pid)"})
+
 MIRRORS = {
     "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED,
-    "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
+    "signal": SIGNAL, "tty": TTY, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

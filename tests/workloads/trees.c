@@ -413,23 +413,40 @@ static void continue_one(void)
 	kill(SLOT(1)->pid, SIGCONT);
 }
 
-/* The parent has a handler, and has taken both the signal and the status. */
+static void *thread_body(void *unused)
+{
+	for (;;)
+		nap_ms(5);
+	return unused;
+}
+
+static void with_thread(void)
+{
+	start_thread(thread_body, NULL);
+}
+
+/* The parent has a handler and has seen the signals; it has taken the status of the first child, but not the second's. */
 static void told_set(void)
 {
 	struct sigaction action = {.sa_handler = count_notice, .sa_flags = SA_RESTART};
 	NEED(!sigaction(SIGCHLD, &action, NULL));
-	bear(0, NULL, NULL);
+	bear(0, with_thread, NULL);
+	bear(1, NULL, NULL);
 	NEED(!kill(SLOT(0)->pid, SIGSTOP) && waitpid(SLOT(0)->pid, NULL, WUNTRACED) == SLOT(0)->pid);
+	NEED(!kill(SLOT(1)->pid, SIGSTOP) && reaches_state(SLOT(1)->pid, 'T'));
 	while (!notices)
 		nap_ms(1);
+	nap_ms(20);
 	notices = 0;
 }
 
 static int told_check(void)
 {
-	CHECK(state_of(SLOT(0)->pid) == 'T');
+	siginfo_t info = {0};
+	CHECK(state_of(SLOT(0)->pid) == 'T' && state_of(SLOT(1)->pid) == 'T');
 	CHECK(notices == 0);
 	CHECK(waitpid(SLOT(0)->pid, NULL, WUNTRACED | WNOHANG) == 0);
+	CHECK(!waitid(P_PID, (id_t)SLOT(1)->pid, &info, WSTOPPED | WNOHANG | WNOWAIT) && info.si_pid == SLOT(1)->pid);
 	return 1;
 }
 

@@ -44,6 +44,8 @@ class Collected:
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids())
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
+        self.told: set[int] = set()
+        """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.namespaces = Namespaces([task.pid for task in tree.tasks], obstacles)
@@ -81,8 +83,14 @@ def collect(dump: Dump) -> Collected:
         _collect_descriptors(got)
         if got.obstacles:
             return got
+        stopped: dict[int, list[int]] = {}
+        for task in tree.tasks:
+            if task.stop_signal:
+                stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
         for first in range(0, len(got.tasks), _AT_ONCE):
-            running = [Questions(mine) for mine in got.tasks[first : first + _AT_ONCE]]
+            running = [
+                Questions(mine, stopped.get(mine.pid, [])) for mine in got.tasks[first : first + _AT_ONCE]
+            ]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
         _identity(tree, got, dump.options.tcp_close)
@@ -194,6 +202,8 @@ def _check_outsiders(plan: births.Plan, sessions: set[int], obstacles: list[Obst
 def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
+        if mine.pid in got.told:
+            mine.cores[0][1]["tc"]["firn"]["stop_told"] = True
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
     for zombie in tree.zombies:
         entries[zombie.pid] = _zombie_entry(zombie, tree.parents[zombie.pid])

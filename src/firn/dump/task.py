@@ -13,7 +13,7 @@ from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import Obstacle
 from firn.host import features, procfs
-from firn.resources import cgroups, creds, process, restart, signals, threads, timers
+from firn.resources import cgroups, creds, process, restart, signals, stops, threads, timers
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
@@ -161,16 +161,17 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask) -> None:
+    def __init__(self, mine: CollectedTask, stopped: list[int]) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.pid)
-        size = _PROGRAM_SIZE + 128 * len(posix)
+        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
         self.actions = signals.ask(self.program)
         self.timers = timers.ask(self.program, posix)
+        self.stopped = stops.ask(self.program, stopped)
         self.threads: list[tuple[Thread, Program, threads.Asked]] = [
             (task.leader, self.program, threads.ask(self.program))
         ]
@@ -190,6 +191,7 @@ class Questions:
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
         tc["timers"] = timers.answer(program, self.timers)
+        got.told.update(stops.answer(program, self.stopped))
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
         self._settle_timers()

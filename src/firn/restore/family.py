@@ -248,6 +248,21 @@ class Family:
         if parent in self.by_pid:
             self.by_pid[parent].bereaved = True
 
+    def make_ready(self) -> None:
+        """Give everybody its registers. Children first: stopped ones stop now, and their parents take notice of it
+        before they have their own again."""
+        stopped: dict[int, list[RestoredTask]] = {}
+        last = {task.process.ids["vm_id"]: task for task in reversed(self.tasks)}
+        for task in reversed(self.tasks):
+            if task.pid in stopped:
+                task.notice_stops(stopped[task.pid])
+            task.prime()
+            task.make_ready(last[task.process.ids["vm_id"]] is task)
+            if task.is_stopped():
+                task.stop()
+                if task.process.parent is not None:
+                    stopped.setdefault(task.process.parent.pid, []).append(task)
+
     def end_zombies(self) -> None:
         """Those who ended before the dump end again."""
         for process in self.checkpoint.processes:

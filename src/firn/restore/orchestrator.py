@@ -162,11 +162,7 @@ class Restore:
     def resume(self) -> None:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
-        for task in tasks:
-            task.prime()
-        last = {task.process.ids["vm_id"]: task for task in tasks}
-        for task in tasks:
-            task.make_ready(last[task.process.ids["vm_id"]] is task)
+        self._family().make_ready()
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         if self.opener is not None:
             self.opener.close()

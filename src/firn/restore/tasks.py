@@ -9,8 +9,9 @@ from firn.abi import mman, nr, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
+from firn.abi.libc import syscall
 from firn.host import features
-from firn.resources import creds, process, restart, seccomp, signals, threads, timers
+from firn.resources import creds, process, restart, seccomp, signals, stops, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
 from firn.resources.threads import xstate
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 LEADER_AREA = 1 << 20
 THREAD_AREA = 8192
-_EAGAIN = 11
 
 
 class RestoredThread:
@@ -227,9 +227,7 @@ class RestoredTask:
         """Children that ended while they were restored (zombies, helpers) have sent a SIGCHLD that nobody is to see."""
         if not self.bereaved and not any(child.zombie for child in self.process.children):
             return
-        program.reserve(1, 64)
-        wanted, none = program.data(sig.bit(sig.SIGCHLD).to_bytes(8, "little")), program.data(bytes(16))
-        program.call("take SIGCHLD", nr.rt_sigtimedwait, wanted, 0, none, 8, allow=_EAGAIN)
+        stops.plan_no_sigchld(program)
 
     def _plan_thread(self, thread: RestoredThread) -> None:
         program = thread.program
@@ -296,20 +294,54 @@ class RestoredTask:
             ptrace.set_regs(thread.tid, thread.regs)
             ptrace.set_sigmask(thread.tid, thread.mask)
 
+    def is_stopped(self) -> bool:
+        """Whether the task is a stopped one."""
+        return bool(self.tc["task_state"] == process.STOPPED)
+
+    def notice_stops(self, children: list[RestoredTask]) -> None:
+        """These *children* have stopped: know of it as far as it was known before."""
+        known = [child.pid for child in children if child.tc.get("firn", {}).get("stop_told")]
+        pending = [signals.info_number(info) for info in signals.infos(self.tc.get("signals_s"))]
+        stops.plan(self.leader.program, known, sig.SIGCHLD in pending)
+        self.leader.program.run()
+
+    def stop(self) -> None:
+        """Stop all threads as they were stopped, still traced. Nothing may run in the task afterwards."""
+        number = self._stop_signal()
+        if not self._stop_by(number):
+            self._stop_by(sig.SIGSTOP)
+        for thread in self.threads:
+            ptrace.set_sigmask(thread.tid, thread.mask)
+
+    def _stop_by(self, number: int) -> bool:
+        """Send the leader a stop signal; whether that stops it. It does not if the signal is handled, or ignored in an
+        orphaned group."""
+        for thread in self.threads:
+            ptrace.set_sigmask(thread.tid, sig.ALL & ~sig.bit(number))
+        syscall(f"tgkill {self.pid}", nr.tgkill, self.pid, self.pid, number)
+        ptrace.request("continue", pt.CONT, self.pid)
+        while (stop := ptrace.wait_stop(self.pid)).event or stop.signal != number:
+            ptrace.request("continue", pt.CONT, self.pid)
+        # Whatever the signal does, the task stops before it is back in its own code.
+        ptrace.request("interrupt", pt.INTERRUPT, self.pid)
+        ptrace.request("continue", pt.CONT, self.pid, 0, number)
+        if ptrace.wait_stop(self.pid).signal != number:
+            return False
+        for thread in self.threads[1:]:
+            ptrace.request("continue", pt.CONT, thread.tid)
+            while ptrace.wait_stop(thread.tid).event != pt.EVENT_STOP:
+                ptrace.request("continue", pt.CONT, thread.tid)
+        return True
+
     def let_go(self, stop: bool) -> None:
         """Detach; the task runs, or stops if it was stopped or is to be."""
-        signal = self._final_stop(stop)
-        if signal:
-            os.kill(self.pid, signal)
+        if stop and not self.is_stopped():
+            os.kill(self.pid, sig.SIGSTOP)
         for thread in [*self.threads[1:], self.leader]:
             ptrace.request("detach", pt.DETACH, thread.tid)
 
-    def _final_stop(self, stop: bool) -> int:
-        """The signal that stops the task at the end, 0 if it shall run."""
-        if stop:
-            return sig.SIGSTOP
-        if self.tc["task_state"] != process.STOPPED:
-            return 0
+    def _stop_signal(self) -> int:
+        """The signal that a stopped task was stopped by."""
         number: int = self.tc.get("stop_signo", sig.SIGSTOP)
         blocked = self.tc["blk_sigset"] >> (number - 1) & 1
         return number if number in sig.STOP_SIGNALS and not blocked else sig.SIGSTOP
