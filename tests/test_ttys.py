@@ -38,6 +38,7 @@ TABLE = [
     *(Workload("ttys", mode) for mode in MODES),
     *(Workload("ttys_tree", mode) for mode in ("forkpty", "job")),
 ]
+pytestmark = pytest.mark.xdist_group("terminals")  # each takes the lowest free number, and wants it again
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 
