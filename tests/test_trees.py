@@ -122,8 +122,17 @@ def test_births_during_the_freeze(runner: Runner, turn: int) -> None:
     _end(back)
 
 
+@needs_firn
+def test_a_growing_tree_is_caught_whole(runner: Runner) -> None:
+    """Processes that are born while others are frozen are neither lost nor born twice."""
+    target = runner.start(Workload("trees", "bomb"))
+    back = runner.restore(_dump_restless(runner, target), target)
+    runner.assert_right(back, "after the restore")
+    _end(back)
+
+
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("workload", [FORKING, Workload("trees", "waiting")])
+@pytest.mark.parametrize("workload", [FORKING, Workload("trees", "bomb"), Workload("trees", "waiting")])
 def test_comings_and_goings_are_watched(runner: Runner, workload: Workload, broken: bool) -> None:
     target = runner.start(workload, broken)
     assert (runner.ask(target) == 1) == (not broken)

@@ -639,7 +639,52 @@ static void stop_forking(void)
 	nap_ms(20);
 }
 
+/* ---- a bomb of bounded size: everybody has two children, born one after the other ---- */
+
+enum { BOMB = 63 };
+
+static void grow(int i)
+{
+	for (int born = 0; born < 2 && 2 * i + 1 + born < BOMB;) {
+		nap_ms(20);
+		int child = 2 * i + 1 + born++;
+		pid_t pid = fork();
+		NEED(pid >= 0);
+		if (!pid) {
+			i = child;
+			born = 0;
+		}
+	}
+	note_self();
+	live_in(i, NULL);
+}
+
+static void bomb_set(void)
+{
+	for (int i = 0; i < BOMB; i++)
+		SLOT(i)->pid = 0;
+	pids[0] = fork();
+	NEED(pids[0] >= 0);
+	if (!pids[0])
+		grow(0);
+}
+
+static int bomb_check(void)
+{
+	for (int i = 0; i < BOMB; i++)
+		CHECK(wait_for(&SLOT(i)->pid, 5000));
+	CHECK_MEMBERS(BOMB);
+	return 1;
+}
+
+static void kill_bomb(void)
+{
+	bomb_check();
+	kill(SLOT(BOMB - 1)->pid, SIGKILL);
+}
+
 WORKLOAD(
+	{"bomb", bomb_set, bomb_check, kill_bomb},
 	{"fan", fan_set, fan_check, kill_fourth},
 	{"chain", chain_set, chain_check, kill_last},
 	{"sessions", sessions_set, sessions_check, kill_sixth},
