@@ -131,6 +131,21 @@ def test_a_growing_tree_is_caught_whole(runner: Runner) -> None:
     _end(back)
 
 
+@needs_firn
+def test_vfork(runner: Runner) -> None:
+    """A parent that waits in vfork cannot be stopped: a dump waits for the end of that, or names it and gives up."""
+    target = runner.start(Workload("trees", "vfork"))
+    code, output, _ = runner.try_dump(target, "--timeout", "1")
+    assert code != 0
+    assert "vfork" in output and "Traceback" not in output, output[-3000:]
+    runner.assert_right(target, "after the refused dump")
+    _end(target)
+    target = runner.start(Workload("trees", "vfork-short"))
+    back = runner.restore(_dump_restless(runner, target), target)
+    runner.assert_right(back, "after the restore")
+    _end(back)
+
+
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("workload", [FORKING, Workload("trees", "bomb"), Workload("trees", "waiting")])
 def test_comings_and_goings_are_watched(runner: Runner, workload: Workload, broken: bool) -> None:

@@ -683,7 +683,36 @@ static void kill_bomb(void)
 	kill(SLOT(BOMB - 1)->pid, SIGKILL);
 }
 
+/* ---- a parent that waits in vfork(2): as long as nobody asks ("vfork"), or for a second and a half ("vfork-short") ---- */
+
+static void vfork_set(void)
+{
+	SLOT(0)->word = SLOT(0)->pid = 0;
+	pids[0] = fork();
+	NEED(pids[0] >= 0);
+	if (!pids[0]) {
+		note_self();
+		if (!vfork()) {
+			for (int ms = 0; !SLOT(0)->word && (ms < 1500 || !strcmp(mode_name, "vfork")); ms++)
+				nap_ms(1);
+			_exit(0);
+		}
+		live_in(0, NULL);
+	}
+	NEED(reaches_state(pids[0], 'D'));
+}
+
+static int vfork_check(void)
+{
+	SLOT(0)->word = 1;
+	CHECK(wait_for(&SLOT(0)->pid, 5000));
+	CHECK_MEMBERS(1);
+	return 1;
+}
+
 WORKLOAD(
+	{"vfork", vfork_set, vfork_check, kill_first},
+	{"vfork-short", vfork_set, vfork_check, kill_first},
 	{"bomb", bomb_set, bomb_check, kill_bomb},
 	{"fan", fan_set, fan_check, kill_fourth},
 	{"chain", chain_set, chain_check, kill_last},
