@@ -159,3 +159,29 @@ def test_what_happened_can_happen_again(number: int) -> None:
         assert _play(plan).show() == kernel.show()
 
     again()
+
+
+def _ids(number: int, **shared: int) -> dict[str, int]:
+    return {field: number for field in FIELDS} | shared
+
+
+def test_what_nobody_can_be_born_into() -> None:
+    """A table that every common ancestor has left, and sessions that no history leads to, are told by name."""
+    cousins = [
+        Member(1, 0, 1, shares=_ids(1)), Member(2, 1, 1, shares=_ids(2)), Member(3, 1, 1, shares=_ids(3)),
+        Member(4, 2, 1, shares=_ids(4, files_id=9)), Member(5, 3, 1, shares=_ids(5, files_id=9)),
+    ]  # fmt: skip
+    trouble = Plan(cousins).trouble
+    assert [reason for _, reason in trouble if "shares its descriptor table" in reason], trouble
+    for session in (0, 2):  # nobody's, and that of one who leads none
+        strangers = [Member(1, 0, 1, shares=_ids(1)), Member(2, 1, 1, shares=_ids(2)), Member(3, 1, session)]
+        assert [pid for pid, _ in Plan(strangers).trouble] == [3]
+
+
+def test_many_tables_of_siblings() -> None:
+    """Pairs of siblings that share, by the hundred."""
+    members = [Member(1, 0, 1, shares=_ids(1))]
+    members += [Member(pid, 1, 1, shares=_ids(pid, fs_id=pid // 2)) for pid in range(1000, 2000)]
+    plan = Plan(members)
+    assert not plan.trouble
+    assert sum(birth.way == SIBLING for birth in plan.births.values()) == 500

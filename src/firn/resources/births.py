@@ -29,7 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_TRIES = 1000
+_TRIES = 200
 """How often at most a process is tried as the first of those who share a table."""
 CHILD, SIBLING, ORPHAN = range(3)
 """How a process gets from its forker to its parent."""
@@ -177,7 +177,7 @@ class Plan:
     def _lead(self, session: int, parents: list[int]) -> None:
         """Put a helper that leads *session* where all *parents* that have children in it are above it, or can be born
         in it themselves."""
-        for bottom in sorted(parents, key=lambda pid: -self.members[pid].depth):
+        for bottom in sorted(parents if session else [], key=lambda pid: -self.members[pid].depth):
             lifted = self._lift(session, parents, bottom)
             if lifted is not None:
                 for pid in lifted:
@@ -237,33 +237,49 @@ class _Placement:
         self.order: list[int] = []
         self.reasons: list[tuple[int, str]] = []
         self._settle(plan.root)
-        if not self._place_all([member for member in plan.members.values() if member is not plan.root]):
+        everybody = [member for member in plan.members.values() if member is not plan.root]
+        if self._place_straight(everybody):
+            return
+        self._undo(0)
+        if not self._place_all(everybody):
             plan.trouble += self.reasons
+
+    def _place_straight(self, waiting: list[Member]) -> bool:
+        """Place everybody in *waiting* without ever taking anything back; whether that worked."""
+        while waiting:
+            left = self._place_some(waiting)
+            if len(left) == len(waiting):
+                left = [member for member in self._founders(waiting) if not self._place(member, True)]
+                if len(left) == len(waiting):
+                    return False
+            waiting = left
+        return True
 
     def _place_all(self, waiting: list[Member]) -> bool:
         """Place everybody in *waiting*; whether that worked. If not, everything is as it was."""
         count = len(self.order)
-        while waiting:
-            left = [member for member in waiting if not self._place(member, False)]
-            if len(left) == len(waiting):
-                break
+        while waiting and len(left := self._place_some(waiting)) < len(waiting):
             waiting = left
-        if not waiting or self._found_tables(waiting):
+        if not waiting:
             return True
-        self.reasons = self.reasons or self._why(waiting)
-        self._undo(count)
-        return False
-
-    def _found_tables(self, waiting: list[Member]) -> bool:
-        """Nobody of *waiting* can be placed unless somebody founds a table that he shares with others of them. Try one
-        after the other: a process can be passed up in the tree, but not down, so the deepest first."""
-        for member in sorted(waiting, key=lambda member: (-member.depth, -self._bonds(member))):
+        for member in self._founders(waiting):
             if self.tries and self._place(member, True):
                 self.tries -= 1
                 if self._place_all([other for other in waiting if other is not member]):
                     return True
                 self._undo(len(self.order) - 1)
+        self.reasons = self.reasons or self._why(waiting)
+        self._undo(count)
         return False
+
+    def _place_some(self, waiting: list[Member]) -> list[Member]:
+        """Place those of *waiting* for whom it is certain; those who are left."""
+        return [member for member in waiting if not self._place(member, False)]
+
+    def _founders(self, waiting: list[Member]) -> list[Member]:
+        """*waiting* in the order in which they should found tables: a process can be passed up in the tree, but not
+        down, so the deepest first."""
+        return sorted(waiting, key=lambda member: (-member.depth, -self._bonds(member)))
 
     def _bonds(self, member: Member) -> int:
         """In how many tables of *member* there is somebody already."""
