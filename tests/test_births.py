@@ -162,7 +162,7 @@ def test_what_happened_can_happen_again(number: int) -> None:
 
 
 def _ids(number: int, **shared: int) -> dict[str, int]:
-    return {field: number for field in FIELDS} | shared
+    return dict.fromkeys(FIELDS, number) | shared
 
 
 def test_what_nobody_can_be_born_into() -> None:
