@@ -17,7 +17,7 @@ from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, Workload
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
-MODES = "fan chain sessions groups gone adopted daemon sibling zombies stopped told users programs"
+MODES = "fan chain sessions groups gone adopted daemon sibling zombies core stopped told users programs"
 SHARING = "table vm sighand directories anon memfd offset cow resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),

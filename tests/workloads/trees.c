@@ -2,6 +2,7 @@
 #include "members.h"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 enum { FAN = 20, CHAIN = 10 };
 
@@ -353,6 +354,37 @@ static void zombies_set(void)
 		await_zombie(pids[i]);
 	}
 	notices = 0;
+}
+
+/* One that has left a core, where this machine leaves cores in the working directory. */
+static void core_set(void)
+{
+	struct rlimit small = {1 << 20, 1 << 20};
+	bear(0, NULL, NULL);
+	pids[0] = fork();
+	NEED(pids[0] >= 0);
+	if (!pids[0]) {
+		NEED(!mkdir("cores", 0755) || errno == EEXIST);
+		NEED(!chdir("cores") && !setrlimit(RLIMIT_CORE, &small));
+		meet(-SIGQUIT);
+	}
+	await_zombie(pids[0]);
+	siginfo_t info;
+	NEED(!waitid(P_PID, (id_t)pids[0], &info, WEXITED | WNOWAIT));
+	pids[1] = info.si_code;
+}
+
+static int core_check(void)
+{
+	siginfo_t info = {0};
+	CHECK(!waitid(P_PID, (id_t)pids[0], &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid == pids[0]);
+	CHECK(info.si_code == pids[1] && info.si_status == SIGQUIT);
+	return 1;
+}
+
+static void reap_core(void)
+{
+	waitpid(pids[0], NULL, 0);
 }
 
 static int zombies_check(void)
@@ -724,6 +756,7 @@ WORKLOAD(
 	{"sibling", sibling_set, sibling_check, kill_second},
 	{"zombies", zombies_set, zombies_check, reap_one},
 	{"stopped", stopped_set, stopped_check, continue_one},
+	{"core", core_set, core_check, reap_core},
 	{"told", told_set, told_check, continue_first},
 	{"users", users_set, users_check, kill_second},
 	{"programs", programs_set, programs_check, kill_first},

@@ -9,6 +9,7 @@ joined. A zombie is a process that ends as it did, when everybody has joined.
 from __future__ import annotations
 
 import errno
+import os
 
 from firn.abi import mman, nr, prctl, sched
 from firn.abi import ptrace as pt
@@ -19,6 +20,7 @@ from firn.host import procfs
 from firn.resources import births, signals
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
+from firn.resources.process import set_core_filter
 from firn.restore import birth
 from firn.restore.memory import SPARE, TaskMemory
 from firn.restore.tasks import LEADER_AREA, THREAD_AREA, RestoredTask, Stub, await_birth, plan_clone
@@ -28,11 +30,16 @@ from firn.tracee.program import Runner, Scratch
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from firn.api import RestoreOptions
+    from firn.log import Log
     from firn.resources.births import Birth, Member
     from firn.resources.files.reopen import Opener
     from firn.restore.load import Checkpoint, Process
 
 _NONE = (1 << 64) - 1
+_CORE = 0x80
+"""The bit of a wait status that says that a core was written (WCOREFLAG)."""
+_RLIMIT_CORE = 4
+_CORE_LIMIT = 1 << 20
 
 
 class Family:
@@ -263,22 +270,51 @@ class Family:
                 if task.process.parent is not None:
                     stopped.setdefault(task.process.parent.pid, []).append(task)
 
-    def end_zombies(self) -> None:
+    def end_zombies(self, log: Log) -> None:
         """Those who ended before the dump end again."""
         for process in self.checkpoint.processes:
             if process.zombie:
                 stub = self.stubs[process.pid]
                 name = process.tc["comm"].encode("utf-8", "surrogateescape")[:15] + b"\0"
                 stub.program.call("prctl name", nr.prctl, prctl.SET_NAME, stub.program.data(name), 0, 0, 0)
-                _end(stub, process.tc["exit_code"])
+                status = process.tc["exit_code"]
+                if status & _CORE and not (status & 0x7F and _names_cores()):
+                    log.warn(f"zombie {process.pid} comes back without the mark that it has left a core")
+                    status &= ~_CORE
+                if status & _CORE:
+                    self._end_with_core(stub, status)
+                else:
+                    _end(stub, status)
+
+    def _end_with_core(self, stub: Stub, status: int) -> None:
+        """Only a core that was written sets the bit that says so: a small one, in a folder that goes with it."""
+        folder = os.path.join(os.path.abspath(self.options.work_dir), f"core-of-{stub.pid}-{os.getpid()}")
+        os.mkdir(folder, 0o700)
+        try:
+            stub.program.call("chdir", nr.chdir, stub.program.text(folder))
+            stub.program.run()
+            set_core_filter(stub.pid, 0)
+            limit = stub.program.data(_CORE_LIMIT.to_bytes(8, "little") * 2)
+            stub.program.call("prlimit", nr.prlimit64, 0, _RLIMIT_CORE, limit, 0, flags=1)
+            _end(stub, status)
+        finally:
+            for name in os.listdir(folder):
+                os.unlink(os.path.join(folder, name))
+            os.rmdir(folder)
+
+
+def _names_cores() -> bool:
+    """Whether cores are files in the working directory (core(5)), and not given to a program or collected elsewhere."""
+    pattern = procfs.read("/proc/sys/kernel/core_pattern")
+    return pattern[:1] not in (b"|", b"@") and b"/" not in pattern
 
 
 def _end(stub: Stub, status: int) -> None:
-    """Have a process end with wait status *status*: by a signal (no core is written) or an exit code."""
+    """Have a process end with wait status *status*: by a signal (with a core, if its bit is set) or an exit code."""
     program = stub.program
     signal = status & 0x7F
     if signal:
-        program.call("prctl dumpable", nr.prctl, prctl.SET_DUMPABLE, 0, 0, 0, 0)
+        program.call("prctl dumpable", nr.prctl, prctl.SET_DUMPABLE, int(bool(status & _CORE)), 0, 0, 0)
         program.reserve(3, 64)
         action = program.data(bytes(sig.SIGACTION.size))
         if signal not in (sig.SIGKILL, sig.SIGSTOP):

@@ -132,7 +132,7 @@ class Restore:
         """Process groups, zombies, directories, descriptors."""
         family = self._family()
         family.join_groups()
-        family.end_zombies()
+        family.end_zombies(self.log)
         for task in family.tasks:
             task.enter(self.log)
         for task in family.tasks:
