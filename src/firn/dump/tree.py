@@ -17,7 +17,7 @@ from firn.tracee import seize
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 
 _CLONES = tuple(str(number).encode() for number in (nr.vfork, nr.clone, nr.clone3))
@@ -91,13 +91,16 @@ def walk(root: int) -> Iterator[int]:
             continue
 
 
-def freeze(root: int, obstacles: list[Obstacle]) -> FrozenTree:
-    """Freeze *root* and all its descendants. Raises TargetError if one of them cannot be traced; then all run on."""
+def freeze(root: int, obstacles: list[Obstacle], held: Container[int] = ()) -> FrozenTree:
+    """Freeze *root* and all its descendants. Raises TargetError if one of them cannot be traced; then all run on.
+
+    Threads in *held* are seized already.
+    """
     tree = FrozenTree()
     try:
-        tree.tasks.append(seize.freeze(root))
+        tree.tasks.append(seize.freeze(root, held))
         tree.parents[root] = 0
-        while _freeze_newcomers(tree, obstacles):
+        while _freeze_newcomers(tree, obstacles, held):
             pass
     except BaseException:
         tree.release()
@@ -125,23 +128,25 @@ def find_vfork(root: int) -> TargetError | None:
     return None
 
 
-def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle]) -> bool:
+def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle], held: Container[int]) -> bool:
     """One pass over the children of all frozen processes; whether there was a new one."""
     found = False
     for task in list(tree.tasks):
         for child in procfs.children(task.pid):
             if child not in tree.parents:
                 found = True
-                _take(tree, child, task.pid, obstacles)
+                _take(tree, child, task.pid, obstacles, held)
     return found
 
 
-def _take(tree: FrozenTree, child: int, parent: int, obstacles: list[Obstacle]) -> None:
+def _take(
+    tree: FrozenTree, child: int, parent: int, obstacles: list[Obstacle], held: Container[int]
+) -> None:
     """Freeze *child*, or note it as a zombie. One that is gone is looked for again: its pid may soon be another's."""
     try:
         stat = procfs.stat(child)
         if stat.state not in "ZX":
-            frozen = seize.freeze(child)
+            frozen = seize.freeze(child, held)
             tree.tasks.append(frozen)
             stat = procfs.stat(child)
             if stat.ppid != parent:
