@@ -92,6 +92,7 @@ class Target:
     def wait(self) -> None:
         """Wait for its end."""
         wait_until(f"process {self.pid} ends", self.ended)
+        self.machine.end_orphans()
 
     def end(self) -> None:
         """Kill it, reap it, remove its files."""
@@ -112,6 +113,7 @@ class Machine:
         self.folder = Path(tempfile.mkdtemp(prefix="firn-bench-", dir=folder))
         self._count = 0
         self._ended: set[int] = set()
+        self._spawned: set[int] = set()
         self._programs: dict[str, Path] = {}
 
     def program(self, name: str) -> Path:
@@ -141,7 +143,15 @@ class Machine:
         )  # fmt: skip
         process.returncode = 0  # reaped by pid here: a restored process has the same one
         self._ended.discard(process.pid)
+        self._spawned.add(process.pid)
         return process.pid
+
+    def end_orphans(self) -> None:
+        """End and reap what targets that have ended left behind: their children are ours now."""
+        for pid in _children():
+            if pid not in self._spawned:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
     def reap(self, pid: int) -> bool:
         """Whether child *pid* has ended; then it is reaped."""

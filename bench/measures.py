@@ -22,6 +22,7 @@ CROWD_PROCESSES, CROWD_MOUNTS = 300, 200
 SCALE_LIMIT = 2000.0
 SCALE_RATIO = 2.5
 """Twice the things may take 2.5 times the time: half again as steep as a line through zero would still be noise."""
+EACH_LIMIT = 3.0
 PEAK_LIMIT = 100.0
 FAMILY = 50
 FAMILY_SIZE_RATIO = 1.5
@@ -301,6 +302,27 @@ def files(bench: Bench) -> list[Row]:
     return _scale(bench, "files", 1000)
 
 
+def processes(bench: Bench) -> list[Row]:
+    """A tree of many processes, and how long it stands still, divided by their number."""
+    count = 200
+    row = Row(f"pause per process, {count} processes", "ms", EACH_LIMIT, f"{count // 2}", 1.5)
+    kind = "processes"
+    with bench.target("spin", kind, count) as target, bench.target("spin", kind, count // 2) as half:
+        for _ in range(5):
+            for tool in bench.tools():
+
+                def work(tool: Tool = tool) -> list[float]:
+                    return [_pause(bench, tool, target) / count]
+
+                with _stopped(half):
+                    bench.attempt(tool, [row], work)
+            with _stopped(target):
+                row.references.append(_pause(bench, bench.own, half) / (count // 2))
+    return [row, *_scale(bench, "processes", count)]
+
+
 MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
-    measure.__name__: measure for measure in (pause, crowd, snapshot, cold, memory, huge, family, threads, vmas, files)
+    measure.__name__: measure for measure in (
+        pause, crowd, snapshot, cold, memory, huge, family, threads, vmas, files, processes,
+    )
 }

@@ -3,7 +3,7 @@
  * BEAT is a file of one page, shared with the runner (struct beat). WAIT is "spin" (watch the own clock without a break,
  * keep the largest gap) or "idle" (count every millisecond). KIND and COUNT say what the process is made of:
  * none 0, memory MEGABYTES, huge MEGABYTES, threads N, vmas N, files N, family N: children with 64 MB of their parent's, of
- * which each has written 16 pages.
+ * which each has written 16 pages, processes N (itself and its children, which sleep).
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -116,6 +116,16 @@ static void make_threads(long count) {
     }
 }
 
+static void make_processes(long count) {
+    for (long i = 1; i < count; i++) {
+        pid_t pid = fork();
+        if (pid < 0)
+            fail("fork");
+        if (!pid)
+            sleeper(NULL);
+    }
+}
+
 static void make(const char *beat, const char *kind, long count) {
     if (!strcmp(kind, "memory") || !strcmp(kind, "huge"))
         make_memory(count, kind[0] == 'h');
@@ -127,6 +137,8 @@ static void make(const char *beat, const char *kind, long count) {
         make_files(beat, count);
     else if (!strcmp(kind, "threads"))
         make_threads(count);
+    else if (!strcmp(kind, "processes"))
+        make_processes(count);
     else if (strcmp(kind, "none"))
         exit(2);
 }

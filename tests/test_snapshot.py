@@ -12,7 +12,10 @@ from test_workloads import test_workload as run_workload
 from workloads.forest import children, descendants, descriptors
 from workloads.table import PLAIN_WAYS, Workload
 
-pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
+pytestmark = [
+    pytest.mark.skipif(not firn_command(), reason="no firn command"),
+    pytest.mark.xdist_group("snapshots"),  # they look at all processes of their program
+]
 OPTIONS = ("--leave-running", "--fork-snapshot")
 MODES = ("torn", "subreaper", "pair", "adopter")
 TABLE = [Workload("snapshot", mode, ways=PLAIN_WAYS) for mode in (*MODES, "limited")]

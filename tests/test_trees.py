@@ -14,19 +14,17 @@ from hypothesis import strategies as st
 from test_workloads import test_workload as run_workload
 from workloads.forest import children, descendants, forest, proportional_size
 from workloads.likeness import EXCEPTIONS, Portrait, differences
-from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
+from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, Workload
 
 from firn.images.pages import PAGE, PE_PARENT, PE_PRESENT, PagemapReader, write_pagemap
 from firn.images.store import ImageDir
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
-MODES = "fan chain sessions groups gone adopted zombies stopped users programs"
-SHARING = "table anon memfd offset kin resized"
+MODES = "fan chain sessions groups gone adopted daemon sibling zombies core stopped told users programs"
+SHARING = "table vm sighand directories anon memfd offset kin resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
-    # Their sessions' leaders are gone, or are not their parents: nothing that comes back by being cloned.
-    *(Workload("trees", mode, refused=("session",), ways=(*PLAIN_WAYS, REFUSED_WAY)) for mode in ("daemon", "sibling")),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),
     # Fifty processes: dumped and restored once in test_copy_on_write_is_kept.
     Workload("trees_sharing", "cow", ways=(*PLAIN_WAYS, "twice", "leave")),
@@ -75,18 +73,6 @@ def test_tree(workload: Workload, way: str, runner: Runner) -> None:
     runner.assert_right(back, "after the restore")
     runner.wait_beats(back)
     _end(back)
-
-
-@needs_firn
-@pytest.mark.xfail(strict=False, reason="a child's stop at the end of a restore is told to its parent a second time")
-def test_a_stop_is_told_once(runner: Runner) -> None:
-    """A parent that has seen its child stop gets no second SIGCHLD and no second wait status for it."""
-    target = runner.start(Workload("trees", "told"))
-    back = _bring_back(runner, target)
-    try:
-        runner.assert_right(back, "after the restore")
-    finally:
-        runner.kill(back)
 
 
 @needs_firn
@@ -207,8 +193,32 @@ def test_births_during_the_freeze(runner: Runner, turn: int) -> None:
     _end(back)
 
 
+@needs_firn
+def test_a_growing_tree_is_caught_whole(runner: Runner) -> None:
+    """Processes that are born while others are frozen are neither lost nor born twice."""
+    target = runner.start(Workload("trees", "bomb"))
+    back = runner.restore(_dump_restless(runner, target), target)
+    runner.assert_right(back, "after the restore")
+    _end(back)
+
+
+@needs_firn
+def test_vfork(runner: Runner) -> None:
+    """A parent that waits in vfork cannot be stopped: a dump waits for the end of that, or names it and gives up."""
+    target = runner.start(Workload("trees", "vfork"))
+    code, output, _ = runner.try_dump(target, "--timeout", "1")
+    assert code != 0
+    assert "vfork" in output and "Traceback" not in output, output[-3000:]
+    runner.assert_right(target, "after the refused dump")
+    _end(target)
+    target = runner.start(Workload("trees", "vfork-short"))
+    back = runner.restore(_dump_restless(runner, target), target)
+    runner.assert_right(back, "after the restore")
+    _end(back)
+
+
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("workload", [FORKING, Workload("trees", "waiting")])
+@pytest.mark.parametrize("workload", [FORKING, Workload("trees", "bomb"), Workload("trees", "waiting")])
 def test_comings_and_goings_are_watched(runner: Runner, workload: Workload, broken: bool) -> None:
     target = runner.start(workload, broken)
     assert (runner.ask(target) == 1) == (not broken)
@@ -226,13 +236,14 @@ def _end(target: Target) -> None:
 
 # ---- trees made up at random
 
-QUIET = "PPAFDTUJG"
+QUIET = "PPAFDTUJGCR"
 
 
-HOW = st.sampled_from(["()", "()", "()", "[]"])
+# How a process is born: by fork, sharing descriptors or directories, as a sibling; one in braces ends when set up.
+HOW = st.sampled_from(["()", "()", "()", "[]", "<>", "{}", "{}", "^()", "^[]"])
 # Only who has no children may be dead: a dead process's children belong to somebody else.
 LEAF = st.builds(
-    lambda how, steps, end: how[0] + steps + end + how[1],
+    lambda how, steps, end: how[:-1] + steps + end + how[-1],
     HOW, st.text(QUIET + "S", max_size=3), st.sampled_from(["", "", "", "W", "X", "K"]),
 )  # fmt: skip
 
@@ -240,7 +251,7 @@ LEAF = st.builds(
 def _grow(below: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     """A process: steps and children in any order, in brackets that say how it is born."""
     body = st.lists(st.one_of(st.sampled_from([*QUIET, "S"]), below), max_size=5).map("".join)
-    return st.builds(lambda how, inner: how[0] + inner + how[1], HOW, body)
+    return st.builds(lambda how, inner: how[:-1] + inner + how[-1], HOW, body)
 
 
 BRANCH = st.recursive(LEAF, _grow, max_leaves=8)
@@ -284,6 +295,12 @@ def test_random_trees(number: int, tmp_path_factory: pytest.TempPathFactory, run
         "(SX)(GX)(JK)(J)",
         "(TUW)(SGT(W))",
         "((S)((S(S))G)S((S)))",
+        # Daemons: one forks twice, one leaves a sibling in its session, one was adopted by a subreaper further down.
+        "{S(P)}({S(^(G))})(R{S{(F)(SX)}S[D]})",
+        # Two leaders that were born in one session whose leader is gone, and the children they left in it.
+        "{S(S{(P)})((J)S(G))}({S((P)S)}S)",
+        # Tables that siblings share, but not their parents.
+        "F(N[[D]^[C]]N)<C^<(S)>>({[^[S]]})",
     ],
 )
 def test_plans(plan: str, runner: Runner) -> None:

@@ -280,9 +280,11 @@ POLICIES = Mirror(
     },
     structs={"SYSCALL_USER_DISPATCH_CONFIG": ("struct ptrace_sud_config", "mode selector offset len")},
 )
+WAIT = Mirror(headers=("linux/wait.h", "linux/signal.h"), expressions={"SI_PID": "offsetof(siginfo_t, si_pid)"})
+
 MIRRORS = {
     "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "policies": POLICIES, "poll": POLL, "prctl": PRCTL,
-    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "tun": TUN, "x86_64": X86_64,
+    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from workloads.likeness import Portrait, portrait
 # Fields of /proc/PID/stat by number (proc(5)) that a process still has when it is a zombie.
 ZOMBIE_FIELDS = {4: "ppid", 5: "pgrp", 6: "session", 20: "num_threads", 38: "exit_signal", 52: "exit_code"}
 DEAD = "ZX"
+SYS_KCMP = 312
+SHARED = {"memory": 1, "files": 2, "fs": 3, "sighand": 4}  # KCMP_* of kcmp(2)
+_libc = ctypes.CDLL(None)
 KILOBYTES = ("Anonymous", "Locked")
 
 
@@ -85,9 +89,18 @@ def _one(pid: int) -> Portrait:
 def forest(root: int) -> Portrait:
     """The portraits of *root* and everybody below it as one; a field is called process.PID.FIELD."""
     result: Portrait = {}
+    living: list[int] = []
     for pid in (root, *descendants(root)):
         result |= {f"process.{pid}.{name}": text for name, text in _one(pid).items()}
+        if state(pid) not in DEAD:
+            living.append(pid)
+            result |= {f"process.{pid}.shared.{name}": str(_first(pid, living, code)) for name, code in SHARED.items()}
     return result
+
+
+def _first(pid: int, others: list[int], what: int) -> int:
+    """The first of *others* that shares the object of kind *what* with *pid*."""
+    return next(other for other in others if _libc.syscall(SYS_KCMP, other, pid, what, 0, 0) == 0)
 
 
 def proportional_size(root: int) -> int:

@@ -2,6 +2,7 @@
 #include "members.h"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 enum { FAN = 20, CHAIN = 10 };
 
@@ -355,6 +356,37 @@ static void zombies_set(void)
 	notices = 0;
 }
 
+/* One that has left a core, where this machine leaves cores in the working directory. */
+static void core_set(void)
+{
+	struct rlimit small = {1 << 20, 1 << 20};
+	bear(0, NULL, NULL);
+	pids[0] = fork();
+	NEED(pids[0] >= 0);
+	if (!pids[0]) {
+		NEED(!mkdir("cores", 0755) || errno == EEXIST);
+		NEED(!chdir("cores") && !setrlimit(RLIMIT_CORE, &small));
+		meet(-SIGQUIT);
+	}
+	await_zombie(pids[0]);
+	siginfo_t info;
+	NEED(!waitid(P_PID, (id_t)pids[0], &info, WEXITED | WNOWAIT));
+	pids[1] = info.si_code;
+}
+
+static int core_check(void)
+{
+	siginfo_t info = {0};
+	CHECK(!waitid(P_PID, (id_t)pids[0], &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid == pids[0]);
+	CHECK(info.si_code == pids[1] && info.si_status == SIGQUIT);
+	return 1;
+}
+
+static void reap_core(void)
+{
+	waitpid(pids[0], NULL, 0);
+}
+
 static int zombies_check(void)
 {
 	CHECK(notices == 0);
@@ -413,23 +445,40 @@ static void continue_one(void)
 	kill(SLOT(1)->pid, SIGCONT);
 }
 
-/* The parent has a handler, and has taken both the signal and the status. */
+static void *thread_body(void *unused)
+{
+	for (;;)
+		nap_ms(5);
+	return unused;
+}
+
+static void with_thread(void)
+{
+	start_thread(thread_body, NULL);
+}
+
+/* The parent has a handler and has seen the signals; it has taken the status of the first child, but not the second's. */
 static void told_set(void)
 {
 	struct sigaction action = {.sa_handler = count_notice, .sa_flags = SA_RESTART};
 	NEED(!sigaction(SIGCHLD, &action, NULL));
-	bear(0, NULL, NULL);
+	bear(0, with_thread, NULL);
+	bear(1, NULL, NULL);
 	NEED(!kill(SLOT(0)->pid, SIGSTOP) && waitpid(SLOT(0)->pid, NULL, WUNTRACED) == SLOT(0)->pid);
+	NEED(!kill(SLOT(1)->pid, SIGSTOP) && reaches_state(SLOT(1)->pid, 'T'));
 	while (!notices)
 		nap_ms(1);
+	nap_ms(20);
 	notices = 0;
 }
 
 static int told_check(void)
 {
-	CHECK(state_of(SLOT(0)->pid) == 'T');
+	siginfo_t info = {0};
+	CHECK(state_of(SLOT(0)->pid) == 'T' && state_of(SLOT(1)->pid) == 'T');
 	CHECK(notices == 0);
 	CHECK(waitpid(SLOT(0)->pid, NULL, WUNTRACED | WNOHANG) == 0);
+	CHECK(!waitid(P_PID, (id_t)SLOT(1)->pid, &info, WSTOPPED | WNOHANG | WNOWAIT) && info.si_pid == SLOT(1)->pid);
 	return 1;
 }
 
@@ -622,7 +671,81 @@ static void stop_forking(void)
 	nap_ms(20);
 }
 
+/* ---- a bomb of bounded size: everybody has two children, born one after the other ---- */
+
+enum { BOMB = 63 };
+
+static void grow(int i)
+{
+	for (int born = 0; born < 2 && 2 * i + 1 + born < BOMB;) {
+		nap_ms(20);
+		int child = 2 * i + 1 + born++;
+		pid_t pid = fork();
+		NEED(pid >= 0);
+		if (!pid) {
+			i = child;
+			born = 0;
+		}
+	}
+	note_self();
+	live_in(i, NULL);
+}
+
+static void bomb_set(void)
+{
+	for (int i = 0; i < BOMB; i++)
+		SLOT(i)->pid = 0;
+	pids[0] = fork();
+	NEED(pids[0] >= 0);
+	if (!pids[0])
+		grow(0);
+}
+
+static int bomb_check(void)
+{
+	for (int i = 0; i < BOMB; i++)
+		CHECK(wait_for(&SLOT(i)->pid, 5000));
+	CHECK_MEMBERS(BOMB);
+	return 1;
+}
+
+static void kill_bomb(void)
+{
+	bomb_check();
+	kill(SLOT(BOMB - 1)->pid, SIGKILL);
+}
+
+/* ---- a parent that waits in vfork(2): as long as nobody asks ("vfork"), or for a second and a half ("vfork-short") ---- */
+
+static void vfork_set(void)
+{
+	SLOT(0)->word = SLOT(0)->pid = 0;
+	pids[0] = fork();
+	NEED(pids[0] >= 0);
+	if (!pids[0]) {
+		note_self();
+		if (!vfork()) {
+			for (int ms = 0; !SLOT(0)->word && (ms < 1500 || !strcmp(mode_name, "vfork")); ms++)
+				nap_ms(1);
+			_exit(0);
+		}
+		live_in(0, NULL);
+	}
+	NEED(reaches_state(pids[0], 'D'));
+}
+
+static int vfork_check(void)
+{
+	SLOT(0)->word = 1;
+	CHECK(wait_for(&SLOT(0)->pid, 5000));
+	CHECK_MEMBERS(1);
+	return 1;
+}
+
 WORKLOAD(
+	{"vfork", vfork_set, vfork_check, kill_first},
+	{"vfork-short", vfork_set, vfork_check, kill_first},
+	{"bomb", bomb_set, bomb_check, kill_bomb},
 	{"fan", fan_set, fan_check, kill_fourth},
 	{"chain", chain_set, chain_check, kill_last},
 	{"sessions", sessions_set, sessions_check, kill_sixth},
@@ -633,6 +756,7 @@ WORKLOAD(
 	{"sibling", sibling_set, sibling_check, kill_second},
 	{"zombies", zombies_set, zombies_check, reap_one},
 	{"stopped", stopped_set, stopped_check, continue_one},
+	{"core", core_set, core_check, reap_core},
 	{"told", told_set, told_check, continue_first},
 	{"users", users_set, users_check, kill_second},
 	{"programs", programs_set, programs_check, kill_first},

@@ -2,6 +2,7 @@
 #include "members.h"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 static int fd = -1, other = -1;
 static uint64_t *shared, *view, seen;
@@ -330,7 +331,126 @@ static void resized_harm(void)
 	grown[9]++;
 }
 
+/* ---- one memory in several processes (CLONE_VM), without and with one table of handlers (CLONE_SIGHAND) ---- */
+
+enum { FRIENDS = 2, FRIEND_STACK = 16 };
+
+static volatile uint64_t counter;
+static int friend_flags;
+
+static void on_signal(int number)
+{
+	(void)number;
+	counter += 1000;
+}
+
+/* Everything but its stack is its parent's too; it has its slot's number as argument. */
+static int friend(void *number)
+{
+	int i = (int)(long)number;
+	pid_t me = getpid(), above = getppid();
+	__atomic_store_n(&SLOT(i)->pid, me, __ATOMIC_SEQ_CST);
+	for (;;) {
+		__atomic_add_fetch(&SLOT(i)->beats, 1, __ATOMIC_SEQ_CST);
+		if (__atomic_load_n(&SLOT(i)->request, __ATOMIC_SEQ_CST)) {
+			SLOT(i)->request = 0;
+			struct sigaction now;
+			int right = getpid() == me && getppid() == above && !sigaction(SIGUSR2, NULL, &now);
+			right = right && (now.sa_handler == on_signal) == (SLOT(i)->word == 1);
+			counter++;
+			__atomic_store_n(&SLOT(i)->verdict, right ? 1 : -1, __ATOMIC_SEQ_CST);
+		}
+		nap_ms(2);
+	}
+	return 0;
+}
+
+static void friends_set(void)
+{
+	friend_flags = CLONE_VM | SIGCHLD | (strcmp(mode_name, "vm") ? CLONE_SIGHAND : 0);
+	for (long i = 0; i < FRIENDS; i++) {
+		char *stack = (char *)map_anon(FRIEND_STACK);
+		SLOT(i)->pid = 0;
+		NEED(clone(friend, stack + FRIEND_STACK * PAGE, friend_flags | (i ? CLONE_FS : CLONE_FILES), (void *)i) > 0);
+		NEED(wait_for(&SLOT(i)->pid, 5000));
+	}
+	bear(FRIENDS, NULL, NULL);
+}
+
+static int friends_check(void)
+{
+	struct sigaction action = {.sa_handler = on_signal};
+	CHECK(!sigaction(SIGUSR2, &action, NULL));
+	for (int i = 0; i < FRIENDS; i++) {
+		uint64_t before = counter;
+		SLOT(i)->word = (friend_flags & CLONE_SIGHAND) != 0;
+		CHECK_ALL(ask_members(i, i + 1));
+		CHECK(counter == before + 1);
+	}
+	CHECK(!raise(SIGUSR2) && counter >= 1000);
+	return ask_members(FRIENDS, FRIENDS + 1);
+}
+
+static void kill_friend(void)
+{
+	kill(SLOT(1)->pid, SIGKILL);
+}
+
+/* ---- one working directory, root and umask (CLONE_FS) of parent, child and grandchild ---- */
+
+static int in_parent(void)
+{
+	char path[4096];
+	mode_t mask = umask(0);
+	CHECK(getcwd(path, sizeof path) && !strcmp(strrchr(path, '/') + 1, "inside") && mask == 0123);
+	umask(mask);
+	return 1;
+}
+
+static void bear_in(int i, void (*early)(void))
+{
+	SLOT(i)->pid = 0;
+	pid_t child = (pid_t)syscall(SYS_clone, CLONE_FS | SIGCHLD, 0, 0, 0, 0);
+	NEED(child >= 0);
+	if (!child) {
+		if (early)
+			early();
+		note_self();
+		live_in(i, in_parent);
+	}
+	NEED(wait_for(&SLOT(i)->pid, 5000));
+}
+
+static void bear_inner(void)
+{
+	bear_in(1, NULL);
+}
+
+static void directories_set(void)
+{
+	NEED(!mkdir("inside", 0755) || errno == EEXIST);
+	NEED(!mkdir("other", 0755) || errno == EEXIST);
+	bear_in(0, bear_inner);
+	NEED(!chdir("other"));
+	umask(0123);
+}
+
+static int directories_check(void)
+{
+	CHECK(!chdir("../inside"));
+	CHECK_MEMBERS(2);
+	return !chdir("../other");
+}
+
+static void directories_apart(void)
+{
+	unshare(CLONE_FS);
+}
+
 WORKLOAD(
+	{"vm", friends_set, friends_check, kill_friend},
+	{"sighand", friends_set, friends_check, kill_friend},
+	{"directories", directories_set, directories_check, directories_apart},
 	{"table", table_set, table_check, table_apart},
 	{"anon", memory_set, memory_check, memory_apart},
 	{"memfd", memory_set, memory_check, memory_apart},

@@ -6,12 +6,14 @@ import os
 
 from firn.abi import fcntl as fc
 from firn.abi import nr
+from firn.abi import signal as sig
 from firn.abi.libc import syscall
 from firn.dump import task as one
 from firn.dump.task import CollectedTask, Questions
 from firn.errors import Obstacle
-from firn.resources import cgroups, process, seccomp, semaphores
-from firn.resources.files.descriptors import Collector
+from firn.host import kcmp, procfs
+from firn.resources import births, cgroups, process, seccomp, semaphores
+from firn.resources.files.descriptors import Collector, Descriptor
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
 from firn.resources.files.table import FileTable
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
-_KCMP = (
-    ("vm_id", fc.KCMP_VM, "memory"), ("fs_id", fc.KCMP_FS, "directories"), ("sighand_id", fc.KCMP_SIGHAND, "handlers"),
-)  # fmt: skip
+_KCMP = {"vm_id": fc.KCMP_VM, "files_id": fc.KCMP_FILES, "fs_id": fc.KCMP_FS, "sighand_id": fc.KCMP_SIGHAND}
 
 
 class Collected:
@@ -47,6 +47,8 @@ class Collected:
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
+        self.told: set[int] = set()
+        """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.namespaces = Namespaces([task.pid for task in tree.tasks], obstacles)
@@ -74,18 +76,29 @@ def collect(dump: Dump) -> Collected:
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     try:
-        _check_borders(tree, got, dump.options.shell_job)
+        _check_borders(got, dump.options.shell_job)
+        _number_objects(got)
+        _check_births(tree, got)
+        for mine in got.tasks:
+            semaphores.find_undo(mine.pid, [thread.tid for thread in mine.task.threads], got.obstacles)
         for mine in got.tasks:
             maps = dump.early_maps.get(mine.pid)
             if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
                 maps = None  # reading the flags again costs little here, and is exact
             one.look(got, mine, maps)
-        _collect_descriptors(tree, got)
+        _collect_descriptors(got)
         _check_terminals(got, dump)
         if got.obstacles:
             return got
+        stopped: dict[int, list[int]] = {}
+        for task in tree.tasks:
+            if task.stop_signal:
+                stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
         for first in range(0, len(got.tasks), _AT_ONCE):
-            running = [Questions(mine, dump.partners) for mine in got.tasks[first : first + _AT_ONCE]]
+            running = [
+                Questions(mine, dump.partners, stopped.get(mine.pid, []))
+                for mine in got.tasks[first : first + _AT_ONCE]
+            ]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
         _identity(tree, got, dump.options.tcp_close)
@@ -98,55 +111,19 @@ def collect(dump: Dump) -> Collected:
 _AT_ONCE = 64
 
 
-def _collect_descriptors(tree: FrozenTree, got: Collected) -> None:
-    """All descriptors; a table that several tasks share (CLONE_FILES) is collected once and gets one id."""
-    for index, mine in enumerate(got.tasks):
-        shared = next((other for other in got.tasks[:index] if _same(mine.pid, other.pid, fc.KCMP_FILES)), None)
-        if shared is not None:
-            if tree.parents[mine.pid] != shared.pid and shared.ids["files_id"] not in _ids_of(
-                got, tree.parents[mine.pid]
-            ):
-                got.obstacles.append(
-                    Obstacle(
-                        f"process {mine.pid}",
-                        f"shares its descriptor table with process {shared.pid}, but not with its parent",
-                        "not supported yet",
-                    )
-                )
-            mine.ids["files_id"] = shared.ids["files_id"]
-            mine.descriptors = shared.descriptors
-            continue
-        mine.ids["files_id"] = FIRST_KCMP_ID + index
-        pidfd = syscall(f"pidfd_open {mine.pid}", nr.pidfd_open, mine.pid, 0)
-        try:
-            mine.descriptors = got.collector.collect(mine.pid, pidfd)
-        finally:
-            os.close(pidfd)
+def _collect_descriptors(got: Collected) -> None:
+    """All descriptors; a table that several tasks share (CLONE_FILES) is collected once."""
+    tables: dict[int, list[Descriptor]] = {}
+    for mine in got.tasks:
+        number = mine.ids["files_id"]
+        if number not in tables:
+            pidfd = syscall(f"pidfd_open {mine.pid}", nr.pidfd_open, mine.pid, 0)
+            try:
+                tables[number] = got.collector.collect(mine.pid, pidfd)
+            finally:
+                os.close(pidfd)
+        mine.descriptors = tables[number]
     got.collector.finish()
-
-
-def _ids_of(got: Collected, pid: int) -> list[int]:
-    return [task.ids["files_id"] for task in got.tasks if task.pid == pid]
-
-
-def _check_sessions(tree: FrozenTree, got: Collected) -> None:
-    """Every process must be in its own session, its parent's, or the one that its parent was born in: nothing else
-    comes back by being cloned (:mod:`firn.restore.family`)."""
-    stats = {mine.pid: mine.stat for mine in got.tasks} | {zombie.pid: zombie.stat for zombie in tree.zombies}
-    root = got.tasks[0].pid
-    born_in = {root: stats[root].session}
-    for pid, stat in stats.items():
-        parent = tree.parents[pid]
-        if pid == root:
-            continue
-        left = born_in.get(parent, 0)
-        born_in[pid] = left if stat.session == left else stats[parent].session
-        if stat.session not in (pid, stats[parent].session, left):
-            got.obstacles.append(
-                Obstacle(
-                    f"process {pid}", f"belongs to session {stat.session}, whose leader is gone", "not supported yet"
-                )
-            )
 
 
 def _check_terminals(got: Collected, dump: Dump) -> None:
@@ -166,13 +143,8 @@ def _check_terminals(got: Collected, dump: Dump) -> None:
             got.obstacles.append(Obstacle(f"process {mine.pid}", reason, help))
 
 
-def _same(pid: int, other: int, what: int) -> bool:
-    """Whether two tasks share a kernel object."""
-    return syscall(f"kcmp of processes {pid} and {other}", nr.kcmp, pid, other, what, 0, 0) == 0
-
-
-def _check_borders(tree: FrozenTree, got: Collected, shell_job: bool) -> None:
-    """What the tree shares with processes outside, or in a way that cannot be made again."""
+def _check_borders(got: Collected, shell_job: bool) -> None:
+    """What the tree shares with processes outside."""
     root = got.tasks[0]
     if root.stat.session != root.pid and not shell_job:
         got.obstacles.append(
@@ -184,33 +156,79 @@ def _check_borders(tree: FrozenTree, got: Collected, shell_job: bool) -> None:
         )
     parent = root.stat.ppid
     if parent and parent != os.getpid():
-        for _, code, name in (*_KCMP, ("files_id", fc.KCMP_FILES, "descriptor table")):
-            if _same_outside(root.pid, parent, code):
+        for field, _, name in births.SHARED:
+            if _same_outside(root.pid, parent, _KCMP[field]):
                 got.obstacles.append(
                     Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
-                )
-    _check_sessions(tree, got)
-    for index, mine in enumerate(got.tasks):
-        semaphores.find_undo(mine.pid, [thread.tid for thread in mine.task.threads], got.obstacles)
-        for field, code, name in _KCMP:
-            mine.ids[field] = FIRST_KCMP_ID + index
-            other = next((task for task in got.tasks[:index] if _same(mine.pid, task.pid, code)), None)
-            if other is not None:
-                got.obstacles.append(
-                    Obstacle(f"process {mine.pid}", f"shares its {name} with process {other.pid}", "not supported yet")
                 )
 
 
 def _same_outside(pid: int, other: int, what: int) -> bool:
     try:
-        return _same(pid, other, what)
+        return kcmp.same(pid, other, what)
     except OSError:
         return False
+
+
+def _number_objects(got: Collected) -> None:
+    """Give everything that processes can share (CLONE_VM and so on) an id, the same to those that share it."""
+    for field, code in _KCMP.items():
+        known: list[tuple[int, int, int]] = []
+        for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
+            found, place = kcmp.search(known, code, mine.pid)
+            if found is None:
+                known.insert(place, (mine.pid, 0, number))
+            mine.ids[field] = number if found is None else found
+    for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
+        if mine.ids["vm_id"] != number:
+            mine.sharer = got.tasks[mine.ids["vm_id"] - FIRST_KCMP_ID]
+
+
+def _check_births(tree: FrozenTree, got: Collected) -> None:
+    """Whether the tree can be born again, with its sessions and with what it shares."""
+    members = [
+        births.Member(
+            mine.pid, tree.parents[mine.pid], mine.stat.session, shares=mine.ids, exit_signal=mine.stat.exit_signal
+        )
+        for mine in got.tasks
+    ]
+    for zombie in tree.zombies:
+        stat = zombie.stat
+        members.append(
+            births.Member(stat.pid, tree.parents[stat.pid], stat.session, dead=True, exit_signal=stat.exit_signal)
+        )
+    plan = births.Plan(members)
+    for pid, reason in plan.trouble:
+        got.obstacles.append(Obstacle(f"process {pid}", reason, "end it, or have the others left by it too"))
+    leaderless = set(plan.helpers())
+    if leaderless:
+        _check_outsiders(plan, leaderless, got.obstacles)
+
+
+def _check_outsiders(plan: births.Plan, sessions: set[int], obstacles: list[Obstacle]) -> None:
+    """Sessions whose leader is not in the tree must be all ours."""
+    for pid in procfs.processes():
+        try:
+            session = procfs.stat(pid).session if pid not in plan.members or plan.members[pid].helper else 0
+        except OSError:
+            continue
+        if session in sessions:
+            member = next(m.pid for m in plan.members.values() if m.sid == session and not m.helper)
+            obstacles.append(
+                Obstacle(
+                    f"process {member}",
+                    f"belongs to session {session}, as does process {pid} outside of the tree",
+                    "dump a tree that has both",
+                )
+            )
+            sessions.discard(session)
 
 
 def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
+        if mine.pid in got.told:
+            mine.cores[0][1]["tc"]["firn"]["stop_told"] = True
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
     for zombie in tree.zombies:
         entries[zombie.pid] = _zombie_entry(zombie, tree.parents[zombie.pid])
@@ -251,6 +269,8 @@ def _zombie_core(zombie: Zombie) -> dict[str, Any]:
         "timers": {"real": none, "virt": none, "prof": none},
         "rlimits": {"rlimits": []}, "sigactions": [],
     }  # fmt: skip
+    if zombie.stat.exit_signal != sig.SIGCHLD:
+        tc["firn"] = {"exit_signal": zombie.stat.exit_signal}
     return {"mtype": 1, "tc": tc}
 
 

@@ -24,7 +24,7 @@ from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import address_of, syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
-from firn.dump.tree import FrozenTree, freeze, walk
+from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from firn.api import CpuinfoOptions, DumpOptions
     from firn.dump.snapshot import Snapshot
+    from firn.dump.task import CollectedTask
     from firn.log import Log
     from firn.resources.memory.shared import SharedPages
     from firn.tracee.freezer import Freezer
@@ -135,12 +136,15 @@ class Dump:
         """Stop every thread of every process."""
         self.log.info(f"freezing the tree of process {self.pid}")
         started = time.monotonic_ns()
-        with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
-            held = self.freezer.hold(self.options.timeout) if self.freezer is not None else set()
-            self.tree = freeze(self.pid, self.obstacles, held)
-            if self.freezer is not None:
-                for pid in self.freezer.take_strangers(self.tree.pids(), held):
-                    self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
+        try:
+            with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
+                held = self.freezer.hold(self.options.timeout) if self.freezer is not None else set()
+                self.tree = freeze(self.pid, self.obstacles, held)
+                if self.freezer is not None:
+                    for pid in self.freezer.take_strangers(self.tree.pids(), held):
+                        self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
+        except TargetError as error:
+            raise find_vfork(self.pid) or error from None
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):
@@ -159,13 +163,21 @@ class Dump:
         save_contents(self.images, self.collected)
         for number, mine in enumerate(self.collected.tasks, 1):
             mine.memory.pages_id = number
+            if mine.sharer is not None:
+                mine.memory.pages_id = mine.sharer.memory.pages_id
+                continue
             mine.memory.find(mine.pid, early=True)
             if self.take_snapshots is not None:
                 mine.memory.hold_early()
         if self.take_snapshots is not None:
-            self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self.collected.tasks])
+            self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self._owners()])
         else:
-            self._copy_pages([(mine.memory, mine.pid) for mine in self.collected.tasks])
+            self._copy_pages([(mine.memory, mine.pid) for mine in self._owners()])
+
+    def _owners(self) -> list[CollectedTask]:
+        """The processes with a memory of their own; of those who share one, the first."""
+        assert self.collected is not None
+        return [mine for mine in self.collected.tasks if mine.sharer is None]
 
     def _copy_pages(self, members: list[tuple[ProcessPages, int]]) -> None:
         """Copy the pages of processes out of themselves or their clones."""
@@ -220,7 +232,7 @@ class Dump:
     def save(self) -> None:
         """Write all records."""
         assert self.collected is not None
-        pairs = list(zip(self.collected.tasks, self.snapshots, strict=False))
+        pairs = list(zip(self._owners(), self.snapshots, strict=False))
         if pairs:
             self._copy_pages([(mine.memory, snapshot.pid) for mine, snapshot in pairs])
         for mine, snapshot in pairs:

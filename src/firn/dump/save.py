@@ -46,7 +46,8 @@ def save_records(images: ImageDir, got: Collected, log: Log) -> None:
 def _save_task(images: ImageDir, mine: CollectedTask, tables: set[int]) -> None:
     pid = mine.pid
     mine.memory.save(images)
-    mine.mm["vmas"] = [areas.build_entry(area) for area in mine.areas] + mine.memory.guard_entries()
+    if mine.sharer is None:
+        mine.mm["vmas"] = [areas.build_entry(area) for area in mine.areas] + mine.memory.guard_entries()
     for tid, core in mine.cores:
         _add_registers(core)
         images.write_one("CORE", core, tid)

@@ -10,9 +10,10 @@ import os
 import stat as st_mode
 
 from firn.abi import ptrace as pt
+from firn.abi import signal as sig
 from firn.errors import Obstacle
 from firn.host import features, procfs
-from firn.resources import cgroups, creds, policies, process, restart, signals, threads, timers
+from firn.resources import cgroups, creds, policies, process, restart, signals, stops, threads, timers
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
@@ -49,6 +50,8 @@ class CollectedTask:
         self.mm: dict[str, Any] = {}
         self.exe_id = 0
         self.memory: ProcessPages
+        self.sharer: CollectedTask | None = None
+        """The process that is collected before and has the same memory (CLONE_VM)."""
 
     def trace_options(self) -> int:
         """The PTRACE_O_* under which the task is traced."""
@@ -70,10 +73,11 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _leave_critical_sections(mine)
     _check_label(pid, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
-    maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
-    mine.areas = areas.classify(pid, maps, got.obstacles)
-    areas.find_backing(pid, mine.areas, got.obstacles)
-    _add_segments(got, mine)
+    if mine.sharer is None:
+        maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
+        mine.areas = areas.classify(pid, maps, got.obstacles)
+        areas.find_backing(pid, mine.areas, got.obstacles)
+        _add_segments(got, mine)
     cwd, root = _named_link(got, pid, "cwd"), _named_link(got, pid, "root")
     mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[pid]["Umask"], 8)}
     mine.exe_id = _named_link(got, pid, "exe")
@@ -172,17 +176,18 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask, partners: policies.Partners) -> None:
+    def __init__(self, mine: CollectedTask, partners: policies.Partners, stopped: list[int]) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.pid)
-        size = _PROGRAM_SIZE + 128 * len(posix)
+        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
         self.actions = signals.ask(self.program)
         self.timers = timers.ask(self.program, posix)
         self.keys = pkeys.ask(self.program)
+        self.stopped = stops.ask(self.program, stopped)
         self.threads: list[tuple[Thread, Program, threads.Asked]] = [
             (task.leader, self.program, threads.ask(self.program))
         ]
@@ -203,7 +208,10 @@ class Questions:
             own.finish()
         answers = process.Answers(program, self.process)
         tc = process.save(pid, mine.stat, answers)
+        if mine.stat.exit_signal != sig.SIGCHLD:
+            tc["firn"]["exit_signal"] = mine.stat.exit_signal
         tc["timers"] = timers.answer(program, self.timers)
+        got.told.update(stops.answer(program, self.stopped))
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
         rare = [
@@ -227,6 +235,10 @@ class Questions:
 
     def _collect_memory(self, got: Collected, answers: process.Answers) -> None:
         mine, pid = self.mine, self.mine.pid
+        if mine.sharer is not None:
+            mine.mm = mine.sharer.mm
+            mine.memory = ProcessPages(pid, [], False)
+            return
         _add_mapped_files(got, mine)
         mine.mm = layout.save(pid, mine.stat, answers, mine.exe_id)
         mine.mm["aios"] = [aio.save(pid, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from firn.abi import nr
 from firn.abi import signal as sig
 from firn.errors import FirnError, Obstacle, TargetError
 from firn.host import procfs
@@ -17,6 +18,9 @@ from firn.tracee import seize
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
+
+
+_CLONES = tuple(str(number).encode() for number in (nr.vfork, nr.clone, nr.clone3))
 
 
 class Zombie:
@@ -104,32 +108,61 @@ def freeze(root: int, obstacles: list[Obstacle], held: Container[int] = ()) -> F
     return tree
 
 
+def find_vfork(root: int) -> TargetError | None:
+    """The error that names a process below *root* that cannot be frozen because it waits in vfork(2).
+
+    The kernel lets such a thread stop for nothing but a deadly signal until its child executes a program or ends (state
+    D, wait_for_vfork_done in kernel/fork.c), and until it stops nobody can read its registers.
+    """
+    for pid in walk(root):
+        try:
+            for tid in procfs.threads(pid):
+                if procfs.stat(pid, tid).state != "D":
+                    continue
+                call = procfs.read(f"/proc/{pid}/task/{tid}/syscall").split()[0]
+                if call in _CLONES:
+                    reason = f"process {pid} waits in vfork(2), and cannot be stopped before its child ends or executes"
+                    return TargetError(f"{reason} a program", f"children: {procfs.children(pid)}; try again later")
+        except (OSError, IndexError):
+            continue
+    return None
+
+
 def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle], held: Container[int]) -> bool:
     """One pass over the children of all frozen processes; whether there was a new one."""
     found = False
     for task in list(tree.tasks):
         for child in procfs.children(task.pid):
-            if child in tree.parents:
-                continue
-            found = True
-            tree.parents[child] = task.pid
-            try:
-                stat = procfs.stat(child)
-            except OSError:
-                continue
-            if stat.state in "ZX":
-                if procfs.threads(child) != [child]:
-                    obstacles.append(Obstacle(f"process {child}", "its first thread has exited while others live"))
-                tree.zombies.append(Zombie(stat))
-                continue
-            try:
-                tree.tasks.append(seize.freeze(child, held))
-            except TargetError:
-                if _is_running(child):
-                    raise
-                # It ended meanwhile: look at it again, as a zombie.
-                del tree.parents[child]
+            if child not in tree.parents:
+                found = True
+                _take(tree, child, task.pid, obstacles, held)
     return found
+
+
+def _take(
+    tree: FrozenTree, child: int, parent: int, obstacles: list[Obstacle], held: Container[int]
+) -> None:
+    """Freeze *child*, or note it as a zombie. One that is gone is looked for again: its pid may soon be another's."""
+    try:
+        stat = procfs.stat(child)
+        if stat.state not in "ZX":
+            frozen = seize.freeze(child, held)
+            tree.tasks.append(frozen)
+            stat = procfs.stat(child)
+            if stat.ppid != parent:
+                # It was not the child any more when it was frozen, but an orphan, or one that got its pid.
+                tree.tasks.remove(frozen)
+                frozen.release()
+                return
+        elif procfs.threads(child) != [child]:
+            obstacles.append(Obstacle(f"process {child}", "its first thread has exited while others live"))
+    except (TargetError, OSError) as error:
+        if isinstance(error, TargetError) and _is_running(child):
+            raise
+        return
+    tree.parents[child] = parent
+    if stat.state in "ZX":
+        tree.zombies.append(Zombie(stat))
 
 
 def _is_running(pid: int) -> bool:

@@ -31,18 +31,18 @@ def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
     What cannot be looked at, or goes away meanwhile, is passed over.
     """
     found: list[Holder] = []
-    for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) in skip:
+    for pid in procfs.processes():
+        if pid in skip:
             continue
         try:
-            numbers = os.listdir(f"/proc/{name}/fd")
+            numbers = os.listdir(f"/proc/{pid}/fd")
         except OSError:
             continue
         for number in numbers:
             try:
-                there = os.stat(f"/proc/{name}/fd/{number}")
+                there = os.stat(f"/proc/{pid}/fd/{number}")
                 if (there.st_ino, there.st_dev) == (inode, device):
-                    found.append(Holder(int(name), int(number)))
+                    found.append(Holder(pid, int(number)))
             except OSError:
                 continue
     return found

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 def read(path: str) -> bytes:
     """The whole of a /proc file."""
@@ -52,6 +56,7 @@ class Stat:
     start_code = property(lambda self: int(self.fields[23]))
     end_code = property(lambda self: int(self.fields[24]))
     start_stack = property(lambda self: int(self.fields[25]))
+    exit_signal = property(lambda self: int(self.fields[35]))
     processor = property(lambda self: int(self.fields[36]))
     start_data = property(lambda self: int(self.fields[42]))
     end_data = property(lambda self: int(self.fields[43]))
@@ -204,6 +209,11 @@ def children(pid: int) -> list[int]:
         except FileNotFoundError:
             continue
     return found
+
+
+def processes() -> Iterator[int]:
+    """The pids of all processes."""
+    return (int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
 class PosixTimer:

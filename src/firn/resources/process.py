@@ -192,6 +192,11 @@ def _write(pid: int, name: str, value: str) -> None:
         os.close(fd)
 
 
+def set_core_filter(pid: int, value: int) -> None:
+    """Choose which mappings go into a core of *pid* (core(5))."""
+    _write(pid, "coredump_filter", f"{value:#x}")
+
+
 def set_outside(pid: int, tc: dict[str, Any], log: Log) -> None:
     """What is written to /proc/PID by the controller. A kernel that refuses is reported; the task can live with it."""
     own = tc.get("firn", {})

@@ -44,19 +44,24 @@ def stub_image() -> bytes:
 
 def check_pids(pids: list[int]) -> None:
     """Refuse, before anything is made, pids that are in use or that this kernel cannot give."""
-    maximum = int(procfs.read("/proc/sys/kernel/pid_max"))
+    maximum = pid_max()
     for pid in pids:
         if pid >= maximum:
             raise RestoreError(
                 f"pid {pid} is above this machine's limit of {maximum}", f"sysctl -w kernel.pid_max={pid + 1}"
             )
-        if _is_used(pid):
+        if is_used(pid) or is_used(-pid):
             _await_reaping(pid)
-        if _is_used(pid) or _is_used(-pid):
-            raise taken(pid)
+            if is_used(pid) or is_used(-pid):
+                raise taken(pid)
 
 
-def _is_used(pid: int) -> bool:
+def pid_max() -> int:
+    """The number that all pids of this machine are below."""
+    return int(procfs.read("/proc/sys/kernel/pid_max"))
+
+
+def is_used(pid: int) -> bool:
     """Whether there is a process *pid*, or for a negative number a process group."""
     try:
         os.kill(pid, 0)
@@ -68,13 +73,15 @@ def _is_used(pid: int) -> bool:
 
 
 def _await_reaping(pid: int) -> None:
-    """Give the parent of a zombie a moment to take notice of it: a restore often follows its dump at once."""
+    """Give the parents of zombies a moment to take notice of them: a restore often follows its dump at once. A group is
+    there as long as a zombie is in it."""
     for _ in range(_REAPING_TRIES):
         try:
             if procfs.stat(pid).state not in "ZX":
                 return
         except OSError:
-            return
+            if not is_used(-pid):
+                return
         time.sleep(0.02)
 
 

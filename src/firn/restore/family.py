@@ -1,26 +1,27 @@
-"""The tree of restored processes: who is born of whom, sessions, process groups, zombies.
+"""The tree of restored processes on its way back: births, sessions, process groups, zombies.
 
-Parenthood comes out right by construction: every process is cloned by its parent. So do sessions: a process inherits
-its parent's, so children that stayed in the session that their parent left by setsid(2) are cloned before that call,
-all others after it. Groups are joined when everybody lives: leaders first. A group whose leader is gone is made by a
-helper with that pid, which ends when its members have joined. A zombie is a child that ends as it did, when everybody
-has joined.
+Who is born of whom is planned by :mod:`firn.resources.births`. A process is cloned when its forker's memory is
+complete, so it takes over the pages that both have. Groups are joined when everybody lives: leaders first. A group
+whose leader is gone is made by a helper with that pid, a session likewise; both end when the members of the groups have
+joined. A zombie is a process that ends as it did, when everybody has joined.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 
 from firn.abi import mman, nr, prctl, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
-from firn.errors import NotBuilt, RestoreError
+from firn.errors import RestoreError
 from firn.host import procfs
 from firn.images.pages import PagesFiles
-from firn.resources import signals
+from firn.resources import births, signals
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
+from firn.resources.process import set_core_filter
 from firn.restore import birth
 from firn.restore.memory import SPARE, TaskMemory, plan_sharing
 from firn.restore.tasks import LEADER_AREA, THREAD_AREA, RestoredTask, Stub, await_birth, plan_clone
@@ -30,10 +31,16 @@ from firn.tracee.program import Runner, Scratch
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from firn.api import RestoreOptions
+    from firn.log import Log
+    from firn.resources.births import Birth, Member
     from firn.resources.files.reopen import Opener
     from firn.restore.load import Checkpoint, Process
 
 _NONE = (1 << 64) - 1
+_CORE = 0x80
+"""The bit of a wait status that says that a core was written (WCOREFLAG)."""
+_RLIMIT_CORE = 4
+_CORE_LIMIT = 1 << 20
 
 
 class Family:
@@ -45,23 +52,38 @@ class Family:
         self.options = options
         self.tasks: list[RestoredTask] = []
         self.stubs: dict[int, Stub] = {}
-        self.sessions: dict[int, int] = {}
         self._helpers: dict[int, Stub] = {}
         self._pages_files = PagesFiles()
-        memories: dict[int, TaskMemory] = {}
+        self._memories: dict[int, TaskMemory] = {}
+        self._plan_memories()
+        for process in checkpoint.processes:
+            if not process.zombie:
+                self.tasks.append(RestoredTask(process, self._memories[process.ids["vm_id"]], opener))
+        self.by_pid = {task.pid: task for task in self.tasks}
+
+    def _plan_memories(self) -> None:
+        """One memory for each vm_id. Its images are those of the first process that has it, its source is the memory of
+        who gives birth to the first of those who share it."""
         sizes = {}
-        if checkpoint.segments:
+        if self.checkpoint.segments:
             from firn.resources.files.segments import attached_size
 
-            sizes = {shmid: attached_size(entry) for shmid, entry in checkpoint.segments.items()}
-        for process in checkpoint.processes:
-            if process.zombie:
+            sizes = {shmid: attached_size(entry) for shmid, entry in self.checkpoint.segments.items()}
+        first: dict[int, Process] = {}
+        known = {process.pid: process for process in self.checkpoint.processes}
+        for process in self.checkpoint.processes:
+            if not process.zombie:
+                first.setdefault(process.ids["vm_id"], process)
+        for pid in self.checkpoint.plan.order():
+            member = known.get(pid)
+            if member is None or member.zombie or member.shared & sched.CLONE_VM:
                 continue
-            parent = memories[process.parent.pid] if process.parent else None
-            memories[process.pid] = TaskMemory(process, checkpoint.images, parent, sizes, self._pages_files)
-            self.tasks.append(RestoredTask(process, memories[process.pid], opener))
-        plan_sharing(list(memories.values()), checkpoint.knows_sharing())
-        self.by_pid = {task.pid: task for task in self.tasks}
+            number, source = member.ids["vm_id"], self.checkpoint.plan.memory_of(pid)
+            copied = self._memories[known[source].ids["vm_id"]] if source is not None else None
+            self._memories[number] = TaskMemory(
+                first[number], self.checkpoint.images, copied, sizes, self._pages_files
+            )
+        plan_sharing(list(self._memories.values()), self.checkpoint.knows_sharing())
 
     def open_files(self) -> None:
         """Open everything that does not have to wait for the tasks."""
@@ -72,7 +94,7 @@ class Family:
 
     def pages(self) -> int:
         """How many pages the images hold."""
-        return sum(task.memory.pages for task in self.tasks)
+        return sum(each.pages for each in self._memories.values())
 
     def close(self) -> None:
         """Close the page images."""
@@ -81,26 +103,30 @@ class Family:
     # -- birth and memory ----------------------------------------------------------------------------------------------
 
     def grow(self) -> None:
-        """Rebuild the root's memory, then clone and rebuild its children, and so on."""
-        root = self.checkpoint.root
-        self._adopt_root(root)
+        """Rebuild the root's memory, have it clone whom it has to clone, and so on."""
+        plan = self.checkpoint.plan
+        self._adopt_root(self.checkpoint.root)
         own = Own()
-        self.sessions[root.pid] = 0
-        waiting = [root]
-        while waiting:
-            process = waiting.pop()
-            stub = self.stubs[process.pid]
-            task = self.by_pid[process.pid]
-            task.memory.replace(stub.program, stub.scratch, self.opener, own)
-            waiting += self._bear(process)
-        for task in self.tasks:
-            task.memory.settle(self.stubs[task.pid].program)
+        for pid in plan.order():
+            stub, task = self.stubs[pid], self.by_pid.get(pid)
+            if task is not None and not task.process.shared & sched.CLONE_VM:
+                task.memory.replace(stub.program, stub.scratch, self.opener, own)
+            for each in plan.born_of(pid, late=False):
+                self._bear(each)
+            if plan.members[pid].leads:
+                stub.program.call("setsid", nr.setsid)
+                if task is not None:
+                    self.opener.plan_session(stub.program, pid)
+                stub.program.run()
+            for each in plan.born_of(pid, late=True):
+                self._bear(each)
+        for mine in self._memories.values():
+            mine.settle(self.stubs[mine.pid].program)
         self.opener.seal()
 
     def _adopt_root(self, root: Process) -> None:
         """Map the scratch area, at a place where no process of the tree has anything, and take over the root."""
-        count = max(len(task.threads) for task in self.tasks)
-        data = LEADER_AREA + THREAD_AREA * count
+        data = max(self._areas().values())
         taken = [
             (vma["start"], vma["end"])
             for task in self.tasks
@@ -119,79 +145,103 @@ class Family:
         single(birth.SYSCALL_SITE, nr.mmap, code + mman.PAGE, data, mman.PROT_READ | mman.PROT_WRITE, flags, _NONE, 0)
         scratch = Scratch(root.pid, code, code + mman.PAGE, data)
         memory.force_write(root.pid, code, cpu.INTERPRETER)
-        self._settle(root, Stub(root.pid, runner, scratch))
+        self._settle(root.pid, Stub(root.pid, runner, scratch))
 
-    def _settle(self, process: Process, stub: Stub) -> None:
-        self.stubs[process.pid] = stub
-        if not process.zombie:
-            self.by_pid[process.pid].adopt(stub)
+    def _areas(self) -> dict[int, int]:
+        """How many bytes the programs of all threads of a memory (vm_id) need."""
+        sizes: dict[int, int] = {}
+        for task in self.tasks:
+            number = task.process.ids["vm_id"]
+            sizes[number] = sizes.get(number, 0) + LEADER_AREA + THREAD_AREA * len(task.threads)
+        for member in self.checkpoint.plan.members.values():
+            if member.pid not in self.by_pid and "vm_id" in member.shares:
+                sizes[member.shares["vm_id"]] += LEADER_AREA
+        return sizes
 
-    def _bear(self, parent: Process) -> list[Process]:
-        """Clone the children of *parent*, those of its old session first; the living ones."""
-        inherited = self.sessions[parent.pid]
-        program = self.stubs[parent.pid].program
-        early = [child for child in parent.children if child.sid not in (parent.sid, child.pid)]
-        for child in early:
-            if inherited != child.sid and not self._is_outer(child.sid):
-                raise NotBuilt(
-                    f"process {child.pid} belongs to session {child.sid}, whose leader is gone: not supported yet"
-                )
-            self._clone(parent, child)
-        if parent.sid == parent.pid:
-            program.call("setsid", nr.setsid)
-            self.opener.plan_session(program, parent.pid)
-            program.run()
-            self.sessions[parent.pid] = parent.pid
-        for child in parent.children:
-            if child not in early:
-                self._clone(parent, child)
-        return [child for child in parent.children if not child.zombie]
+    def _settle(self, pid: int, stub: Stub) -> None:
+        self.stubs[pid] = stub
+        if pid in self.by_pid:
+            self.by_pid[pid].adopt(stub)
 
-    def _is_outer(self, sid: int) -> bool:
-        """Whether *sid* is the session outside of the tree that a shell job belongs to; ours takes its place."""
-        return self.options.shell_job and sid == self.checkpoint.root.sid != self.checkpoint.root.pid
+    def _bear(self, planned: Birth) -> None:
+        """Have the forker clone a process so that it gets the right parent."""
+        member, forker = planned.member, self.stubs[planned.forker]
+        if planned.way == births.ORPHAN:
+            child = self._bear_orphan(member, forker, planned.flags)
+        else:
+            sibling = planned.way == births.SIBLING
+            flags, signal = (sched.CLONE_PARENT, 0) if sibling else (0, member.exit_signal)
+            child = self._clone(forker, member.pid, planned.flags | flags, signal)
+        self._settle(member.pid, child)
+        if member.helper:
+            self._helpers[member.pid] = child
 
-    def _clone(self, parent: Process, child: Process) -> None:
-        born_of = self.stubs[parent.pid]
-        flags = sched.CLONE_FILES if not child.zombie and child.shares_files else 0
-        self._give_birth(born_of, child.pid, flags, sig.SIGCHLD)
-        self.sessions[child.pid] = self.sessions[parent.pid]
-        self._settle(child, self._newborn(child.pid, born_of))
+    def _bear_orphan(self, member: Member, forker: Stub, flags: int) -> Stub:
+        """By one in between, who shares the forker's memory and ends; the parent adopts the orphan."""
+        program = self.stubs[member.parent].program
+        program.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        program.run()
+        between = self._clone(forker, self._spare_pid(), flags | sched.CLONE_VM, 0, forker.program.area)
+        self._helpers[between.pid] = between
+        child = self._clone(between, member.pid, flags, sig.SIGCHLD)
+        self._end_helper(between)
+        program.call("prctl subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        program.run()
+        return child
 
-    def _give_birth(self, parent: Stub, pid: int, flags: int, exit_signal: int) -> None:
-        plan_clone(parent.program, pid, flags, exit_signal)
+    def _spare_pid(self) -> int:
+        """A pid that nobody of the checkpoint needs."""
+        wanted = {*self.checkpoint.tids(), *self.checkpoint.helpers(), *self._helpers}
+        return next(pid for pid in range(birth.pid_max() - 1, 1, -1) if pid not in wanted and not birth.is_used(pid))
+
+    def _clone(self, forker: Stub, pid: int, flags: int, exit_signal: int, area: int = 0) -> Stub:
+        """A new process *pid*. Its program is in *area*, if it shares the forker's memory, or in an area of its own."""
+        plan_clone(forker.program, pid, flags, exit_signal)
         try:
-            parent.program.run()
+            forker.program.run()
         except OSError as error:
             if error.errno == errno.EEXIST:
                 raise birth.taken(pid) from None
             raise
+        scratch = forker.scratch
+        if not flags & sched.CLONE_VM:
+            scratch = Scratch(pid, scratch.code, scratch.data, scratch.size)
+        return Stub(pid, await_birth(pid, pid, forker.runner, scratch), scratch, area)
 
-    def _newborn(self, pid: int, born_of: Stub) -> Stub:
-        scratch = Scratch(pid, born_of.scratch.code, born_of.scratch.data, born_of.scratch.size)
-        return Stub(pid, await_birth(pid, pid, born_of.runner, scratch), scratch)
+    def helpers(self) -> list[int]:
+        """The pids of helpers that have not been ended."""
+        return list(self._helpers)
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
     def join_groups(self) -> None:
-        """Sessions of those who lead one and have no children, then process groups, leaders first."""
+        """Process groups, leaders first."""
+        members = [
+            process for process in self.checkpoint.processes
+            if process.pgid not in (process.pid, 0) and not self._is_outer_group(process.pgid)
+        ]  # fmt: skip
         for process in self.checkpoint.processes:
-            stub = self.stubs[process.pid]
-            if process.sid == process.pid and process.zombie:
-                stub.program.call("setsid", nr.setsid)
-            elif process.pgid == process.pid != process.sid:
-                stub.program.call("setpgid", nr.setpgid, 0, 0)
-            stub.program.run()
-        for process in self.checkpoint.processes:
-            if process.pgid in (process.pid, 0) or self._is_outer_group(process.pgid):
-                continue
-            if process.pgid not in self.stubs:
-                self._make_group(process)
+            if process.pgid == process.pid != process.sid:
+                self._found_group(self.stubs[process.pid])
+        moved = {process.pid: process for process in members}
+        for pgid in sorted({process.pgid for process in members}):
+            if pgid in moved:
+                # Its leader has gone to another group: somebody has to stay until all are in theirs.
+                self._found_group(self.stubs[pgid])
+                keeper = self._clone(self.stubs[pgid], self._spare_pid(), 0, 0)
+                self._helpers[keeper.pid] = keeper
+            elif pgid not in self.stubs:
+                self._make_group(next(process for process in members if process.pgid == pgid))
+        for process in members:
             program = self.stubs[process.pid].program
             program.call(f"setpgid to {process.pgid}", nr.setpgid, 0, process.pgid)
             program.run()
-        for helper, stub in self._helpers.items():
-            self._end_helper(helper, stub)
+        for helper in list(self._helpers.values()):
+            self._end_helper(helper)
+
+    def _found_group(self, stub: Stub) -> None:
+        stub.program.call("setpgid", nr.setpgid, 0, 0)
+        stub.program.run()
 
     def _is_outer_group(self, pgid: int) -> bool:
         root = self.checkpoint.root
@@ -201,38 +251,81 @@ class Family:
 
     def _make_group(self, member: Process) -> None:
         """A helper in *member*'s session with the pid of its group, a child of *member* for as long as it is needed."""
-        if member.pgid in self._helpers:
-            return
-        stub = self.stubs[member.pid]
-        self._give_birth(stub, member.pgid, 0, 0)
-        helper = self._newborn(member.pgid, stub)
-        helper.program.call("setpgid", nr.setpgid, 0, 0)
-        helper.program.run()
-        self._helpers[member.pgid] = helper
+        helper = self._clone(self.stubs[member.pid], member.pgid, 0, 0)
+        self._helpers[helper.pid] = helper
+        self._found_group(helper)
 
-    def _end_helper(self, pid: int, helper: Stub) -> None:
+    def _end_helper(self, helper: Stub) -> None:
+        """End a helper and have its parent reap it."""
+        parent = int(procfs.status(helper.pid)["PPid"])
         _end(helper, 0)
-        parent = int(procfs.status(pid)["PPid"])
         program = self.stubs[parent].program
-        program.call("wait4", nr.wait4, pid, 0, pt.WALL, 0)
+        program.call("wait4", nr.wait4, helper.pid, 0, pt.WALL, 0)
         program.run()
+        del self._helpers[helper.pid]
+        if parent in self.by_pid:
+            self.by_pid[parent].bereaved = True
 
-    def end_zombies(self) -> None:
+    def make_ready(self) -> None:
+        """Give everybody its registers. Children first: stopped ones stop now, and their parents take notice of it
+        before they have their own again."""
+        stopped: dict[int, list[RestoredTask]] = {}
+        last = {task.process.ids["vm_id"]: task for task in reversed(self.tasks)}
+        for task in reversed(self.tasks):
+            if task.pid in stopped:
+                task.notice_stops(stopped[task.pid])
+            task.prime()
+            task.make_ready(last[task.process.ids["vm_id"]] is task)
+            if task.is_stopped():
+                task.stop()
+                if task.process.parent is not None:
+                    stopped.setdefault(task.process.parent.pid, []).append(task)
+
+    def end_zombies(self, log: Log) -> None:
         """Those who ended before the dump end again."""
         for process in self.checkpoint.processes:
             if process.zombie:
                 stub = self.stubs[process.pid]
                 name = process.tc["comm"].encode("utf-8", "surrogateescape")[:15] + b"\0"
                 stub.program.call("prctl name", nr.prctl, prctl.SET_NAME, stub.program.data(name), 0, 0, 0)
-                _end(stub, process.tc["exit_code"])
+                status = process.tc["exit_code"]
+                if status & _CORE and not (status & 0x7F and _names_cores()):
+                    log.warn(f"zombie {process.pid} comes back without the mark that it has left a core")
+                    status &= ~_CORE
+                if status & _CORE:
+                    self._end_with_core(stub, status)
+                else:
+                    _end(stub, status)
+
+    def _end_with_core(self, stub: Stub, status: int) -> None:
+        """Only a core that was written sets the bit that says so: a small one, in a folder that goes with it."""
+        folder = os.path.join(os.path.abspath(self.options.work_dir), f"core-of-{stub.pid}-{os.getpid()}")
+        os.mkdir(folder, 0o700)
+        try:
+            stub.program.call("chdir", nr.chdir, stub.program.text(folder))
+            stub.program.run()
+            set_core_filter(stub.pid, 0)
+            limit = stub.program.data(_CORE_LIMIT.to_bytes(8, "little") * 2)
+            stub.program.call("prlimit", nr.prlimit64, 0, _RLIMIT_CORE, limit, 0, flags=1)
+            _end(stub, status)
+        finally:
+            for name in os.listdir(folder):
+                os.unlink(os.path.join(folder, name))
+            os.rmdir(folder)
+
+
+def _names_cores() -> bool:
+    """Whether cores are files in the working directory (core(5)), and not given to a program or collected elsewhere."""
+    pattern = procfs.read("/proc/sys/kernel/core_pattern")
+    return pattern[:1] not in (b"|", b"@") and b"/" not in pattern
 
 
 def _end(stub: Stub, status: int) -> None:
-    """Have a process end with wait status *status*: by a signal (no core is written) or an exit code."""
+    """Have a process end with wait status *status*: by a signal (with a core, if its bit is set) or an exit code."""
     program = stub.program
     signal = status & 0x7F
     if signal:
-        program.call("prctl dumpable", nr.prctl, prctl.SET_DUMPABLE, 0, 0, 0, 0)
+        program.call("prctl dumpable", nr.prctl, prctl.SET_DUMPABLE, int(bool(status & _CORE)), 0, 0, 0)
         program.reserve(3, 64)
         action = program.data(bytes(sig.SIGACTION.size))
         if signal not in (sig.SIGKILL, sig.SIGSTOP):

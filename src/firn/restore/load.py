@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from firn.abi import signal as sig
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.images.store import ImageDir, read_files
+from firn.resources import births
 from firn.resources.base import MEMFD
 from firn.resources.memory import areas, attach
 from firn.resources.process import ALIVE, DEAD, STOPPED
@@ -29,6 +31,8 @@ class Process:
         self.sid: int = item["sid"]
         self.parent: Process | None = None
         self.children: list[Process] = []
+        self.shared = 0
+        """The CLONE_* flags of what is shared with who gives birth to this process."""
         leader = images.read_one("CORE", self.pid)
         if "tc" not in leader:
             raise ImageError(f"core-{self.pid}.img has no task part")
@@ -47,10 +51,13 @@ class Process:
         self.fdinfo = sorted(images.read_all("FDINFO", self.ids["files_id"]), key=lambda entry: int(entry["fd"]))
         self._check_vmas()
 
-    @property
-    def shares_files(self) -> bool:
-        """Whether the descriptor table is the parent's (CLONE_FILES)."""
-        return self.parent is not None and self.parent.ids["files_id"] == self.ids["files_id"]
+    def member(self) -> births.Member:
+        """The process as the plan of births wants it."""
+        parent = self.parent.pid if self.parent else 0
+        own = self.tc.get("firn", {}).get("exit_signal", sig.SIGCHLD)
+        if not 0 <= own <= sig.LAST:
+            raise ImageError(f"core-{self.pid}.img: the exit signal {own} is none")
+        return births.Member(self.pid, parent, self.sid, self.zombie, None if self.zombie else self.ids, own)
 
     def _check_ids(self) -> None:
         if not self.tids or self.tids[0] != self.pid or len(set(self.tids)) != len(self.tids):
@@ -105,6 +112,7 @@ class Checkpoint:
         _check_inventory(self.inventory)
         self.processes = [Process(images, item, self.inventory) for item in images.read_all("PSTREE")]
         self._link()
+        self.plan = self._plan_births()
         self.files = read_files(images)
         self.remaps = {entry["orig_id"]: entry for entry in images.read_all("REMAP_FPATH")}
         self.memfds = {entry["inode_id"]: entry for entry in images.read_all("MEMFD_INODE")}
@@ -147,6 +155,22 @@ class Checkpoint:
             raise ImageError("pstree.img: a pid or thread id is there twice")
         if self.root.ids["files_id"] == self.inventory["root_ids"]["files_id"]:
             raise ImageError("ids image: the root process shares its files with the dumping program (kIDs)")
+
+    def _plan_births(self) -> births.Plan:
+        """Who is born of whom."""
+        plan = births.Plan([process.member() for process in self.processes])
+        for pid, reason in plan.trouble:
+            raise NotBuilt(f"process {pid} {reason}")
+        for process in self.processes[1:]:
+            process.shared = plan.births[process.pid].flags
+        return plan
+
+    def helpers(self) -> list[int]:
+        """The pids of processes that live only during the restore: leaders of sessions and groups that have none."""
+        known = {process.pid for process in self.processes}
+        outer = {0} if self.root.sid == self.root.pid else {0, self.root.sid, self.root.pgid}
+        groups = {process.pgid for process in self.processes}
+        return sorted(groups.union(self.plan.helpers()) - known - outer)
 
     def _take_old_shared_memory(self) -> None:
         """Shared anonymous memory in its older form (no MEMFD entry, only an inode number): put into the present

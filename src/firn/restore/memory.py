@@ -29,9 +29,10 @@ SPARE = 1 << 20
 
 
 class TaskMemory:
-    """The mappings and pages of one process of the checkpoint.
+    """The mappings and pages of one process of the checkpoint, or of several that share them.
 
-    *segments*: id -> bytes that an attachment covers, of System V segments; *files* are the pages images.
+    *parent* is the memory that it is copied from at birth; *segments*: id -> bytes that an attachment
+    covers, of System V segments; *files* are the pages images.
     ``nursery`` is what the process has while its children are born; see :func:`plan_sharing`.
     """
 
@@ -144,7 +145,7 @@ class TaskMemory:
         program.run()
         if self.placement is not None and not keeps_vdso:
             for address, code in self.placement.patches:
-                memory.force_write(self.pid, address, code)
+                memory.force_write(program.runner.pid, address, code)
 
     def settle(self, program: Program) -> None:
         """All children are born: what was there for them goes, what they do not share with the process comes."""

@@ -93,7 +93,7 @@ class Restore:
             cpu.check(self.images, self.options.cpu_cap)
         if checkpoint.inventory.get("tcp_close") and not self.options.tcp_close:
             raise RestoreError("connections were dumped to come back closed", "Need to set the --tcp-close options.")
-        birth.check_pids(checkpoint.tids())
+        birth.check_pids([*checkpoint.tids(), *checkpoint.helpers()])
         last, own = features.cap_last_cap(), features.effective_caps()
         living = [process for process in checkpoint.processes if not process.zombie]
         for process in living:
@@ -150,7 +150,7 @@ class Restore:
         """Process groups, zombies, directories, descriptors."""
         family = self._family()
         family.join_groups()
-        family.end_zombies()
+        family.end_zombies(self.log)
         for task in family.tasks:
             task.enter(self.log)
         for task in family.tasks:
@@ -200,8 +200,7 @@ class Restore:
     def resume(self) -> None:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
-        for task in tasks:
-            task.make_ready()
+        self._family().make_ready()
         if self.segments is not None:
             self.segments.succeeded()
             self.segments.close()
@@ -216,7 +215,8 @@ class Restore:
     def undo(self) -> None:
         """Kill what was made."""
         if self.born:
-            birth.kill([process.tids for process in self.checkpoint.processes])
+            helpers = self.family.helpers() if self.family is not None else []
+            birth.kill([*(process.tids for process in self.checkpoint.processes), *([pid] for pid in helpers)])
 
     def close(self) -> None:
         """Close what was opened."""

@@ -9,8 +9,9 @@ from firn.abi import mman, nr, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
+from firn.abi.libc import syscall
 from firn.host import features
-from firn.resources import creds, policies, process, restart, seccomp, signals, threads, timers
+from firn.resources import creds, policies, process, restart, seccomp, signals, stops, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
 from firn.resources.threads import xstate
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 LEADER_AREA = 1 << 20
 THREAD_AREA = 8192
-_EAGAIN = 11
 
 
 class RestoredThread:
@@ -49,11 +49,11 @@ class RestoredThread:
 class Stub:
     """A restored process as long as it is only a runner with a program: all there ever is of a zombie."""
 
-    def __init__(self, pid: int, runner: Runner, scratch: Scratch) -> None:
+    def __init__(self, pid: int, runner: Runner, scratch: Scratch, area: int = 0) -> None:
         self.pid = pid
         self.runner = runner
         self.scratch = scratch
-        self.program = Program(runner, scratch, scratch.data, LEADER_AREA)
+        self.program = Program(runner, scratch, area or scratch.area(LEADER_AREA), LEADER_AREA)
 
 
 class RestoredTask:
@@ -70,6 +70,7 @@ class RestoredTask:
         self.threads = [
             RestoredThread(tid, core, mask) for tid, core, mask in zip(process.tids, process.cores, masks, strict=True)
         ]
+        self.bereaved = False
         self.cwd, self.root = (REG, process.fs["cwd_id"]), (REG, process.fs["root_id"])
         self.scratch: Scratch
 
@@ -90,7 +91,6 @@ class RestoredTask:
     def adopt(self, stub: Stub) -> None:
         """Take over the runner that the newborn process is."""
         self.scratch = stub.scratch
-        self.scratch.used = LEADER_AREA
         self.leader.runner, self.leader.program = stub.runner, stub.program
 
     # -- join ----------------------------------------------------------------------------------------------------------
@@ -101,11 +101,13 @@ class RestoredTask:
         process.set_outside(self.pid, self.tc, log)
         process.plan_early(program, self.tc, self.process.fs.get("umask", 0o22))
         process.plan_loginuid(program, self.tc)
-        self._enter_directories(program)
+        if not self.process.shared & sched.CLONE_FS:
+            self._enter_directories(program)
+        program.run()
 
     def join(self) -> None:
         """Descriptors, except for tables that have some which must wait."""
-        if not self.process.shares_files and not self._has_late():
+        if not self._shares_files() and not self._has_late():
             self.install_descriptors()
 
     def _enter_directories(self, program: Program) -> None:
@@ -116,6 +118,10 @@ class RestoredTask:
         program.call("fchdir", nr.fchdir, table[self.opener.open(*self.cwd)])
         program.call("close all", nr.close_range, 0, 0xFFFFFFFF, 0)
         program.run()
+
+    def _shares_files(self) -> bool:
+        """Whether the descriptor table is another task's, who looks after it."""
+        return bool(self.process.shared & sched.CLONE_FILES)
 
     def _has_late(self) -> bool:
         return any(self.opener.is_late(entry["type"], entry["id"]) for entry in self.descriptors)
@@ -149,7 +155,7 @@ class RestoredTask:
 
     def finish_descriptors(self) -> None:
         """What the task does with its descriptors when all of them are there (epoll)."""
-        if self.process.shares_files:
+        if self._shares_files():
             return
         program = self.leader.program
         if self._has_late():
@@ -210,7 +216,7 @@ class RestoredTask:
             threads.plan_last(thread.program, thread.core)
         self._run_all()
         process.plan_late(program, tc, self.process.mm)
-        if not self.process.shares_files:
+        if not self._shares_files():
             self._plan_owners(program)
         rebuild.plan_seal(program, self.process.mm["vmas"])
         program.run()
@@ -219,11 +225,9 @@ class RestoredTask:
 
     def _plan_reaping(self, program: Program) -> None:
         """Children that ended while they were restored (zombies, helpers) have sent a SIGCHLD that nobody is to see."""
-        if not any(child.zombie for child in self.process.children):
+        if not self.bereaved and not any(child.zombie for child in self.process.children):
             return
-        program.reserve(1, 64)
-        wanted, none = program.data(sig.bit(sig.SIGCHLD).to_bytes(8, "little")), program.data(bytes(16))
-        program.call("take SIGCHLD", nr.rt_sigtimedwait, wanted, 0, none, 8, allow=_EAGAIN)
+        stops.plan_no_sigchld(program)
 
     def _plan_thread(self, thread: RestoredThread) -> None:
         program = thread.program
@@ -269,14 +273,20 @@ class RestoredTask:
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
-    def make_ready(self) -> None:
-        """Take the scratch area away, set registers and masks: only letting go is left."""
+    def prime(self) -> None:
+        """Have threads that were interrupted in a call begin it again: the last of what needs the scratch area."""
         site = self.scratch.code + cpu.SYSCALL_AT
         for thread in self.threads:
             waiting = restart.stored(self.pid, thread.core, thread.info["gpregs"], thread.regs)
             if waiting:
                 thread.regs = restart.prime(thread.runner, thread.program, site, thread.regs, waiting)
-        self.leader.runner.single(site, nr.munmap, self.scratch.code, mman.PAGE + self.scratch.size)
+
+    def make_ready(self, last: bool) -> None:
+        """Set registers and masks: only letting go is left. The *last* of those who share its memory takes the scratch
+        area away."""
+        if last:
+            site, size = self.scratch.code + cpu.SYSCALL_AT, mman.PAGE + self.scratch.size
+            self.leader.runner.single(site, nr.munmap, self.scratch.code, size)
         if self.leader.regs[cpu.ORIG_AX] != cpu.NO_SYSCALL:
             self._leave_syscall_exit()
         for thread in self.threads:
@@ -285,20 +295,54 @@ class RestoredTask:
             ptrace.set_regs(thread.tid, thread.regs)
             ptrace.set_sigmask(thread.tid, thread.mask)
 
+    def is_stopped(self) -> bool:
+        """Whether the task is a stopped one."""
+        return bool(self.tc["task_state"] == process.STOPPED)
+
+    def notice_stops(self, children: list[RestoredTask]) -> None:
+        """These *children* have stopped: know of it as far as it was known before."""
+        known = [child.pid for child in children if child.tc.get("firn", {}).get("stop_told")]
+        pending = [signals.info_number(info) for info in signals.infos(self.tc.get("signals_s"))]
+        stops.plan(self.leader.program, known, sig.SIGCHLD in pending)
+        self.leader.program.run()
+
+    def stop(self) -> None:
+        """Stop all threads as they were stopped, still traced. Nothing may run in the task afterwards."""
+        number = self._stop_signal()
+        if not self._stop_by(number):
+            self._stop_by(sig.SIGSTOP)
+        for thread in self.threads:
+            ptrace.set_sigmask(thread.tid, thread.mask)
+
+    def _stop_by(self, number: int) -> bool:
+        """Send the leader a stop signal; whether that stops it. It does not if the signal is handled, or ignored in an
+        orphaned group."""
+        for thread in self.threads:
+            ptrace.set_sigmask(thread.tid, sig.ALL & ~sig.bit(number))
+        syscall(f"tgkill {self.pid}", nr.tgkill, self.pid, self.pid, number)
+        ptrace.request("continue", pt.CONT, self.pid)
+        while (stop := ptrace.wait_stop(self.pid)).event or stop.signal != number:
+            ptrace.request("continue", pt.CONT, self.pid)
+        # Whatever the signal does, the task stops before it is back in its own code.
+        ptrace.request("interrupt", pt.INTERRUPT, self.pid)
+        ptrace.request("continue", pt.CONT, self.pid, 0, number)
+        if ptrace.wait_stop(self.pid).signal != number:
+            return False
+        for thread in self.threads[1:]:
+            ptrace.request("continue", pt.CONT, thread.tid)
+            while ptrace.wait_stop(thread.tid).event != pt.EVENT_STOP:
+                ptrace.request("continue", pt.CONT, thread.tid)
+        return True
+
     def let_go(self, stop: bool) -> None:
         """Detach; the task runs, or stops if it was stopped or is to be."""
-        signal = self._final_stop(stop)
-        if signal:
-            os.kill(self.pid, signal)
+        if stop and not self.is_stopped():
+            os.kill(self.pid, sig.SIGSTOP)
         for thread in [*self.threads[1:], self.leader]:
             ptrace.request("detach", pt.DETACH, thread.tid)
 
-    def _final_stop(self, stop: bool) -> int:
-        """The signal that stops the task at the end, 0 if it shall run."""
-        if stop:
-            return sig.SIGSTOP
-        if self.tc["task_state"] != process.STOPPED:
-            return 0
+    def _stop_signal(self) -> int:
+        """The signal that a stopped task was stopped by."""
         number: int = self.tc.get("stop_signo", sig.SIGSTOP)
         blocked = self.tc["blk_sigset"] >> (number - 1) & 1
         return number if number in sig.STOP_SIGNALS and not blocked else sig.SIGSTOP

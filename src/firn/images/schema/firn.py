@@ -62,6 +62,8 @@ MESSAGES = {
         6 ksm_merge bool?
         7 tsc u32?
         8 thp_flags u32?
+        20 exit_signal u32?
+        21 stop_told bool?
     """,
     "firn_mm": """
         1 lock_future u32? hex

@@ -15,10 +15,8 @@ import stat
 import struct
 
 from firn.abi import fcntl as fc
-from firn.abi import nr
-from firn.abi.libc import syscall
 from firn.errors import Obstacle
-from firn.host import procfs
+from firn.host import kcmp, procfs
 from firn.resources import base
 from firn.resources.files import locks
 from firn.resources.files.external import ExternalFiles
@@ -112,21 +110,7 @@ class Descriptions:
 
     def find(self, key: object, pid: int, fd: int) -> tuple[int | None, int]:
         """(file id, 0) of a known description equal to (pid, fd) or (None, where to insert it)."""
-        group = self._groups.setdefault(key, [])
-        low, high = 0, len(group)
-        while low < high:
-            middle = (low + high) // 2
-            other_pid, other_fd, number = group[middle]
-            order = syscall(
-                f"kcmp of descriptor {fd} of process {pid}", nr.kcmp, pid, other_pid, fc.KCMP_FILE, fd, other_fd
-            )
-            if order == 0:
-                return number, 0
-            if order == 1:
-                high = middle
-            else:
-                low = middle + 1
-        return None, low
+        return kcmp.search(self._groups.setdefault(key, []), fc.KCMP_FILE, pid, fd)
 
     def insert(self, key: object, place: int, pid: int, fd: int, number: int) -> None:
         """Remember a new description at the *place* that :meth:`find` gave."""
