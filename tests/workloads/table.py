@@ -90,7 +90,7 @@ TABLE: list[Workload] = [
     *_all("thread_state", "masks altstack on-altstack names"),
     *_all("scheduling", "fifo rr batch idle deadline nice affinity ioprio slack"),
     *_all("registers", "integer bases x87 sse avx avx512 masks pkru all"),
-    Workload("leader", "gone", may_refuse="leader|zombie|exited"),
+    Workload("leader", "gone"),
     *_waits("nanosleep nanosleep-rest clock-relative clock-monotonic clock-realtime clock-boottime"),
     *_waits("poll poll-file select futex futex-until condition sigtimedwait"),
     # They have another mask while they wait, and the time may be over.

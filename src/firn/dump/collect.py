@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 
 from firn.abi import fcntl as fc
-from firn.abi import nr
 from firn.abi import signal as sig
-from firn.abi.libc import syscall
 from firn.dump import task as one
 from firn.dump.task import CollectedTask, Questions
-from firn.errors import Obstacle
+from firn.errors import KernelError, Obstacle
 from firn.host import kcmp, procfs
-from firn.resources import births, cgroups, process, seccomp, semaphores
+from firn.resources import base, births, cgroups, process, seccomp, semaphores
 from firn.resources.files.descriptors import Collector, Descriptor
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
@@ -51,7 +49,7 @@ class Collected:
         """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
-        self.namespaces = Namespaces([task.pid for task in tree.tasks], obstacles)
+        self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""
@@ -117,9 +115,13 @@ def _collect_descriptors(got: Collected) -> None:
     for mine in got.tasks:
         number = mine.ids["files_id"]
         if number not in tables:
-            pidfd = syscall(f"pidfd_open {mine.pid}", nr.pidfd_open, mine.pid, 0)
             try:
-                tables[number] = got.collector.collect(mine.pid, pidfd)
+                pidfd = base.pidfd_for_copies(mine.pid, mine.task.voice)
+            except KernelError as error:
+                got.obstacles.append(Obstacle(f"process {mine.pid}", error.message, error.hint))
+                continue
+            try:
+                tables[number] = got.collector.collect(mine.pid, mine.task.voice, pidfd)
             finally:
                 os.close(pidfd)
         mine.descriptors = tables[number]
@@ -157,7 +159,7 @@ def _check_borders(got: Collected, shell_job: bool) -> None:
     parent = root.stat.ppid
     if parent and parent != os.getpid():
         for field, _, name in births.SHARED:
-            if _same_outside(root.pid, parent, _KCMP[field]):
+            if _same_outside(root.task.voice, procfs.speaker(parent), _KCMP[field]):
                 got.obstacles.append(
                     Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
                 )
@@ -175,9 +177,9 @@ def _number_objects(got: Collected) -> None:
     for field, code in _KCMP.items():
         known: list[tuple[int, int, int]] = []
         for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
-            found, place = kcmp.search(known, code, mine.pid)
+            found, place = kcmp.search(known, code, mine.task.voice)
             if found is None:
-                known.insert(place, (mine.pid, 0, number))
+                known.insert(place, (mine.task.voice, 0, number))
             mine.ids[field] = number if found is None else found
     for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
         if mine.ids["vm_id"] != number:

@@ -81,8 +81,18 @@ class Task:
 
     @property
     def leader(self) -> Thread:
-        """The thread-group leader."""
+        """The thread that stands for the process: the thread-group leader, or another one if that has exited."""
         return self.threads[0]
+
+    @property
+    def voice(self) -> int:
+        """Its id, under which the kernel knows memory and files of the process (:func:`firn.host.procfs.speaker`)."""
+        return self.threads[0].tid
+
+    @property
+    def headless(self) -> bool:
+        """Whether the first thread has exited while others live (pthread_exit(3)). It cannot be traced any more."""
+        return self.threads[0].tid != self.pid
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -99,7 +109,7 @@ class Task:
             runner.home = thread.home
             thread.runner = runner
             if runner.home and runner.unwanted():
-                memory.force_write(self.pid, runner.home, self._way_home(thread))
+                memory.force_write(self.voice, runner.home, self._way_home(thread))
         return thread.runner
 
     def _way_home(self, thread: Thread) -> bytes:
@@ -133,7 +143,7 @@ class Task:
             data_size = _pages(65536 + extra + len(self.threads) * THREAD_AREA)
             code, self.room = self._places(code_size + data_size)
             # Known before it is there, so that it goes whatever happens meanwhile.
-            self.scratch = Scratch(self.pid, code, code + code_size, data_size)
+            self.scratch = Scratch(self.voice, code, code + code_size, data_size)
             self._map_scratch(self.scratch, code_size)
             content = bytearray(homes + len(self.threads) * cpu.HOME_SIZE)
             content[: len(cpu.INTERPRETER)] = cpu.INTERPRETER
@@ -144,7 +154,7 @@ class Task:
                 thread.home = code + at
                 if thread.runner is not None:
                     thread.runner.home = thread.home
-            memory.force_write(self.pid, code, bytes(content))
+            memory.force_write(self.voice, code, bytes(content))
         return self.scratch
 
     def _map_scratch(self, scratch: Scratch, code_size: int) -> None:
@@ -167,7 +177,7 @@ class Task:
 
     def _places(self, size: int) -> tuple[int, int]:
         """Two addresses: of a gap for *size* bytes, and of room for one-off code."""
-        lines = procfs.read(f"/proc/{self.pid}/maps").splitlines()
+        lines = procfs.read(f"/proc/{self.voice}/maps").splitlines()
         gap, room = _find_gap(lines, size), self._find_room(lines)
         if not gap or not room:
             raise TargetError(f"process {self.pid} has no room for system calls of ours in its memory")
@@ -186,7 +196,7 @@ class Task:
     def _is_room(self, address: int) -> bool:
         """Whether nobody uses the code at *address*: there are zeros, or what a firn that was killed has left."""
         try:
-            there = memory.force_read(self.pid, address, cpu.HOME_SIZE)
+            there = memory.force_read(self.voice, address, cpu.HOME_SIZE)
         except OSError:
             return False
         if any(address <= thread.regs[cpu.IP] < address + cpu.HOME_SIZE for thread in self.threads):
@@ -196,12 +206,12 @@ class Task:
     def _lone(self, thread: Thread, number: int, *args: int) -> int:
         """Make one call outside the scratch area; OSError if it fails."""
         runner = self.runner(thread)
-        memory.force_write(self.pid, self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
+        memory.force_write(self.voice, self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
         try:
             return runner.single(self.room, number, *args)
         finally:
             runner.settle()
-            memory.force_write(self.pid, self.room, bytes(cpu.HOME_SIZE))
+            memory.force_write(self.voice, self.room, bytes(cpu.HOME_SIZE))
 
     def program(
         self, thread: Thread | None = None, size: int = 49152, status: dict[str, str] | None = None
@@ -238,11 +248,12 @@ class Task:
             if number == sig.SIGSTOP:
                 self.stop_again = True
             elif self.scratch is not None:
-                memory.write(self.pid, self.scratch.data, info)
+                memory.write(self.voice, self.scratch.data, info)
                 if code == _SI_TKILL:
                     self._lone(thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, self.scratch.data)
                 else:
-                    self._lone(thread, nr.rt_sigqueueinfo, self.pid, number, self.scratch.data)
+                    # To its own id: nobody may send such a siginfo to another one, be it that of its process.
+                    self._lone(thread, nr.rt_sigqueueinfo, thread.tid, number, self.scratch.data)
             del runner.seen[0]
 
     def release(self) -> None:
@@ -274,7 +285,7 @@ class Task:
     def alive(self) -> bool:
         """Whether the process is still there and no zombie."""
         try:
-            return procfs.stat(self.pid).state not in "ZX"
+            return procfs.stat(self.pid, self.voice).state not in "ZX"
         except OSError:
             return False
 
@@ -282,7 +293,7 @@ class Task:
         """After a SIGKILL: wait until the process is dead. Its parent sees a child killed by signal 9.
 
         A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were
-        taken; then the real parent is told.
+        taken; then the real parent is told. A leader that had exited before is not traced.
         """
         for thread in [*self.threads[1:], self.leader]:
             try:
@@ -422,12 +433,8 @@ def freeze(pid: int, held: Container[int] = ()) -> Task:
             for thread in task.threads[seized:]:
                 if not _await_freeze(task, thread.tid):
                     task.threads.remove(thread)
-        if not task.threads or task.threads[0].tid != pid:
-            if not task.threads:
-                raise TargetError(f"process {pid} ended before it could be frozen")
-            raise TargetError(
-                f"process {pid}: its first thread has exited while others live", "such processes are not supported yet"
-            )
+        if not task.threads:
+            raise TargetError(f"process {pid} ended before it could be frozen")
         for thread in task.threads:
             thread.read_state()
     except BaseException:
