@@ -2,10 +2,10 @@
 
 State owned: that it has exited, its exit code, and what such a thread still shows: name, credentials (kill(2) checks
 those of the first thread), scheduling. Kernel: the thread is a zombie that nobody can reap or trace before the last
-thread ends; its parent then sees its exit code, unless exit_group(2) or a signal gives the process another one
-(wait_task_zombie in kernel/exit.c). The code is in /proc/PID/task/PID/stat; /proc/PID/stat shows a stopped process's
-stop signal there. The thread has no memory, files or directories any more, so everything of the process is asked by
-another thread (:func:`firn.host.procfs.speaker`).
+thread ends; its parent then sees the code of that one, or before Linux 5.19 that of the first (synchronize_group_exit
+in kernel/exit.c). The code is in /proc/PID/task/PID/stat; /proc/PID/stat shows a stopped process's stop signal there.
+The thread has no memory, files or directories any more, so the process is looked at through another thread
+(:func:`firn.host.procfs.speaker`).
 
 It comes back by being born as any leader, and by exiting once it has made the other threads and all descriptors. That
 is before children get parent-death signals: they would be sent one (reparent_leader in kernel/exit.c). Images: its core
