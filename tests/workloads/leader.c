@@ -2,8 +2,10 @@
 #include "members.h"
 #include "workers.h"
 
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/time.h>
 
 enum { CODE = 42, LAST_CODE = 43, OTHERS = 3, HOUR = 3600 };
@@ -66,7 +68,8 @@ static void leader_harm(void)
 
 /* ---- with everything that a process owns, other threads, and a child that would get a signal if its parent ended ---- */
 
-static int data, ends[2];
+static int data, poll, ends[2], pair[2];
+static char *shared;
 static timer_t timer;
 static pid_t child;
 
@@ -99,6 +102,14 @@ static void whole_prepare(void)
 	data = make_file("data", 4 * PAGE, 2);
 	NEED(lseek(data, 24, SEEK_SET) == 24 && !lock(F_SETLK, F_WRLCK));
 	NEED(!pipe(ends) && write(ends[1], "12345", 5) == 5);
+	NEED(!socketpair(AF_UNIX, SOCK_STREAM, 0, pair) && write(pair[1], "123", 3) == 3);
+	shared = map_pages(2, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
+	fill(shared, 2 * PAGE, 3);
+	/* Its target is open, but not under its number. */
+	int copy = dup(ends[0]);
+	NEED((poll = epoll_create1(0)) >= 0);
+	NEED(!epoll_ctl(poll, EPOLL_CTL_ADD, copy, &(struct epoll_event){.events = EPOLLIN, .data.u64 = 77}));
+	close(copy);
 }
 
 static void whole_set(void)
@@ -119,6 +130,7 @@ static int whole_check(void)
 {
 	struct itimerspec left;
 	struct itimerval real;
+	struct epoll_event event;
 	sigset_t pending;
 	char path[64], text[512];
 	int waiting, status;
@@ -138,6 +150,9 @@ static int whole_check(void)
 	snprintf(path, sizeof path, "/proc/thread-self/fdinfo/%d", data);
 	CHECK(slurp(path, text, sizeof text) > 0 && strstr(text, "POSIX  ADVISORY  WRITE"));
 	CHECK(!ioctl(ends[0], FIONREAD, &waiting) && waiting == 5);
+	CHECK(!ioctl(pair[0], FIONREAD, &waiting) && waiting == 3);
+	CHECK(same(shared, 2 * PAGE, 3));
+	CHECK(epoll_wait(poll, &event, 1, 5000) == 1 && event.data.u64 == 77);
 	return 1;
 }
 
