@@ -84,7 +84,7 @@ def test_without_the_mark(runner: Runner) -> None:
 
 @pytest.mark.parametrize(("code", "tids"), [(42, [7, 8]), (0x10000, [7, 8]), (0, [7])])
 def test_damage(code: int, tids: list[int]) -> None:
-    with pytest.raises(ImageError, match="core-7.img"):
+    with pytest.raises(ImageError, match=r"core-7\.img"):
         exited.load(7, {"exit_code": code, "firn": {"leader_exited": True}}, tids)
 
 

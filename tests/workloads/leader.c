@@ -5,6 +5,7 @@
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 
@@ -29,8 +30,8 @@ static int code_of_leader(void)
 	return atoi(strrchr(text, ' ') + 1) >> 8;
 }
 
-/* What the surviving thread sets up when it is alone. */
-static void (*prepare_alone)(void);
+/* What the leader does last, and what the surviving thread sets up when it is alone. */
+static void (*do_last)(void), (*prepare_alone)(void);
 
 static void *outlive(void *argument)
 {
@@ -49,6 +50,8 @@ static void leader_set(void)
 	fill(area, 16 * PAGE, 1);
 	leader = thread_id();
 	start_thread(outlive, NULL);
+	if (do_last)
+		do_last();
 	syscall(SYS_exit, CODE);
 }
 
@@ -112,6 +115,14 @@ static void whole_prepare(void)
 	close(copy);
 }
 
+/* The portraits compare what the dead thread still shows of it. */
+static void be_another(void)
+{
+	NEED(!prctl(PR_SET_NAME, "the first", 0, 0, 0));
+	NEED(!setpriority(PRIO_PROCESS, 0, 5));
+	NEED(!syscall(SYS_setresuid, 65534, 65534, 65534));
+}
+
 static void whole_set(void)
 {
 	sigset_t set;
@@ -119,9 +130,9 @@ static void whole_set(void)
 	sigaddset(&set, SIGUSR1);
 	sigaddset(&set, SIGUSR2);
 	NEED(!pthread_sigmask(SIG_BLOCK, &set, NULL));
-	NEED(!prctl(PR_SET_NAME, "the first", 0, 0, 0));
 	job = worker_job;
 	start_workers(OTHERS);
+	do_last = be_another;
 	prepare_alone = whole_prepare;
 	leader_set();
 }

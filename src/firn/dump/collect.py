@@ -159,15 +159,15 @@ def _check_borders(got: Collected, shell_job: bool) -> None:
     parent = root.stat.ppid
     if parent and parent != os.getpid():
         for field, _, name in births.SHARED:
-            if _same_outside(root.task.voice, procfs.speaker(parent), _KCMP[field]):
+            if _same_outside(root.task.voice, parent, _KCMP[field]):
                 got.obstacles.append(
                     Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
                 )
 
 
-def _same_outside(pid: int, other: int, what: int) -> bool:
+def _same_outside(tid: int, other: int, what: int) -> bool:
     try:
-        return kcmp.same(pid, other, what)
+        return kcmp.same(tid, procfs.speaker(other), what)
     except OSError:
         return False
 
