@@ -158,18 +158,19 @@ def _check_borders(got: Collected, shell_job: bool) -> None:
         )
     parent = root.stat.ppid
     if parent and parent != os.getpid():
-        for field, _, name in births.SHARED:
-            if _same_outside(root.task.voice, parent, _KCMP[field]):
-                got.obstacles.append(
-                    Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
-                )
+        for name in _shared_outside(root.task.voice, parent):
+            got.obstacles.append(
+                Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
+            )
 
 
-def _same_outside(tid: int, other: int, what: int) -> bool:
+def _shared_outside(tid: int, other: int) -> list[str]:
+    """What task *tid* shares with process *other*, as far as we may know it."""
     try:
-        return kcmp.same(tid, procfs.speaker(other), what)
+        speaker = procfs.speaker(other)
+        return [name for field, _, name in births.SHARED if kcmp.same(tid, speaker, _KCMP[field])]
     except OSError:
-        return False
+        return []
 
 
 def _number_objects(got: Collected) -> None:

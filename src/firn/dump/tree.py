@@ -144,7 +144,7 @@ def _take(tree: FrozenTree, child: int, parent: int, held: Container[int]) -> No
     may soon be another's."""
     try:
         stat = procfs.stat(child)
-        living = _is_running(child)
+        living = stat.state not in "ZX" or _is_running(child)
         if living:
             frozen = seize.freeze(child, held)
             tree.tasks.append(frozen)
