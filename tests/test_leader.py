@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from firn.host import procfs
 from firn.images.store import ImageDir
 from firn.resources.base import pidfd_for_copies
 from firn.resources.threads import exited
+from firn.tracee import seize
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 OPTIONS = ("--file-locks",)
@@ -99,3 +101,38 @@ def test_old_kernel(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProcessLookupError):
         libc.syscall("pidfd_getfd", nr.pidfd_getfd, libc.syscall("pidfd_open", nr.pidfd_open, target.pid, 0), 0, 0)
     runner.kill(target)
+
+
+RACE = r"""
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static void *outlive(void *ready) { write(1, ready, 1); pause(); return NULL; }
+int main(int count, char **words)
+{
+    pthread_t thread;
+    char go;
+    pthread_create(&thread, NULL, outlive, "r");
+    read(0, &go, 1);
+    for (volatile int left = atoi(words[count - 1]); left; left--);
+    syscall(SYS_exit, 0);
+}
+"""
+
+
+def test_freeze_while_it_exits(tmp_path: Path) -> None:
+    """A first thread that exits between being seized and being stopped: nobody is told of it."""
+    (tmp_path / "race.c").write_text(RACE)
+    made = ["gcc", "-O1", "-pthread", "-w", "-o", str(tmp_path / "race"), str(tmp_path / "race.c")]
+    subprocess.run(made, check=True, timeout=60)
+    for turn in range(60):
+        words = [str(tmp_path / "race"), str(20000 + 300 * turn)]
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin and process.stdout and process.stdout.read(1) == b"r"
+        os.write(process.stdin.fileno(), b"g")
+        task = seize.freeze(process.pid)
+        assert len(task.threads) == 2 - task.headless
+        task.release()
+        process.kill()
+        process.communicate(timeout=60)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 
 from firn.abi import mman, nr
 from firn.abi import ptrace as pt
@@ -40,6 +41,7 @@ _SIGINFO = struct.Struct("<iii")
 """si_signo, si_errno, si_code."""
 _SI_TKILL = -6
 _STOP_CHOICE = (sig.SIGURG, sig.SIGWINCH, sig.SIGCHLD)
+_POLL_S = 0.0002
 _SYNCHRONOUS = (4, 5, 7, 8, 11, 31)
 """SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: the kernel forces them on a task even if it ignores them."""
 
@@ -293,11 +295,11 @@ class Task:
         """After a SIGKILL: wait until the process is dead. Its parent sees a child killed by signal 9.
 
         A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were
-        taken; then the real parent is told. A leader that had exited before is not traced.
+        taken; then the real parent is told. A leader that had exited before is traced only if it did so just then.
         """
-        for thread in [*self.threads[1:], self.leader]:
+        for tid in [*(thread.tid for thread in self.threads if thread.tid != self.pid), self.pid]:
             try:
-                while os.waitpid(thread.tid, pt.WALL)[1] & 0xFF == 0x7F:
+                while os.waitpid(tid, pt.WALL)[1] & 0xFF == 0x7F:
                     pass
             except ChildProcessError:
                 pass
@@ -384,6 +386,8 @@ def ask_to_stop(pid: int, tid: int) -> bool:
 def _await_freeze(task: Task, tid: int) -> bool:
     """Wait until *tid* sits in its stop; signals that come first are delivered. False if it died."""
     while True:
+        if tid == task.pid and len(task.threads) > 1 and not _tells(tid):
+            return False
         try:
             stop = ptrace.wait_stop(tid)
         except ptrace.Died:
@@ -393,6 +397,19 @@ def _await_freeze(task: Task, tid: int) -> bool:
                 task.stop_signal = stop.signal
             return True
         ptrace.request("continue", pt.CONT, tid, 0, stop.signal)
+
+
+def _tells(pid: int) -> bool:
+    """Wait until the first thread of *pid* has something to tell its tracer. False if it has exited: that is told only
+    when all others have ended (delay_group_leader in kernel/exit.c)."""
+    try:
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None:
+            if procfs.stat(pid, pid).state in "ZX":
+                return False
+            time.sleep(_POLL_S)
+    except OSError:
+        pass  # it is gone, which the next wait tells
+    return True
 
 
 def check_target(pid: int) -> procfs.Stat:
@@ -430,7 +447,8 @@ def freeze(pid: int, held: Container[int] = ()) -> Task:
             for tid in fresh:
                 if tid in held or ask_to_stop(pid, tid):
                     task.threads.append(Thread(tid))
-            for thread in task.threads[seized:]:
+            # The first thread last: it may have to be asked more than once.
+            for thread in reversed(task.threads[seized:]):
                 if not _await_freeze(task, thread.tid):
                     task.threads.remove(thread)
         if not task.threads:
