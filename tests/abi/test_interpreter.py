@@ -370,7 +370,12 @@ def test_the_way_home_fits() -> None:
 def test_a_stub_is_born_of_a_program_with_threads() -> None:
     """The newborn has only the thread that made it, and must not wait for what another one held."""
     ended = threading.Event()
-    busy = [threading.Thread(target=lambda: [time.sleep(0) for _ in iter(ended.is_set, True)]) for _ in range(3)]
+
+    def work() -> None:
+        while not ended.is_set():
+            time.sleep(0)
+
+    busy = [threading.Thread(target=work) for _ in range(3)]
     for thread in busy:
         thread.start()
     try:
