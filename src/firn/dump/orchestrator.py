@@ -152,8 +152,13 @@ class Dump:
 
     def release(self) -> None:
         """Let the target run on."""
+        self._thaw_files()
         self.tree.release()
         self._thawed()
+
+    def _thaw_files(self) -> None:
+        if self.collected is not None:
+            self.collected.collector.thaw()
 
     def _thawed(self) -> None:
         self.stats["frozen_time"] = (time.monotonic_ns() - self.frozen_at) // 1000
@@ -182,10 +187,18 @@ class Dump:
             self.release()
             return
         self.tree.kill()
+        assert self.collected is not None
+        self.collected.collector.killed()
         self._thawed()
 
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
+        try:
+            self._thaw_files()
+        finally:
+            self._undo_rest()
+
+    def _undo_rest(self) -> None:
         try:
             self.tree.release()
         finally:

@@ -10,6 +10,7 @@ import _socket
 import errno
 import struct
 
+from firn.abi.tcp import TCP_FASTOPEN_CONNECT, TCP_MAXSEG, TCP_WINDOW_CLAMP
 from firn.errors import ImageError
 
 TYPE_CHECKING = False
@@ -21,7 +22,7 @@ IP, SOCKET, TCP, UDP, IPV6, UDPLITE = 0, 1, 6, 17, 41, 136
 IPV6_V6ONLY = 26
 MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
-TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_REPAIR, TCP_ULP = 2, 10, 19, 31
+TCP_ULP = 31
 _SIZE = 256
 
 IP_FIELDS = (("freebind", 15), ("pktinfo", 8), ("tos", 1), ("ttl", 2))
@@ -52,8 +53,8 @@ KEPT = {
 }  # fmt: skip
 """Options that CRIU's messages have no field for, by level: firn keeps the bytes."""
 
-_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP)}
-"""What a connection sets by itself."""
+_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_FASTOPEN_CONNECT)}
+"""What a connection sets by itself, and what must not be done once more when it is made again."""
 _OF_DATAGRAMS = {IP: (32, 33, 34, 49), IPV6: (17, 18, 19, 29)}
 """Multicast options: a stream takes none, though accepted ones show other values than new ones."""
 
@@ -122,8 +123,6 @@ def unsupported(sock: _socket.socket) -> list[str]:
     if sock.proto != TCP:
         return []
     found = []
-    if sock.getsockopt(TCP, TCP_REPAIR):
-        found.append("is in repair mode (TCP_REPAIR): another tool is at work on it")
     layer = (_get(sock, TCP, TCP_ULP) or b"").rstrip(b"\0")
     if layer:
         found.append(f"has the protocol {layer.decode('ascii', 'replace')!r} on top (TCP_ULP)")
