@@ -1,8 +1,8 @@
 """TCP connections: how they are saved (images: tcp-stream-INO); :mod:`tcp_rebuild` beside this brings them back.
 
 State owned: sequence numbers, both queues, windows, what was negotiated (segment size, window scales, SACK,
-timestamps), and how far a connection is closed. Kernel: a copy of the descriptor in repair mode (TCP_REPAIR of linux/tcp.h, needs
-CAP_NET_ADMIN), in which getsockopt(2) tells all that, and a look at either queue changes nothing.
+timestamps), and how far a connection is closed. Kernel: a copy of the descriptor in repair mode (TCP_REPAIR of
+linux/tcp.h, needs CAP_NET_ADMIN), in which getsockopt(2) tells all that, and a look at either queue changes nothing.
 
 Repair mode silences the socket calls of the program (EPERM, EINVAL), and lets a socket that is closed vanish without a
 word to its peer. So all connections of the tree are in it from the moment they are read until the tree is dead, or is

@@ -149,6 +149,9 @@ class Stream:
             self._negotiate()
             self._fill()
             self._close(late=False)
+            # Before the peer can hear of so much room.
+            if self._image["inq_len"]:
+                self._set_buffer(options.SO_RCVBUF, "so_rcvbuf")
             self._set_window()
         except OSError as error:
             raise RestoreError(f"{self.name} cannot be connected again: {error.strerror}") from None
@@ -184,6 +187,13 @@ class Stream:
         room = max(4 * size + _ROOM, self.sock.getsockopt(options.SOL_SOCKET, option))
         options.set_buffer(self.sock, option, min(room, (1 << 31) - 2))
 
+    def _set_buffer(self, option: int, name: str) -> None:
+        """The buffer's own size again, and whether the kernel may change it."""
+        entry = self.entry["opts"]
+        options.set_buffer(self.sock, option, entry[name])
+        if "so_buf_lock" in entry:
+            self.sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
+
     def _put(self, queue: int, data: memoryview) -> None:
         if not data:
             return
@@ -198,8 +208,12 @@ class Stream:
         image = self._image
         if WINDOW_FIELDS[-1] not in image:
             return
+        *window, acknowledged = (image.get(name, 0) for name in WINDOW_FIELDS)
+        if self._late and self.state == TCP_CLOSING and acknowledged == image["inq_seq"]:
+            # The peer's FIN is still to come.
+            acknowledged = (acknowledged - 1) % _WORD
         try:
-            self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*(image.get(name, 0) for name in WINDOW_FIELDS)))
+            self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window, acknowledged))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -278,7 +292,8 @@ class Stream:
                 self._close(late=True)
             if self.entry.get("shutdown", 0) & 1 and self.state not in FIN_RECEIVED:
                 self.sock.shutdown(_SHUT_RD)
-            self._finish_buffers()
+            if self._image["outq_len"]:
+                self._set_buffer(options.SO_SNDBUF, "so_sndbuf")
         except OSError as error:
             raise RestoreError(f"{self.name} cannot go on: {error.strerror}") from None
 
@@ -292,11 +307,3 @@ class Stream:
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, "connect")
 
-    def _finish_buffers(self) -> None:
-        entry = self.entry["opts"]
-        if self._image["inq_len"]:
-            options.set_buffer(self.sock, options.SO_RCVBUF, entry["so_rcvbuf"])
-        if self._image["outq_len"]:
-            options.set_buffer(self.sock, options.SO_SNDBUF, entry["so_sndbuf"])
-        if "so_buf_lock" in entry and (self._image["inq_len"] or self._image["outq_len"]):
-            self.sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
