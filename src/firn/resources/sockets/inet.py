@@ -49,6 +49,7 @@ class InetSockets(Kind):
         self._diag: dict[int, dict[int, sockdiag.TcpConnection]] = {}
         self._saved: list[tuple[Open, dict[str, Any]]] = []
         self._connections: list[tcp.Connection] = []
+        self._usual = inet_options.Usual()
         self._killed = False
         self._rebuild: InetRebuild | None = None
 
@@ -91,7 +92,7 @@ class InetSockets(Kind):
         except OSError as error:
             context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
             return None
-        message |= inet_options.collect(copy, over or state in STATES)
+        message |= inet_options.collect(copy, over or state in STATES, self._usual)
         _addresses(copy, message, over, listed.peer if listed is not None and state == TCP_SYN_SENT else None)
         shutdown = listed.shutdown if listed is not None else self._shutdown(copy, message, over)
         if shutdown:

@@ -80,41 +80,60 @@ def _get(sock: _socket.socket, level: int, number: int) -> bytes | None:
         raise
 
 
-def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
+class Usual:
+    """What new sockets say of their options, asked once per kind of socket: (level, number, value) of those that the
+    kernel knows, and the values of the named ones."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[int, ...], tuple[list[tuple[int, int, bytes | None]], dict[str, int]]] = {}
+
+    def of(self, sock: _socket.socket) -> tuple[list[tuple[int, int, bytes | None]], dict[str, int]]:
+        """Those of a socket like *sock*."""
+        kind = sock.family, sock.type, sock.proto
+        if kind not in self._kinds:
+            fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
+            try:
+                kept = [
+                    (level, number, _get(fresh, level, number))
+                    for level in levels(sock.family, sock.proto)
+                    for number in KEPT[level]
+                    if sock.proto != TCP or number not in _OF_DATAGRAMS.get(level, ())
+                ]
+                named = _named(fresh, IP, IP_FIELDS) | (_named(fresh, TCP, TCP_FIELDS) if sock.proto == TCP else {})
+            finally:
+                fresh.close()
+            self._kinds[kind] = kept, named
+        return self._kinds[kind]
+
+
+def collect(sock: _socket.socket, connected: bool, usual: Usual) -> dict[str, Any]:
     """ip_opts, tcp_opts and firn's options of *sock*, as far as they differ from a new socket's.
 
     *connected*: it has, or had, a connection.
     """
-    fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
-    try:
-        found: dict[str, Any] = {"ip_opts": _named(sock, fresh, IP, IP_FIELDS)}
-        if sock.proto == TCP:
-            named = _named(sock, fresh, TCP, TCP_FIELDS)
-            if named:
-                found["tcp_opts"] = named
-        kept = []
-        passed = (_OF_DATAGRAMS if sock.proto == TCP else {}) | (_OF_CONNECTION if connected else {})
-        for level in levels(sock.family, sock.proto):
-            for number in KEPT[level]:
-                if number in passed.get(level, ()):
-                    continue
-                value = _get(sock, level, number)
-                if value is not None and value != _get(fresh, level, number):
-                    kept.append({"level": level, "number": number, "value": value})
-        if kept:
-            found["firn"] = {"options": kept}
-        return found
-    finally:
-        fresh.close()
+    known, named = usual.of(sock)
+    found: dict[str, Any] = {"ip_opts": _differing(_named(sock, IP, IP_FIELDS), named)}
+    if sock.proto == TCP and (differing := _differing(_named(sock, TCP, TCP_FIELDS), named)):
+        found["tcp_opts"] = differing
+    kept = []
+    for level, number, value in known:
+        if connected and number in _OF_CONNECTION.get(level, ()):
+            continue
+        own = _get(sock, level, number)
+        if own is not None and own != value:
+            kept.append({"level": level, "number": number, "value": own})
+    if kept:
+        found["firn"] = {"options": kept}
+    return found
 
 
-def _named(
-    sock: _socket.socket, fresh: _socket.socket, level: int, fields: tuple[tuple[str, int], ...]
-) -> dict[str, int]:
+def _named(sock: _socket.socket, level: int, fields: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    return {name: sock.getsockopt(level, number) for name, number in fields}
+
+
+def _differing(values: dict[str, int], usual: dict[str, int]) -> dict[str, int]:
     return {
-        name: bool(value) if name in _BOOLEAN else value
-        for name, number in fields
-        if (value := sock.getsockopt(level, number)) != fresh.getsockopt(level, number)
+        name: bool(value) if name in _BOOLEAN else value for name, value in values.items() if value != usual[name]
     }
 
 
