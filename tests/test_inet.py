@@ -217,7 +217,7 @@ def test_diag_tells_how_sockets_are_shut() -> None:
 def test_a_new_socket_has_no_options() -> None:
     for family, kind, protocol in ((2, 1, 6), (10, 1, 6), (2, 2, 17), (10, 2, 17), (10, 2, 136)):
         with socket.socket(family, kind, protocol) as made:
-            assert inet_options.collect(made, False) == {"ip_opts": {}}
+            assert inet_options.collect(made, False, inet_options.Usual()) == {"ip_opts": {}}
             if kind == socket.SOCK_DGRAM:
                 assert inet_options.memberships(made) == []
 

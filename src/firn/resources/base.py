@@ -162,6 +162,12 @@ class Kind:
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
+    def thaw(self) -> None:
+        """The frozen processes run on in a moment: put back what collecting has changed about their files."""
+
+    def killed(self) -> None:
+        """The frozen processes are dead: nobody needs their files but us."""
+
     def save(self, images: ImageDir) -> None:
         """Write images of this kind's own; the processes may be running again."""
 
@@ -178,6 +184,9 @@ class Kind:
 
     def plan(self, program: Program, fd: int, message: dict[str, Any]) -> None:
         """Calls that the restored task makes when all its descriptors are in place; *fd* is its number in the task."""
+
+    def resume(self) -> None:
+        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice."""
 
     def close(self) -> None:
         """Let go of what was held open; also called after a failure."""

@@ -188,8 +188,9 @@ class Restore:
             self.lock.open()
             faults.point("restore.resume.unlocked")
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
-        if self.opener is not None:
-            self.opener.close()
+        assert self.opener is not None
+        self.opener.resume()
+        self.opener.close()
         for task in reversed(tasks):
             task.let_go(self.options.leave_stopped)
         self.born = False
