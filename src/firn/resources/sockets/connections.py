@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from firn.host.nftables import Connection
-from firn.resources.base import INETSK
+from firn.resources.base import FIELD, INETSK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def connections(files: dict[tuple[int, int], dict[str, Any]]) -> list[Connection
     """All connections in the file table of a checkpoint (by type and id). Impossible ones are left out: they are
     complained about where they are restored."""
     found = []
-    for (kind, _), message in files.items():
-        if kind != INETSK or message["proto"] != _TCP or message["state"] in _NONE:
+    for (kind, _), entry in files.items():
+        message = entry.get(FIELD[INETSK])
+        if kind != INETSK or message is None or message["proto"] != _TCP or message["state"] in _NONE:
             continue
         width = _WIDTH.get(message["family"], 0) // 4
         sane = message["src_port"] >> 16 == 0 == message["dst_port"] >> 16
