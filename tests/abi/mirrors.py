@@ -223,9 +223,21 @@ X86_64 = Mirror(
     ),
 )
 
+NFTABLES = Mirror(
+    headers=(
+        "linux/netlink.h", "netinet/in.h", "linux/netfilter/nfnetlink.h", "linux/netfilter.h", "limits.h",
+        "linux/netfilter_ipv4.h", "linux/netfilter/nf_tables.h",
+    ),
+    structs={
+        "NLMSGHDR": ("struct nlmsghdr", "nlmsg_len nlmsg_type nlmsg_flags nlmsg_seq nlmsg_pid"),
+        "NLATTR": ("struct nlattr", "nla_len nla_type"),
+        "NFGENMSG": ("struct nfgenmsg", "nfgen_family version res_id"),
+    },
+)  # fmt: skip
+
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED,
-    "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
+    "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "nftables": NFTABLES, "poll": POLL, "prctl": PRCTL,
+    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from firn.api import DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
+    from firn.resources.network.lock import Lock
 
 
 _RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
@@ -66,6 +67,8 @@ class Dump:
         self.first_pages = -1
         self.pidfd = -1
         self.frozen_at = 0
+        self.run_id = _run_id()
+        self.lock: Lock | None = None
 
     def phase(self, name: str) -> None:
         """Go through the phase called *name*."""
@@ -88,6 +91,10 @@ class Dump:
             from firn.dump.snapshot import take_all
 
             self.take_snapshots = take_all
+        if self.options.tcp_established and not self.options.tcp_close:
+            from firn.resources.network import lock
+
+            self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
 
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -157,8 +164,13 @@ class Dump:
         self._thawed()
 
     def _thaw_files(self) -> None:
-        if self.collected is not None:
-            self.collected.collector.thaw()
+        """Connections work again for their program before it runs, and before anybody can talk to it."""
+        try:
+            if self.collected is not None:
+                self.collected.collector.thaw()
+        finally:
+            if self.lock is not None:
+                self.lock.open()
 
     def _thawed(self) -> None:
         self.stats["frozen_time"] = (time.monotonic_ns() - self.frozen_at) // 1000
@@ -181,15 +193,29 @@ class Dump:
         """Put a target that was still frozen into its final state."""
         if not self.tree.tasks:
             return
-        if self.options.leave_running or self.options.leave_stopped:
-            if self.options.leave_stopped:
-                self.tree.stop()
+        if self.options.leave_running and not self.options.leave_stopped:
             self.release()
+            return
+        if self.lock is not None:
+            self.lock.keep()
+            faults.point("dump.end.locked")
+        if self.options.leave_stopped:
+            self._leave_stopped()
             return
         self.tree.kill()
         assert self.collected is not None
         self.collected.collector.killed()
         self._thawed()
+
+    def _leave_stopped(self) -> None:
+        """The connections stay locked, as CRIU's do: else their peers would get on with what is in no image."""
+        assert self.collected is not None
+        self.tree.stop()
+        self.collected.collector.thaw()
+        self.tree.release()
+        self._thawed()
+        if self.lock is not None and self.lock.used:
+            self.log.warn("connections stay locked; if the tree shall go on instead of being restored: firn unlock")
 
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
@@ -214,6 +240,8 @@ class Dump:
             if self.options.leave_running:
                 self.collected.finder.undo()
             self.collected.close()
+        if self.lock is not None:
+            self.lock.close()
         for fd in (self.first_pages, self.pidfd):
             if fd >= 0:
                 os.close(fd)
@@ -268,3 +296,9 @@ def _raise_fd_limit() -> None:
     hard = limit[8:]
     if limit[:8] != hard:
         syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, address_of(hard + hard), 0)
+
+
+def _run_id() -> str:
+    """A name for this dump, of the form of a UUID: the restore finds the network lock by it."""
+    raw = os.urandom(16).hex()
+    return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"

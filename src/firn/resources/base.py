@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.images.store import ImageDir
+    from firn.resources.network.lock import Lock
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -100,9 +101,10 @@ class Open:
 class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
-    ``owner`` gives the fown_entry of a description."""
+    ``owner`` gives the fown_entry of a description. ``lock`` keeps connections quiet; None unless they are to be saved
+    (``--tcp-established``)."""
 
-    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids")
+    __slots__ = ("add_open", "add_path", "lock", "obstacles", "options", "owner", "pids")
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class DumpContext:
         self.owner = owner
         self.add_path = add_path
         self.add_open = add_open
+        self.lock: Lock | None = None
 
     def refuse(self, open: Open, reason: str, help: str = "") -> None:
         """Note that *open* cannot be saved."""

@@ -20,10 +20,10 @@ import time
 
 from firn import faults
 from firn.abi import signal as sig
-from firn.errors import FirnError, RestoreError
+from firn.errors import FirnError, KernelError, RestoreError
 from firn.host import features
 from firn.images.store import ImageDir
-from firn.resources import cgroups, creds
+from firn.resources import base, cgroups, creds
 from firn.resources.files.reopen import Opener
 from firn.restore import birth
 from firn.restore.clocks import TimeNamespace
@@ -35,6 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from firn.api import RestoreOptions
     from firn.log import Log
+    from firn.resources.network.lock import Lock
 
 
 class Result:
@@ -57,6 +58,7 @@ class Restore:
         self.opener: Opener | None = None
         self.family: Family | None = None
         self.born = False
+        self.lock: Lock | None = None
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
     def stage(self, name: str) -> None:
@@ -99,8 +101,9 @@ class Restore:
         }
 
     def open(self) -> None:
-        """Open all files."""
+        """Lock connections, open all files."""
         checkpoint = self.checkpoint
+        self._lock()
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
             [process.pid for process in checkpoint.processes], self.options,
@@ -108,6 +111,23 @@ class Restore:
         self.family = Family(checkpoint, self.opener, self.options)
         self.family.open_files()
         self.opener.remove_temporary()
+
+    def _lock(self) -> None:
+        """Where the dump's lock is not, on another machine, peers must not learn either that the sockets are new."""
+        inventory, files = self.checkpoint.inventory, self.checkpoint.files
+        wanted = self.options.tcp_established and not self.options.tcp_close
+        if not wanted or not any(kind == base.INETSK for kind, _ in files):
+            return
+        from firn.resources.network import lock
+        from firn.resources.sockets.connections import connections
+
+        found = connections(files)
+        if found and inventory.get("network_lock_method", lock.IPTABLES) != lock.SKIP:
+            self.lock = lock.for_restore(inventory.get("dump_criu_run_id", ""), self.options.images_dir)
+            try:
+                self.lock.add(found)
+            except KernelError as error:
+                self.log.warn(f"{error.message}; their peers may see the restore")
 
     def birth(self) -> None:
         """Make the root task."""
@@ -164,6 +184,9 @@ class Restore:
         tasks = self._family().tasks
         for task in tasks:
             task.make_ready()
+        if self.lock is not None:
+            self.lock.open()
+            faults.point("restore.resume.unlocked")
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         assert self.opener is not None
         self.opener.resume()
@@ -183,6 +206,8 @@ class Restore:
             self.family.close()
         if self.opener is not None:
             self.opener.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def restore(options: RestoreOptions, log: Log) -> Result:

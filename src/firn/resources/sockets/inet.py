@@ -20,7 +20,7 @@ from firn.abi.tcp import INFO, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_
 from firn.errors import Obstacle
 from firn.host import sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import datagrams, inet_options, options, tcp
+from firn.resources.sockets import connections, datagrams, inet_options, options, tcp
 from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDP, UDPLITE
 
 TYPE_CHECKING = False
@@ -134,8 +134,10 @@ class InetSockets(Kind):
             shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
             if len(shared) > 1:
                 context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
-        if context.obstacles:
+        if context.obstacles or not self._connections:
             return
+        if context.lock is not None:
+            context.lock.add([connections.connection(each.message) for each in self._connections])
         for connection in self._connections:
             for reason in connection.read():
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))

@@ -23,6 +23,9 @@ COMPONENTS = (
     (6, "zmm_upper", 64, "Q"), (7, "hi16_zmm", 128, "Q"), (9, "pkru", 2, "I"),
 )  # fmt: skip
 """Component number, field, elements, element type."""
+_DEFAULT_PKRU = [0x55555554, 0]
+"""What every thread has until it uses protection keys (arch/x86/kernel/cpu/common.c, init_pkru): no state that a
+processor without them lacks."""
 _KNOWN = 3 | sum(1 << number for number, _, _, _ in COMPONENTS)
 
 
@@ -77,7 +80,7 @@ def load(entry: dict[str, Any], raw: bytes, template: bytes) -> bytes:
         if len(values) != count:
             raise ImageError(f"core image: {field} has {len(values)} elements instead of {count}")
         if number not in layout or not have >> number & 1:
-            if any(values):
+            if any(values) and values != _DEFAULT_PKRU:
                 raise RestoreError(
                     f"the checkpoint uses processor state ({field}) that this processor does not have",
                     "restore on the same kind of processor",
