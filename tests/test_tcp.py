@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-import selectors
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, firn_command, wait_until
 from namespaces import Pair
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
@@ -45,14 +45,12 @@ def pair() -> Iterator[Pair]:
     made.close()
 
 
-class Far:
-    """A checkpointed program in one namespace; firn runs in there too."""
+class Program:
+    """A program of Python code, which is checkpointed; in the namespace that firn is run in."""
 
-    def __init__(self, runner: Runner, pair: Pair, code: str, *words: str) -> None:
+    def __init__(self, runner: Runner, code: str, *words: str) -> None:
         self.runner = runner
-        self.pair = pair
-        runner.within = pair.command()
-        command = pair.command(sys.executable, "-c", code, str(runner.folder), *words)
+        command = [*runner.within, sys.executable, "-c", code, str(runner.folder), *words]
         self.target = runner.spawn(command, stderr=runner.folder / "stderr")
 
     def wait_for(self, name: str) -> str:
@@ -147,7 +145,8 @@ def test_every_state_of_a_connection(runner: Runner, pair: Pair, version: int) -
     """Nothing that the tree sends arrives: data and FINs stay unacknowledged, until it is restored."""
     listeners = [pair.listener(pair.THERE[version]) for _ in range(5)]
     ports = [str(listener.getsockname()[1]) for listener in listeners]
-    far = Far(runner, pair, STATES, pair.THERE[version], *ports)
+    runner.within = pair.command()
+    far = Program(runner, STATES, pair.THERE[version], *ports)
     sending, closing, last, first = (listener.accept()[0] for listener in listeners[:4])
     last.shutdown(socket.SHUT_WR)
     far.wait_for("connected")
@@ -173,4 +172,120 @@ def test_every_state_of_a_connection(runner: Runner, pair: Pair, version: int) -
         assert _all(sock, 1000) == b"last words"
     first.close()
     far.wait_for("right")
+    runner.kill(far.target)
+
+
+ECHO = BEGIN + """
+import random, selectors
+server = socket.create_server((sys.argv[2], 0), backlog=200)
+server.setblocking(False)
+choose = selectors.DefaultSelector()
+choose.register(server, selectors.EVENT_READ)
+waiting = {}
+tell("port", server.getsockname()[1])
+while True:
+    for key, _ in choose.select(0.002):
+        if key.fileobj is server:
+            sock = server.accept()[0]
+            sock.setblocking(False)
+            waiting[sock] = [bytearray(), 0.0]
+            choose.register(sock, selectors.EVENT_READ)
+        elif len(waiting[key.fileobj][0]) < 200000:
+            data = key.fileobj.recv(30000)
+            if not data:
+                choose.unregister(key.fileobj)
+                del waiting[key.fileobj]
+            else:
+                waiting[key.fileobj][0] += data
+    now = time.monotonic()
+    for sock, state in waiting.items():
+        if state[0] and now >= state[1]:
+            try:
+                del state[0][:sock.send(state[0])]
+            except BlockingIOError:
+                pass
+            state[1] = now + random.random() * 0.05
+"""
+
+
+class Stream:
+    """One client of the echo server, which checks every byte. Its n-th byte is that of a block repeated for ever."""
+
+    def __init__(self, sock: socket.socket, seed: int) -> None:
+        self.sock = sock
+        self.block = random.Random(seed).randbytes(65521)
+        self.sent = self.received = 0
+        sock.setblocking(False)
+
+    def work(self, may_send: bool) -> None:
+        if may_send and self.sent - self.received < 300000:
+            at = self.sent % len(self.block)
+            try:
+                self.sent += self.sock.send(self.block[at : at + 20000])
+            except BlockingIOError:
+                pass
+        try:
+            data = self.sock.recv(65536)
+        except BlockingIOError:
+            return
+        assert data, "the connection has ended"
+        at = self.received % len(self.block)
+        assert data == (self.block[at:] + self.block + self.block)[: len(data)], f"other bytes at {self.received}"
+        self.received += len(data)
+
+
+class Clients:
+    """Many streams in a thread; ``finish`` lets them end and answers how much went through."""
+
+    def __init__(self, socks: list[socket.socket]) -> None:
+        self.streams = [Stream(sock, seed) for seed, sock in enumerate(socks)]
+        self.last = False
+        self.trouble: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self.last or any(stream.received < stream.sent for stream in self.streams):
+                for stream in self.streams:
+                    stream.work(not self.last)
+                time.sleep(0.002)
+        except BaseException as error:
+            self.trouble = error
+
+    def wait_for(self, size: int) -> None:
+        """All have received so much more."""
+        marks = [stream.received + size for stream in self.streams]
+        wait_until(
+            "all streams go on",
+            lambda: bool(self.trouble)
+            or all(stream.received >= mark for stream, mark in zip(self.streams, marks, strict=True)),
+            60,
+        )
+        assert not self.trouble, self.trouble
+
+    def finish(self) -> int:
+        self.last = True
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "a stream has stopped"
+        assert not self.trouble, self.trouble
+        for stream in self.streams:
+            stream.sock.close()
+        return sum(stream.received for stream in self.streams)
+
+
+@needs_firn
+def test_streams_of_clients_outside_go_on(runner: Runner) -> None:
+    """A hundred clients over loopback, who see nothing of any number of checkpoints but a pause."""
+    far = Program(runner, ECHO, "127.0.0.1")
+    port = int(far.wait_for("port"))
+    clients = Clients([socket.create_connection(("127.0.0.1", port)) for _ in range(100)])
+    try:
+        for _ in range(int(os.environ.get("FIRN_STREAM_ROUNDS", "3"))):
+            clients.wait_for(20000)
+            far.restore(far.dump())
+        clients.wait_for(20000)
+    finally:
+        total = clients.finish()
+    assert total > 100 * 40000
     runner.kill(far.target)

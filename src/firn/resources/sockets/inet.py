@@ -134,9 +134,9 @@ class InetSockets(Kind):
             shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
             if len(shared) > 1:
                 context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
-        if context.obstacles:
+        if context.obstacles or not self._connections:
             return
-        if context.lock is not None and self._connections:
+        if context.lock is not None:
             context.lock.add([connections.connection(each.message) for each in self._connections])
         for connection in self._connections:
             for reason in connection.read():
