@@ -86,6 +86,10 @@ class Restore:
         checkpoint, root = self.checkpoint, self.checkpoint.root
         if checkpoint.inventory.get("tcp_close") and not self.options.tcp_close:
             raise RestoreError("connections were dumped to come back closed", "Need to set the --tcp-close options.")
+        if self.options.remap_ip:
+            from firn.resources.sockets import remap
+
+            remap.apply(checkpoint.files, self.options.remap_ip)
         birth.check_pids(checkpoint.tids())
         last, own = features.cap_last_cap(), features.effective_caps()
         living = [process for process in checkpoint.processes if not process.zombie]
