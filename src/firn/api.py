@@ -49,6 +49,7 @@ COMMANDS = {
     "dedup": "U",
     "cpuinfo": "I",
     "inspect": "N",
+    "unlock": "K",
     "exec": "X",
     "show": "X",
 }
@@ -98,7 +99,7 @@ class Option:
 TABLE: tuple[Option, ...] = (
     # General and directories
     Option("tree", "t", "pid", "DPR", 0, True),
-    Option("images-dir", "D", "text", "DPRSLCUWI", ".", True),
+    Option("images-dir", "D", "text", "DPRSLCUWIK", ".", True),
     Option("work-dir", "W", "text", _ALL, "", True),
     Option("log-file", "o", "text", _ALL, "", True),
     Option("log-pid", "", "flag", "R", False, False, no=True),
@@ -188,7 +189,7 @@ TABLE: tuple[Option, ...] = (
     Option("feature", "", "text", "C", None, True),
     Option("extra", "", "flag", "C", False, True, no=True),
     Option("experimental", "", "flag", "C", False, True, no=True),
-    Option("all", "", "flag", "C", False, True),
+    Option("all", "", "flag", "CK", False, True),
     # firn's own
     Option("fork-snapshot", "", "flag", "D", False, True, firn_only=True),
     Option("remap-ip", "", "list", "R", (), True, firn_only=True),

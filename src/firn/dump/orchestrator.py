@@ -163,13 +163,13 @@ class Dump:
         self.tree.release()
         self._thawed()
 
-    def _thaw_files(self) -> None:
-        """Connections work again for their program before it runs, and before anybody can talk to it."""
+    def _thaw_files(self, unlock: bool = True) -> None:
+        """Files are as they were, and connections work again."""
         try:
             if self.collected is not None:
                 self.collected.collector.thaw()
         finally:
-            if self.lock is not None:
+            if self.lock is not None and unlock:
                 self.lock.open()
 
     def _thawed(self) -> None:
@@ -209,9 +209,8 @@ class Dump:
 
     def _leave_stopped(self) -> None:
         """The connections stay locked, as CRIU's do: else their peers would get on with what is in no image."""
-        assert self.collected is not None
         self.tree.stop()
-        self.collected.collector.thaw()
+        self._thaw_files(unlock=False)
         self.tree.release()
         self._thawed()
         if self.lock is not None and self.lock.used:

@@ -70,14 +70,15 @@ class Connection:
 
 class Table:
     """A table that exists: ``name``; ``comment`` as it was given (empty if the kernel or its maker has none);
-    ``owned``: it vanishes when the process that made it ends (so that process lives)."""
+    ``owned``: it vanishes when the process that made it ends (so that process lives); ``armed``: it has an effect."""
 
-    __slots__ = ("comment", "name", "owned")
+    __slots__ = ("armed", "comment", "name", "owned")
 
     def __init__(self, payload: bytes) -> None:
         found = attributes(payload[nf.NFGENMSG.size :])
         self.name = found.get(nf.NFTA_TABLE_NAME, b"").rstrip(b"\0").decode("utf-8", "surrogateescape")
         self.owned = bool(int.from_bytes(found.get(nf.NFTA_TABLE_FLAGS, b""), "big") & nf.NFT_TABLE_F_OWNER)
+        self.armed = any(found.get(nf.NFTA_TABLE_USE, b""))
         data = found.get(nf.NFTA_TABLE_USERDATA, b"")
         self.comment = ""
         if len(data) > 2 and data[0] == _USERDATA_COMMENT:

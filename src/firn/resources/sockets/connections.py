@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from firn.host.nftables import Connection
-from firn.resources.base import INETSK
+from firn.resources.base import FIELD, INETSK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def connections(files: dict[tuple[int, int], dict[str, Any]]) -> list[Connection
     complained about where they are restored."""
     found = []
     for (kind, _), entry in files.items():
-        message = entry.get("isk")
+        message = entry.get(FIELD[INETSK])
         if kind != INETSK or message is None or message["proto"] != _TCP or message["state"] in _NONE:
             continue
         width = _WIDTH.get(message["family"], 0) // 4
