@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import sys
 import threading
@@ -16,6 +17,9 @@ from harness import Runner, firn_command, wait_until
 from namespaces import Pair
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
+
+from firn.errors import UsageError
+from firn.resources.sockets import remap
 
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
@@ -289,3 +293,121 @@ def test_streams_of_clients_outside_go_on(runner: Runner) -> None:
         total = clients.finish()
     assert total > 100 * 40000
     runner.kill(far.target)
+
+
+REMAPPED = BEGIN + """
+here = "127.0.0.1"
+server = socket.create_server((here, 0))
+both = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+far = socket.create_connection(server.getsockname())
+near = server.accept()[0]
+outside = socket.create_connection((here, int(sys.argv[2])))
+mapped_far = socket.create_connection((here, both.getsockname()[1]))
+mapped_near = both.accept()[0]
+one, two = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
+one.bind((here, 0))
+two.bind((here, 0))
+two.connect(one.getsockname())
+two.send(b"waits")
+tell("ready")
+await_("restored")
+here = "127.0.0.5"
+for sock in (server, far, near, one, two, mapped_far):
+    assert sock.getsockname()[0] == here, sock
+for sock in (far, near, two, mapped_far):
+    assert sock.getpeername()[0] == here, sock
+assert mapped_near.getsockname()[0] == mapped_near.getpeername()[0] == "::ffff:127.0.0.5", mapped_near
+assert (outside.getsockname()[0], outside.getpeername()[0]) == (here, "127.0.0.1"), outside
+for sock, other in ((far, near), (mapped_near, mapped_far)):
+    sock.sendall(b"go on")
+    assert other.recv(9) == b"go on"
+assert one.recvfrom(9) == (b"waits", two.getsockname())
+two.send(b"more")
+assert one.recvfrom(9) == (b"more", two.getsockname())
+socket.create_connection(server.getsockname()).close()
+tell("right")
+await_("never")
+"""
+
+
+@needs_firn
+def test_sockets_come_back_on_another_address(runner: Runner) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = Program(runner, REMAPPED, str(server.getsockname()[1]))
+        program.wait_for("ready")
+        program.restore(program.dump(), "--remap-ip", "127.0.0.1=127.0.0.5")
+        program.tell("restored")
+        program.wait_for("right")
+        runner.kill(program.target)
+
+
+@pytest.mark.parametrize("word", ["127.0.0.1", "127.0.0.1=", "1=2", "127.0.0.1=::1", "x\0=y", "=127.0.0.1"])
+def test_what_no_address_is_mapped_to(word: str) -> None:
+    with pytest.raises(UsageError, match="--remap-ip"):
+        remap.parse([word])
+    with pytest.raises(UsageError, match="once"):
+        remap.parse(["::1=::2", "::1=::3"])
+
+
+LEFT_RUNNING = BEGIN + """
+import select
+server = socket.create_server(("127.0.0.1", 0))
+tell("port", server.getsockname()[1])
+sock = server.accept()[0]
+bare = server.accept()[0]
+bare.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+tell("connected")
+while data := sock.recv(65536):
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 1
+    assert bare.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 0
+    sock.sendall(data)
+"""
+
+
+@needs_firn
+@pytest.mark.parametrize("how", ["leave", "stopped", "fail", "refused", "term"])
+def test_a_connection_of_a_program_that_runs_on(runner: Runner, how: str) -> None:
+    """Its peer notices nothing; SO_REUSEADDR, which repair mode uses for itself, is as it was."""
+    program = Program(runner, LEFT_RUNNING)
+    where = ("127.0.0.1", int(program.wait_for("port")))
+    target = program.target
+    with socket.create_connection(where, 20) as peer, socket.create_connection(where, 20):
+        program.wait_for("connected")
+        if how == "leave":
+            program.dump("--leave-running")
+        elif how == "stopped":
+            program.dump("--leave-stopped")
+            assert runner.firn("unlock", "-t", str(target.pid))[0] == 0
+            os.kill(target.pid, signal.SIGCONT)
+        elif how == "fail":
+            runner.environment["FIRN_FAULT"] = "fail:dump.commit"
+            assert runner.try_dump(target, *OPTION)[0]
+        elif how == "term":
+            for seconds in (0.03, 0.06, 0.1):
+                (runner.folder / f"images-{seconds}").mkdir()
+                words = ("dump", "-t", str(target.pid), "-D", f"images-{seconds}", "-R", *OPTION)
+                runner.interrupt(seconds, signal.SIGTERM, *words)
+        else:
+            assert "--tcp-established" in runner.try_dump(target)[1]
+        for _ in range(20):
+            peer.sendall(b"echo")
+            assert peer.recv(9) == b"echo", program.trouble()
+    assert not target.ended(), program.trouble()
+    wait_until("it ends", target.ended)
+    assert target.status == 0, program.trouble()
+
+
+@needs_firn
+def test_unread_urgent_data_is_refused(runner: Runner) -> None:
+    program = Program(runner, LEFT_RUNNING)
+    where = ("127.0.0.1", int(program.wait_for("port")))
+    with socket.create_connection(where, 20) as peer, socket.create_connection(where, 20):
+        program.wait_for("connected")
+        os.kill(program.target.pid, signal.SIGSTOP)
+        peer.send(b"!", socket.MSG_OOB)
+        code, text, _ = runner.try_dump(program.target, *OPTION)
+        assert code and "urgent data" in text and "Traceback" not in text, text
+        os.kill(program.target.pid, signal.SIGCONT)
+        peer.sendall(b"echo")
+        assert peer.recv(9) == b"echo", program.trouble()
+    runner.kill(program.target)

@@ -192,6 +192,7 @@ TABLE: tuple[Option, ...] = (
     Option("all", "", "flag", "CK", False, True),
     # firn's own
     Option("fork-snapshot", "", "flag", "D", False, True, firn_only=True),
+    Option("remap-ip", "", "list", "R", (), True, firn_only=True),
     Option("plan", "", "flag", "R", False, False, firn_only=True),
     Option("json", "", "flag", "N", False, True, firn_only=True),
 )
@@ -342,6 +343,7 @@ class RestoreOptions(_Transfer):
     inherit_fd: list[str]
     lsm_profile: str
     lsm_mount_context: str
+    remap_ip: list[str]
     plan: bool
     foreground_status: bool
 

@@ -67,6 +67,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "file-locks": ("", "save file locks"),
         "tcp-established": ("", "save established TCP connections"),
         "tcp-close": ("", "save TCP connections as closed ones"),
+        "remap-ip": ("OLD=NEW", "restore sockets of address OLD on NEW; may be repeated"),
         "skip-in-flight": ("", "drop connections that nobody has accepted yet"),
         "network-lock": ("METHOD", "how connections are held: iptables (default), nftables, skip"),
         "link-remap": ("", "give unlinked files that have other names a temporary one"),

@@ -162,9 +162,6 @@ class Kind:
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
-    def thaw(self) -> None:
-        """The frozen processes run on in a moment: put back what collecting has changed about their files."""
-
     def killed(self) -> None:
         """The frozen processes are dead: nobody needs their files but us."""
 

@@ -148,11 +148,6 @@ class Collector:
             kind.finish(self.context)
         self.locks.finish(self.obstacles, self.context.options.file_locks)
 
-    def thaw(self) -> None:
-        """The processes run on in a moment."""
-        for kind in self.kinds.values():
-            kind.thaw()
-
     def killed(self) -> None:
         """The processes are dead."""
         for kind in self.kinds.values():

@@ -50,7 +50,6 @@ class InetSockets(Kind):
         self._saved: list[tuple[Open, dict[str, Any]]] = []
         self._connections: list[tcp.Connection] = []
         self._usual = inet_options.Usual()
-        self._killed = False
         self._rebuild: InetRebuild | None = None
 
     # -- collect -----------------------------------------------------------------------------------------------------
@@ -144,20 +143,10 @@ class InetSockets(Kind):
             if connection.message["state"] == CLOSE:
                 _forget_connection(connection.message)
 
-    def thaw(self) -> None:
-        """Connections work again for their program."""
-        trouble: list[OSError] = []
-        for connection in self._connections:
-            try:
-                connection.leave()
-            except OSError as error:
-                trouble.append(error)
-        if trouble:
-            raise trouble[0]
-
     def killed(self) -> None:
-        """Nothing of the connections may be heard: our copies vanish in repair mode as the others did."""
-        self._killed = True
+        """Nothing of the connections may be heard: our copies, the last, vanish in repair mode."""
+        while self._connections:
+            self._connections.pop().vanish()
 
     def save(self, images: ImageDir) -> None:
         """What flows through the connections."""
@@ -182,12 +171,8 @@ class InetSockets(Kind):
 
     def close(self) -> None:
         """Close what was rebuilt and not taken, and our copies of connections."""
-        try:
-            if not self._killed:
-                self.thaw()
-        finally:
-            while self._connections:
-                self._connections.pop().sock.close()
+        while self._connections:
+            self._connections.pop().sock.close()
         if self._rebuild is not None:
             self._rebuild.close()
 

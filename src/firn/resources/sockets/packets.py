@@ -11,7 +11,7 @@ _RAW_PROTOCOL = 255
 _SO_MARK = 36
 LOCK_MARK = 0xC114
 """The mark of packets that a locked network lets through; CRIU's, for a lock may be CRIU's."""
-_MAPPED = bytes(10) + b"\xff\xff"
+MAPPED = bytes(10) + b"\xff\xff"
 
 
 def text(address: bytes) -> str:
@@ -21,7 +21,7 @@ def text(address: bytes) -> str:
 
 def unmapped(address: bytes) -> bytes:
     """What travels: of an IPv4 address in an IPv6 one, the former."""
-    return address[12:] if len(address) == 16 and address.startswith(_MAPPED) else address
+    return address[12:] if len(address) == 16 and address.startswith(MAPPED) else address
 
 
 def checksum(data: bytes) -> int:
