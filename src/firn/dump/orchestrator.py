@@ -202,9 +202,10 @@ class Dump:
         if self.options.leave_stopped:
             self._leave_stopped()
             return
-        self.tree.kill()
         assert self.collected is not None
-        self.collected.collector.killed()
+        self.collected.collector.silence()
+        faults.point("dump.end.silent")
+        self.tree.kill()
         self._thawed()
 
     def _leave_stopped(self) -> None:

@@ -165,8 +165,8 @@ class Kind:
     def thaw(self) -> None:
         """The frozen processes run on in a moment: put back what collecting has changed about their files."""
 
-    def killed(self) -> None:
-        """The frozen processes are dead: nobody needs their files but us."""
+    def silence(self) -> None:
+        """The frozen processes are killed in a moment: let nobody hear of it. :meth:`thaw` takes it back."""
 
     def save(self, images: ImageDir) -> None:
         """Write images of this kind's own; the processes may be running again."""

@@ -153,10 +153,10 @@ class Collector:
         for kind in self.kinds.values():
             kind.thaw()
 
-    def killed(self) -> None:
-        """The processes are dead."""
+    def silence(self) -> None:
+        """The processes are killed in a moment."""
         for kind in self.kinds.values():
-            kind.killed()
+            kind.silence()
 
     def save(self, images: ImageDir) -> None:
         """Write the kinds' own images."""

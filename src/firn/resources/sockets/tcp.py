@@ -4,11 +4,11 @@ State owned: sequence numbers, both queues, windows, what was negotiated (segmen
 timestamps), and how far a connection is closed. Kernel: a copy of the descriptor in repair mode (TCP_REPAIR of
 linux/tcp.h, needs CAP_NET_ADMIN), in which getsockopt(2) tells all that, and a look at either queue changes nothing.
 
-Repair mode silences the socket calls of the program (EPERM, EINVAL), and lets a socket that is closed vanish without a
-word to its peer. So all connections of the tree are in it from the moment they are read until the tree is dead, or is
-about to run on: :meth:`Connection.leave` is called first of all whatever happens. Segments that arrive are still taken
-and answered; only a locked network keeps them away. Repair mode loses SO_REUSEADDR (it reads 2 meanwhile, and 0
-afterwards: do_tcp_setsockopt in net/ipv4/tcp.c), which is therefore set again.
+In repair mode the program's own calls fail (EPERM, EINVAL), so a socket is in it only while it is read, and once more
+right before the tree is killed: closed in repair mode, it vanishes without a word to its peer. If firn is killed in one
+of these moments the socket stays so, until the next dump or ``firn unlock`` finds it. Segments that arrive are taken
+and answered in repair mode too; only a locked network keeps them away. Repair mode loses SO_REUSEADDR (it reads 2
+meanwhile, and 0 afterwards: do_tcp_setsockopt in net/ipv4/tcp.c), which is therefore set again.
 
 What goes wrong: urgent data, of which repair mode knows nothing; signatures (TCP-MD5, TCP-AO), whose keys and counters
 it does not carry over; a Fast Open that is under way. Segments that arrived out of order are not saved: the peer has
@@ -102,15 +102,24 @@ class Connection:
         self.sock = sock
         self.message = message
         self.what = what
-        # What a killed dump left in repair mode was locked out; it comes out with us.
-        self._repaired = bool(sock.getsockopt(TCP, TCP_REPAIR))
+        self._repaired = False
         self.stream: dict[str, Any] = {}
         self.data = b""
 
     def read(self) -> list[str]:
-        """Turn repair mode on and read everything; reasons why it cannot be saved."""
+        """Read everything; reasons why it cannot be saved."""
+        self.enter()
+        try:
+            return self._read()
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """Repair mode on."""
         self._repaired = True
         self.sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
+
+    def _read(self) -> list[str]:
         state, options, scales, _, _ = INFO.unpack(self.sock.getsockopt(TCP, TCP_INFO, INFO.size))
         self.message["state"] = state
         reasons = self._obstacles(state)
@@ -176,7 +185,7 @@ class Connection:
             self.sock.setsockopt(TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
 
     def leave(self) -> None:
-        """The socket is as it was; nothing is sent."""
+        """Repair mode off: the socket is as it was; nothing is sent."""
         if self._repaired:
             switch_off(self.sock, bool(self.message["opts"].get("reuseaddr")))
             self._repaired = False
