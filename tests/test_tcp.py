@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Runner, firn_command, wait_until
+from harness import Runner, Target, firn_command, wait_until
 from namespaces import Pair
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
@@ -301,7 +302,6 @@ server = socket.create_server((here, 0))
 both = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
 far = socket.create_connection(server.getsockname())
 near = server.accept()[0]
-outside = socket.create_connection((here, int(sys.argv[2])))
 mapped_far = socket.create_connection((here, both.getsockname()[1]))
 mapped_near = both.accept()[0]
 one, two = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
@@ -317,7 +317,6 @@ for sock in (server, far, near, one, two, mapped_far):
 for sock in (far, near, two, mapped_far):
     assert sock.getpeername()[0] == here, sock
 assert mapped_near.getsockname()[0] == mapped_near.getpeername()[0] == "::ffff:127.0.0.5", mapped_near
-assert (outside.getsockname()[0], outside.getpeername()[0]) == (here, "127.0.0.1"), outside
 for sock, other in ((far, near), (mapped_near, mapped_far)):
     sock.sendall(b"go on")
     assert other.recv(9) == b"go on"
@@ -332,13 +331,12 @@ await_("never")
 
 @needs_firn
 def test_sockets_come_back_on_another_address(runner: Runner) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        program = Program(runner, REMAPPED, str(server.getsockname()[1]))
-        program.wait_for("ready")
-        program.restore(program.dump(), "--remap-ip", "127.0.0.1=127.0.0.5")
-        program.tell("restored")
-        program.wait_for("right")
-        runner.kill(program.target)
+    program = Program(runner, REMAPPED)
+    program.wait_for("ready")
+    program.restore(program.dump(), "--remap-ip", "127.0.0.1=127.0.0.5")
+    program.tell("restored")
+    program.wait_for("right")
+    runner.kill(program.target)
 
 
 @pytest.mark.parametrize("word", ["127.0.0.1", "127.0.0.1=", "1=2", "127.0.0.1=::1", "x\0=y", "=127.0.0.1"])
@@ -366,7 +364,9 @@ while data := sock.recv(65536):
 
 @needs_firn
 @pytest.mark.parametrize("how", ["leave", "stopped", "fail", "refused", "term"])
-def test_a_connection_of_a_program_that_runs_on(runner: Runner, how: str) -> None:
+def test_a_connection_of_a_program_that_runs_on(
+    runner: Runner, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its peer notices nothing; SO_REUSEADDR, which repair mode uses for itself, is as it was."""
     program = Program(runner, LEFT_RUNNING)
     where = ("127.0.0.1", int(program.wait_for("port")))
@@ -376,11 +376,11 @@ def test_a_connection_of_a_program_that_runs_on(runner: Runner, how: str) -> Non
         if how == "leave":
             program.dump("--leave-running")
         elif how == "stopped":
-            program.dump("--leave-stopped")
-            assert runner.firn("unlock", "-t", str(target.pid))[0] == 0
+            images = program.dump("--leave-stopped")
+            assert runner.firn("unlock", "-D", str(images))[0] == 0
             os.kill(target.pid, signal.SIGCONT)
         elif how == "fail":
-            runner.environment["FIRN_FAULT"] = "fail:dump.commit"
+            monkeypatch.setenv("FIRN_FAULT", "fail:dump.commit")
             assert runner.try_dump(target, *OPTION)[0]
         elif how == "term":
             for seconds in (0.03, 0.06, 0.1):
@@ -410,4 +410,56 @@ def test_unread_urgent_data_is_refused(runner: Runner) -> None:
         os.kill(program.target.pid, signal.SIGCONT)
         peer.sendall(b"echo")
         assert peer.recv(9) == b"echo", program.trouble()
+    runner.kill(program.target)
+
+
+@needs_firn
+def test_a_connection_that_somebody_outside_has_too_is_refused(runner: Runner) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        served = server.accept()[0]
+        process = subprocess.Popen(["/bin/sleep", "1000"], start_new_session=True, stdin=client.fileno(), cwd="/",
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        process.returncode = 0
+        target = Target(process.pid, None)
+        wait_until("it sleeps", lambda: Path(f"/proc/{target.pid}/comm").read_text() == "sleep\n")
+        code, text, _ = runner.try_dump(target, *OPTION)
+        assert code and f"that process {os.getpid()}" in text and "close it there" in text, text
+        runner.dump(target, *OPTION, "--leave-running")
+        client.sendall(b"still")
+        assert served.recv(9) == b"still"
+        served.close()
+        runner.kill(target)
+
+
+PATIENT = BEGIN + """
+server = socket.create_server(("127.0.0.1", 0))
+tell("port", server.getsockname()[1])
+sock = server.accept()[0]
+tell("connected")
+while True:
+    time.sleep(0.01)
+    try:
+        sock.sendall(sock.recv(65536) or b"end")
+    except PermissionError:
+        tell("silenced")
+"""
+
+
+@needs_firn
+@pytest.mark.parametrize("how", ["dump", "unlock"])
+def test_what_a_killed_dump_leaves_is_mended(runner: Runner, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Killed between the silence of the connections and the end of the tree."""
+    program = Program(runner, PATIENT)
+    with socket.create_connection(("127.0.0.1", int(program.wait_for("port"))), 20) as peer:
+        program.wait_for("connected")
+        monkeypatch.setenv("FIRN_FAULT", "kill:dump.end.silent")
+        code, _, images = runner.try_dump(program.target, *OPTION)
+        monkeypatch.delenv("FIRN_FAULT")
+        assert code == -signal.SIGKILL
+        program.wait_for("silenced")
+        if how == "dump":
+            program.dump("--leave-running")
+        assert runner.firn("unlock", "-D", str(images))[0] == 0
+        peer.sendall(b"echo")
+        assert peer.recv(9) == b"echo"
     runner.kill(program.target)

@@ -197,8 +197,9 @@ class Dump:
         if self.options.leave_stopped:
             self._leave_stopped()
             return
-        self.tree.kill()
         assert self.collected is not None
+        self.tree.kill()
+        faults.point("dump.end.killed")
         self.collected.collector.killed()
         self._thawed()
 

@@ -25,6 +25,27 @@ class Holder:
         return f"process {self.pid}{name}, descriptor {self.fd}"
 
 
+def of_sockets(inodes: set[int], skip: set[int]) -> dict[int, Holder]:
+    """One holder for each of the sockets with these inodes that a process other than *skip* has open."""
+    found: dict[int, Holder] = {}
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) in skip:
+            continue
+        try:
+            numbers = os.listdir(f"/proc/{name}/fd")
+        except OSError:
+            continue
+        for number in numbers:
+            try:
+                inode = wanted.get(os.readlink(f"/proc/{name}/fd/{number}"))
+                if inode is not None:
+                    found[inode] = Holder(int(name), int(number))
+            except OSError:
+                continue
+    return found
+
+
 def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
     """The descriptors that lead to the file (st_dev, st_ino), of all processes but *skip*.
 

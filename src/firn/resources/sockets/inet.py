@@ -18,7 +18,7 @@ import struct
 from firn.abi import poll
 from firn.abi.tcp import INFO, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
 from firn.errors import Obstacle
-from firn.host import sockdiag
+from firn.host import holders, sockdiag
 from firn.resources.base import Kind
 from firn.resources.sockets import connections, datagrams, inet_options, options, tcp
 from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDP, UDPLITE
@@ -133,6 +133,8 @@ class InetSockets(Kind):
             shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
             if len(shared) > 1:
                 context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
+        if self._connections and not context.options.leave_running:
+            self._find_holders(context)
         if context.obstacles or not self._connections:
             return
         if context.lock is not None:
@@ -142,6 +144,13 @@ class InetSockets(Kind):
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))
             if connection.message["state"] == CLOSE:
                 _forget_connection(connection.message)
+
+    def _find_holders(self, context: DumpContext) -> None:
+        """A connection that somebody outside has too would not end with the tree, but be left dumb."""
+        inodes = {each.message["ino"]: each for each in self._connections}
+        for inode, holder in holders.of_sockets(set(inodes), {os.getpid(), *context.pids}).items():
+            reason = f"is a TCP connection that {holder} has too"
+            context.obstacles.append(Obstacle(inodes[inode].what, reason, "close it there"))
 
     def killed(self) -> None:
         """Nothing of the connections may be heard: our copies, the last, vanish in repair mode."""

@@ -24,6 +24,7 @@ MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
 TCP_ULP = 31
 _SIZE = 256
+_UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL)
 
 IP_FIELDS = (("freebind", 15), ("pktinfo", 8), ("tos", 1), ("ttl", 2))
 TCP_FIELDS = (("cork", 3), ("nodelay", 1), ("keepcnt", 6), ("keepidle", 4), ("keepintvl", 5))
@@ -75,7 +76,7 @@ def _get(sock: _socket.socket, level: int, number: int) -> bytes | None:
     try:
         return sock.getsockopt(level, number, _SIZE)
     except OSError as error:
-        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL):
+        if error.errno in _UNKNOWN:
             return None
         raise
 
@@ -85,19 +86,21 @@ class Usual:
     kernel knows, and the values of the named ones."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[int, ...], tuple[list[tuple[int, int, bytes | None]], dict[str, int]]] = {}
+        self._kinds: dict[tuple[int, ...], tuple[list[tuple[int, int, bytes]], dict[str, int]]] = {}
 
-    def of(self, sock: _socket.socket) -> tuple[list[tuple[int, int, bytes | None]], dict[str, int]]:
+    def of(self, sock: _socket.socket) -> tuple[list[tuple[int, int, bytes]], dict[str, int]]:
         """Those of a socket like *sock*."""
         kind = sock.family, sock.type, sock.proto
         if kind not in self._kinds:
             fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
             try:
                 kept = [
-                    (level, number, _get(fresh, level, number))
+                    (level, number, value)
                     for level in levels(sock.family, sock.proto)
                     for number in KEPT[level]
                     if sock.proto != TCP or number not in _OF_DATAGRAMS.get(level, ())
+                    # What a new socket does not know, one that is in use does not know either.
+                    if (value := _get(fresh, level, number)) is not None
                 ]
                 named = _named(fresh, IP, IP_FIELDS) | (_named(fresh, TCP, TCP_FIELDS) if sock.proto == TCP else {})
             finally:
@@ -116,11 +119,15 @@ def collect(sock: _socket.socket, connected: bool, usual: Usual) -> dict[str, An
     if sock.proto == TCP and (differing := _differing(_named(sock, TCP, TCP_FIELDS), named)):
         found["tcp_opts"] = differing
     kept = []
+    ask = sock.getsockopt
     for level, number, value in known:
-        if connected and number in _OF_CONNECTION.get(level, ()):
+        try:
+            own = ask(level, number, _SIZE)
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
             continue
-        own = _get(sock, level, number)
-        if own is not None and own != value:
+        if own != value and not (connected and number in _OF_CONNECTION.get(level, ())):
             kept.append({"level": level, "number": number, "value": own})
     if kept:
         found["firn"] = {"options": kept}
