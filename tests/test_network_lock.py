@@ -403,9 +403,11 @@ def test_a_restore_where_the_dump_was_not(story: Story) -> None:
     wait_until("the server is dead", story.target.ended)
     with_table = story.unlock("-D", str(story.images))
     assert "removed" in with_table and "nothing is locked" in story.unlock("-D", str(story.images))
-    wait_until("the client has noticed", lambda: "Reset" in story.client.problem)
-    story.target = story.runner.restore(story.images, story.target, OPTION)
-    assert story.tables() == []
+    wait_until("the client has noticed", lambda: bool(story.client.problem))
+    code, output = story.runner.try_restore(story.images, OPTION)
+    assert code == 0 and story.tables() == [], output
+    story.target = Target(story.target.pid, None)
+    wait_until("the server learns that its client is gone", story.target.ended)
 
 
 @needs_firn
