@@ -159,18 +159,13 @@ class Dump:
 
     def release(self) -> None:
         """Let the target run on."""
-        self._thaw_files()
+        self._unlock()
         self.tree.release()
         self._thawed()
 
-    def _thaw_files(self, unlock: bool = True) -> None:
-        """Files are as they were, and connections work again."""
-        try:
-            if self.collected is not None:
-                self.collected.collector.thaw()
-        finally:
-            if self.lock is not None and unlock:
-                self.lock.open()
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.open()
 
     def _thawed(self) -> None:
         self.stats["frozen_time"] = (time.monotonic_ns() - self.frozen_at) // 1000
@@ -203,15 +198,14 @@ class Dump:
             self._leave_stopped()
             return
         assert self.collected is not None
-        self.collected.collector.silence()
-        faults.point("dump.end.silent")
         self.tree.kill()
+        faults.point("dump.end.killed")
+        self.collected.collector.killed()
         self._thawed()
 
     def _leave_stopped(self) -> None:
         """The connections stay locked, as CRIU's do: else their peers would get on with what is in no image."""
         self.tree.stop()
-        self._thaw_files(unlock=False)
         self.tree.release()
         self._thawed()
         if self.lock is not None and self.lock.used:
@@ -220,7 +214,7 @@ class Dump:
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
         try:
-            self._thaw_files()
+            self._unlock()
         finally:
             self._undo_rest()
 

@@ -162,11 +162,8 @@ class Kind:
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
-    def thaw(self) -> None:
-        """The frozen processes run on in a moment: put back what collecting has changed about their files."""
-
-    def silence(self) -> None:
-        """The frozen processes are killed in a moment: let nobody hear of it. :meth:`thaw` takes it back."""
+    def killed(self) -> None:
+        """The frozen processes are dead: nobody needs their files but us."""
 
     def save(self, images: ImageDir) -> None:
         """Write images of this kind's own; the processes may be running again."""

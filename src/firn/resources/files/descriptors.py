@@ -148,15 +148,10 @@ class Collector:
             kind.finish(self.context)
         self.locks.finish(self.obstacles, self.context.options.file_locks)
 
-    def thaw(self) -> None:
-        """The processes run on in a moment."""
+    def killed(self) -> None:
+        """The processes are dead."""
         for kind in self.kinds.values():
-            kind.thaw()
-
-    def silence(self) -> None:
-        """The processes are killed in a moment."""
-        for kind in self.kinds.values():
-            kind.silence()
+            kind.killed()
 
     def save(self, images: ImageDir) -> None:
         """Write the kinds' own images."""

@@ -98,11 +98,12 @@ class Note:
         words = comment.split(" ", 7)
         if len(words) != 8 or (words[0], words[2], words[4], words[6]) != (cls._BEGIN, "tree", "pidns", "in"):
             return None
-        try:
-            (maker, tree), namespace = ((Process(*map(int, words[at].split("/"))) for at in (1, 3)), int(words[5]))
-        except (ValueError, TypeError):
+        numbers = [*words[1].split("/"), *words[3].split("/"), words[5]]
+        if len(numbers) != 5 or not all(number.isdecimal() for number in numbers):
             return None
-        return cls(maker, tree, words[7], namespace == _pid_namespace())
+        maker, maker_started, tree, tree_started, namespace = map(int, numbers)
+        here = namespace == _pid_namespace()
+        return cls(Process(maker, maker_started), Process(tree, tree_started), words[7], here)
 
 
 def _pid_namespace() -> int:

@@ -156,21 +156,10 @@ class InetSockets(Kind):
             reason = f"is a TCP connection that {holder} has too"
             context.obstacles.append(Obstacle(inodes[inode].what, reason, "close it there"))
 
-    def thaw(self) -> None:
-        """Connections work again for their program."""
-        trouble: list[OSError] = []
-        for connection in self._connections:
-            try:
-                connection.leave()
-            except OSError as error:
-                trouble.append(error)
-        if trouble:
-            raise trouble[0]
-
-    def silence(self) -> None:
-        """Sockets that are closed in repair mode vanish without a word; our copies are the last."""
-        for connection in self._connections:
-            connection.enter()
+    def killed(self) -> None:
+        """Nothing of the connections may be heard: our copies, the last, vanish in repair mode."""
+        while self._connections:
+            self._connections.pop().vanish()
 
     def save(self, images: ImageDir) -> None:
         """What flows through the connections."""

@@ -4,11 +4,11 @@ State owned: sequence numbers, both queues, windows, what was negotiated (segmen
 timestamps), and how far a connection is closed. Kernel: a copy of the descriptor in repair mode (TCP_REPAIR of
 linux/tcp.h, needs CAP_NET_ADMIN), in which getsockopt(2) tells all that, and a look at either queue changes nothing.
 
-In repair mode the program's own calls fail (EPERM, EINVAL), so a socket is in it only while it is read, and once more
-right before the tree is killed: closed in repair mode, it vanishes without a word to its peer. If firn is killed in one
-of these moments the socket stays so, until the next dump or ``firn unlock`` finds it. Segments that arrive are taken
-and answered in repair mode too; only a locked network keeps them away. Repair mode loses SO_REUSEADDR (it reads 2
-meanwhile, and 0 afterwards: do_tcp_setsockopt in net/ipv4/tcp.c), which is therefore set again.
+Repair mode silences the socket calls of the program (EPERM, EINVAL), and lets a socket that is closed vanish without a
+word to its peer. A program that runs on must not meet the former, also if firn is killed in the middle: so a socket is
+in it only while it is read, and again when the tree is dead and only our copies are left. Between, the locked network
+keeps segments away, which would be taken and answered. Repair mode loses SO_REUSEADDR (it reads 2 meanwhile, and 0
+afterwards: do_tcp_setsockopt in net/ipv4/tcp.c), which is therefore set again.
 
 What goes wrong: urgent data, of which repair mode knows nothing; signatures (TCP-MD5, TCP-AO), whose keys and counters
 it does not carry over; a Fast Open that is under way. Segments that arrived out of order are not saved: the peer has
@@ -96,28 +96,22 @@ class Connection:
     ``what`` names it in messages.
     """
 
-    __slots__ = ("_repaired", "data", "message", "sock", "stream", "what")
+    __slots__ = ("data", "message", "sock", "stream", "what")
 
     def __init__(self, sock: socket, message: dict[str, Any], what: str) -> None:
         self.sock = sock
         self.message = message
         self.what = what
-        self._repaired = False
         self.stream: dict[str, Any] = {}
         self.data = b""
 
     def read(self) -> list[str]:
-        """Read everything; reasons why it cannot be saved."""
-        self.enter()
+        """Read everything; reasons why it cannot be saved. The socket is as it was again, and nothing is sent."""
+        self.sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
         try:
             return self._read()
         finally:
-            self.leave()
-
-    def enter(self) -> None:
-        """Repair mode on."""
-        self._repaired = True
-        self.sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
+            switch_off(self.sock, bool(self.message["opts"].get("reuseaddr")))
 
     def _read(self) -> list[str]:
         state, options, scales, _, _ = INFO.unpack(self.sock.getsockopt(TCP, TCP_INFO, INFO.size))
@@ -184,11 +178,13 @@ class Connection:
         finally:
             self.sock.setsockopt(TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
 
-    def leave(self) -> None:
-        """Repair mode off: the socket is as it was; nothing is sent."""
-        if self._repaired:
-            switch_off(self.sock, bool(self.message["opts"].get("reuseaddr")))
-            self._repaired = False
+    def vanish(self) -> None:
+        """Nobody else has the socket any more: it goes without a word."""
+        try:
+            self.sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
+        except OSError:
+            pass  # The lock drops what it says, and it is too late to fail.
+        self.sock.close()
 
     def save(self, images: ImageDir) -> None:
         """Write the image."""
