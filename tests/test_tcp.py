@@ -437,40 +437,6 @@ def test_a_connection_that_somebody_outside_has_too_is_refused(runner: Runner) -
         runner.kill(target)
 
 
-PATIENT = BEGIN + """
-server = socket.create_server(("127.0.0.1", 0))
-tell("port", server.getsockname()[1])
-sock = server.accept()[0]
-tell("connected")
-while True:
-    time.sleep(0.01)
-    try:
-        sock.sendall(sock.recv(65536) or b"end")
-    except PermissionError:
-        tell("silenced")
-"""
-
-
-@needs_firn
-@pytest.mark.parametrize("how", ["dump", "unlock"])
-def test_what_a_killed_dump_leaves_is_mended(runner: Runner, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Killed between the silence of the connections and the end of the tree."""
-    program = Program(runner, PATIENT)
-    with socket.create_connection(("127.0.0.1", int(program.wait_for("port"))), 20) as peer:
-        program.wait_for("connected")
-        monkeypatch.setenv("FIRN_FAULT", "kill:dump.end.silent")
-        code, _, images = runner.try_dump(program.target, *OPTION)
-        monkeypatch.delenv("FIRN_FAULT")
-        assert code == -signal.SIGKILL
-        program.wait_for("silenced")
-        if how == "dump":
-            program.dump("--leave-running")
-        assert runner.firn("unlock", "-D", str(images))[0] == 0
-        peer.sendall(b"echo")
-        assert peer.recv(9) == b"echo"
-    runner.kill(program.target)
-
-
 STREAM: dict[str, Any] = {
     "inq_len": 3, "inq_seq": 1000, "outq_len": 4, "outq_seq": 2000, "opt_mask": 7, "snd_wscale": 7, "mss_clamp": 1460,
     "rcv_wscale": 7, "timestamp": 5, "unsq_len": 2, "snd_wl1": 1000, "snd_wnd": 65536, "max_window": 65536,
