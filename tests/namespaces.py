@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 _CLONE_NEWNET = 0x40000000
-_FOLDER = Path("/run/netns")
+_OWN = "/proc/thread-self/ns/net"
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _run(*words: str) -> None:
@@ -22,41 +23,55 @@ def _run(*words: str) -> None:
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
 
 
+def _new() -> int:
+    """A descriptor of a new network namespace, which has no name, so no mount: other tests look at mounts."""
+    back = os.open(_OWN, os.O_RDONLY)
+    try:
+        if _libc.unshare(_CLONE_NEWNET):
+            pytest.skip(f"no network namespaces here: {os.strerror(ctypes.get_errno())}")
+        made = os.open(_OWN, os.O_RDONLY)
+        assert _libc.setns(back, _CLONE_NEWNET) == 0
+        return made
+    finally:
+        os.close(back)
+
+
 class Pair:
-    """Namespace *here* has 10.91.0.1 and fd91::1, namespace *there* 10.91.0.2 and fd91::2. ``close`` removes both."""
+    """Namespace *here* has 10.91.0.1 and fd91::1, *there* has 10.91.0.2 and fd91::2. ``close`` lets go of both."""
 
     HERE, THERE = ("10.91.0.1", "fd91::1"), ("10.91.0.2", "fd91::2")
 
     def __init__(self) -> None:
-        if not shutil.which("ip") or not shutil.which("tc"):
-            pytest.skip("ip and tc (iproute2) are not installed")
-        self.here, self.there = (f"firn-test-{os.getpid()}-{side}" for side in "ab")
-        made = subprocess.run(["ip", "netns", "add", self.here], capture_output=True, text=True, check=False)
-        if made.returncode:
-            pytest.skip(f"no network namespaces here: {made.stderr}")
-        _run("ip", "netns", "add", self.there)
-        _run("ip", "-n", self.here, "link", "add", "veth", "type", "veth", "peer", "veth", "netns", self.there)
-        for name, addresses in ((self.here, self.HERE), (self.there, self.THERE)):
-            _run("ip", "-n", name, "address", "add", f"{addresses[0]}/24", "dev", "veth")
-            _run("ip", "-n", name, "address", "add", f"{addresses[1]}/64", "dev", "veth", "nodad")
+        if not all(map(shutil.which, ("ip", "tc", "nsenter"))):
+            pytest.skip("ip, tc (iproute2) and nsenter are not installed")
+        self.here, self.there = _new(), _new()
+        there = self._path(self.there)
+        self._in(self.here, "ip", "link", "add", "veth", "type", "veth", "peer", "veth", "netns", there)
+        for side, addresses in ((self.here, self.HERE), (self.there, self.THERE)):
+            self._in(side, "ip", "address", "add", f"{addresses[0]}/24", "dev", "veth")
+            self._in(side, "ip", "address", "add", f"{addresses[1]}/64", "dev", "veth", "nodad")
             for device in ("lo", "veth"):
-                _run("ip", "-n", name, "link", "set", device, "up")
+                self._in(side, "ip", "link", "set", device, "up")
+
+    def _path(self, side: int) -> str:
+        return f"/proc/{os.getpid()}/fd/{side}"
+
+    def _in(self, side: int, *words: str) -> None:
+        _run("nsenter", f"--net={self._path(side)}", *words)
 
     def command(self, *words: str | Path) -> list[str]:
         """What runs *words* in namespace *here*; only the network is another."""
-        return ["nsenter", f"--net={_FOLDER / self.here}", *map(str, words)]
+        return ["nsenter", f"--net={self._path(self.here)}", *map(str, words)]
 
     @contextmanager
-    def _inside(self, name: str) -> Iterator[None]:
-        libc = ctypes.CDLL(None, use_errno=True)
-        back, to = (os.open(path, os.O_RDONLY) for path in ("/proc/thread-self/ns/net", _FOLDER / name))
+    def _inside(self, side: int) -> Iterator[None]:
+        back = os.open(_OWN, os.O_RDONLY)
         try:
-            assert libc.setns(to, _CLONE_NEWNET) == 0
+            assert _libc.setns(side, _CLONE_NEWNET) == 0
             yield
         finally:
-            assert libc.setns(back, _CLONE_NEWNET) == 0
+            assert _libc.setns(back, _CLONE_NEWNET) == 0
             os.close(back)
-            os.close(to)
 
     def listener(self, address: str) -> socket.socket:
         """A listening socket in namespace *there*."""
@@ -72,11 +87,9 @@ class Pair:
 
     def mute(self, on: bool) -> None:
         """Nothing leaves *here* any more: the peers hear nothing, not even acknowledgements or resets."""
-        if on:
-            _run("tc", "-n", self.here, "qdisc", "replace", "dev", "veth", "root", "pfifo", "limit", "0")
-        else:
-            _run("tc", "-n", self.here, "qdisc", "delete", "dev", "veth", "root")
+        how = ("replace", "dev", "veth", "root", "pfifo", "limit", "0") if on else ("delete", "dev", "veth", "root")
+        self._in(self.here, "tc", "qdisc", *how)
 
     def close(self) -> None:
-        for name in (self.here, self.there):
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20, check=False)
+        for side in (self.here, self.there):
+            os.close(side)

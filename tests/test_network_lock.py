@@ -40,10 +40,6 @@ def pair() -> Iterator[Pair]:
     made.close()
 
 
-def _namespace(name: str) -> int:
-    return os.open(f"/run/netns/{name}", os.O_RDONLY)
-
-
 def _tables(namespace: int) -> list[str]:
     channel = nftables.open_channel(namespace)
     try:
@@ -93,7 +89,7 @@ def test_a_locked_connection_is_silent_and_no_other_is(pair: Pair, version: str)
         locked, other = pair.connect((address, port)), pair.connect((address, port))
         far = {sock.getpeername()[1]: sock for sock in (server.accept()[0], server.accept()[0])}
     near, free = (far[sock.getsockname()[1]] for sock in (locked, other))
-    namespace = _namespace(pair.here)
+    namespace = pair.here
     held = _lock(1, namespace, os.getpid())
     try:
         held.add([_of(near)])
@@ -119,7 +115,6 @@ def test_a_locked_connection_is_silent_and_no_other_is(pair: Pair, version: str)
             locked.recv(100)
     finally:
         held.close()
-        os.close(namespace)
         for sock in (locked, other, free):
             sock.close()
 
@@ -133,7 +128,7 @@ def _loopback(count: int) -> list[Connection]:
 
 def test_many_connections_at_once(pair: Pair) -> None:
     """More than fits into one message; a kept lock stays, a restore finds and removes it."""
-    namespace = _namespace(pair.here)
+    namespace = pair.here
     held = _lock(3, namespace, os.getpid())
     held.add(_loopback(2500))
     held.add(_loopback(1))  # what is locked already does no harm
@@ -153,11 +148,10 @@ def test_many_connections_at_once(pair: Pair) -> None:
     restored.open()
     restored.close()
     assert _tables(namespace) == []
-    os.close(namespace)
 
 
 def test_a_lock_that_was_not_kept_leaves_nothing(pair: Pair) -> None:
-    namespace = _namespace(pair.here)
+    namespace = pair.here
     for connections in ([], _loopback(1)):
         held = _lock(4, namespace, os.getpid())
         held.add(connections)
@@ -169,7 +163,6 @@ def test_a_lock_that_was_not_kept_leaves_nothing(pair: Pair) -> None:
     held.keep()  # of nothing
     held.close()
     assert _tables(namespace) == []
-    os.close(namespace)
 
 
 def test_what_cannot_be_locked_is_said_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +182,10 @@ def test_what_cannot_be_locked_is_said_when_it_matters(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["", "short", "x" * 36, "-" * 36, "../../0123456789abcdef0123456789abcdef"])
 def test_no_name_is_made_of_what_is_no_run_id(pair: Pair, name: str) -> None:
-    namespace = _namespace(pair.here)
+    namespace = pair.here
     made = lock.NftLock(name, lock.Note(lock.Process(os.getpid()), lock.Process(0, 0), "/images"), namespace)
     assert _tables(namespace) == [f"firn-{os.getpid()}"]
     made.close()
-    os.close(namespace)
 
 
 def test_notes_come_back() -> None:
@@ -293,7 +285,7 @@ class Story:
         self.client = Client(pair.connect((Pair.HERE[0], int(port.read_text()))))
         self.client.start()
         self.client.goes_on("at first")
-        self.namespace = _namespace(pair.here)
+        self.namespace = pair.here
         self.images = runner.folder
 
     def tables(self) -> list[str]:
@@ -316,7 +308,6 @@ class Story:
     def end(self) -> None:
         self.client.end()
         self.runner.kill(self.target)
-        os.close(self.namespace)
 
 
 @pytest.fixture
@@ -415,7 +406,7 @@ def test_a_restore_where_the_dump_was_not(story: Story) -> None:
 @needs_firn
 def test_unlock_is_careful(runner: Runner, pair: Pair, tmp_path: Path) -> None:
     runner.within = pair.command()
-    namespace = _namespace(pair.here)
+    namespace = pair.here
     busy = _lock(6, namespace, os.getpid())
     busy.add(_loopback(1))
     channel = nftables.open_channel(namespace)
@@ -435,7 +426,6 @@ def test_unlock_is_careful(runner: Runner, pair: Pair, tmp_path: Path) -> None:
     nftables.remove(channel, [foreign, "other"])
     busy.close()
     channel.close()
-    os.close(namespace)
 
 
 # -- iptables ----------------------------------------------------------------------------------------------------------

@@ -12,18 +12,24 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from harness import Runner, Target, firn_command, wait_until
 from namespaces import Pair
+from test_inet import ENTRY
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 
 from firn.abi import nr
 from firn.abi.libc import syscall
 from firn.abi.tcp import TCP_REPAIR
-from firn.errors import UsageError
+from firn.errors import FirnError, ImageError, UsageError
+from firn.images.store import ImageDir
+from firn.resources.base import INETSK, RestoreContext
 from firn.resources.sockets import remap
+from firn.resources.sockets.inet import InetSockets
 
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
@@ -472,3 +478,59 @@ def test_what_a_killed_dump_leaves_is_mended(runner: Runner, monkeypatch: pytest
         peer.sendall(b"echo")
         assert peer.recv(9) == b"echo"
     runner.kill(program.target)
+
+
+STREAM: dict[str, Any] = {
+    "inq_len": 3, "inq_seq": 1000, "outq_len": 4, "outq_seq": 2000, "opt_mask": 7, "snd_wscale": 7, "mss_clamp": 1460,
+    "rcv_wscale": 7, "timestamp": 5, "unsq_len": 2, "snd_wl1": 1000, "snd_wnd": 65536, "max_window": 65536,
+    "rcv_wnd": 65536, "rcv_wup": 1000,
+}  # fmt: skip
+
+
+def _stream(folder: Path, entry: dict[str, Any], image: dict[str, Any], lost: int = 0) -> None:
+    """Make the only connection of a checkpoint again, and let go of it."""
+    with ImageDir.open(str(folder), create_files=True) as images:
+        with images.writer("TCP_STREAM", 9) as writer:
+            writer.add(STREAM | image)
+            writer.payload(b"inqoutq")
+        os.truncate(folder / "tcp-stream-9.img", (folder / "tcp-stream-9.img").stat().st_size - lost)
+        connection = ENTRY | {"state": 1, "src_port": 29001, "dst_port": 29002, "dst_addr": [0x0100007F]} | entry
+        options = SimpleNamespace(tcp_close=False, tcp_established=True)
+        context = SimpleNamespace(files={(INETSK, 5): {"isk": connection}}, options=options, images=images)
+        kind = InetSockets()
+        try:
+            kind.open(5, {}, cast(RestoreContext, context))
+        finally:
+            kind.close()
+
+
+needs_admin = pytest.mark.skipif(os.geteuid() != 0, reason="TCP_REPAIR needs CAP_NET_ADMIN")
+
+
+@needs_admin
+def test_a_stream_without_its_program(tmp_path: Path) -> None:
+    _stream(tmp_path, {}, {})
+
+
+@needs_admin
+@pytest.mark.parametrize(
+    ("entry", "image"),
+    [
+        ({"state": 3}, {}), ({"state": 6}, {}), ({"ino": 8}, {}), ({"src_port": 0}, {}), ({"dst_port": 0}, {}),
+        ({}, {"unsq_len": 5}), ({}, {"snd_wscale": 15}), ({}, {"rcv_wscale": 1 << 31}), ({}, {"mss_clamp": 0}),
+        ({}, {"mss_clamp": 1 << 16}), ({}, {"rcv_wup": 5000}), ({}, {"snd_wl1": 1 << 31}), ({"state": 5}, {}),
+        ({"state": 2}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_stream_is_one_error(tmp_path: Path, entry: dict[str, Any], image: dict[str, Any]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FirnError):
+        _stream(tmp_path, entry, image)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@needs_admin
+def test_a_cut_stream_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="tcp-stream-9"):
+        _stream(tmp_path, {}, {}, lost=1)

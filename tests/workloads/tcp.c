@@ -266,7 +266,7 @@ static void queues_harm(void)
 /* ---- half closed ----
  * 0: client FIN-WAIT-2, server CLOSE-WAIT, nothing queued       1: the same, unread data on both sides
  * 2: client FIN-WAIT-1 behind data that does not fit, server established
- * 3: shut for reading only                                      4: closed on both sides, descriptors still open */
+ * 3: shut for reading only                                      4: closed on both sides, descriptors still open, unread */
 static void half_set(void)
 {
 	connect_three();
@@ -283,6 +283,7 @@ static void half_set(void)
 	NEED(!shutdown(pairs[2].client, SHUT_WR) && write(pairs[2].server, sent, 100) == 100);
 	NEED(!shutdown(pairs[3].client, SHUT_RD));
 	NEED(!shutdown(pairs[4].client, SHUT_WR) && in_state(pairs[4].server, TCP_CLOSE_WAIT));
+	NEED(write(pairs[4].server, sent, 500) == 500);
 	NEED(!shutdown(pairs[4].server, SHUT_WR) && in_state(pairs[4].server, TCP_CLOSE));
 	NEED(in_state(pairs[0].client, TCP_FIN_WAIT2) && in_state(pairs[0].server, TCP_CLOSE_WAIT));
 	NEED(in_state(pairs[1].client, TCP_FIN_WAIT2) && in_state(pairs[1].server, TCP_CLOSE_WAIT));
@@ -314,6 +315,7 @@ static int half_check(void)
 	CHECK(poll(&shut, 1, 0) == 1);
 	CHECK_ALL(ends(pairs[3].client));
 	CHECK(write(pairs[3].client, "one way", 7) == 7 && recv(pairs[3].server, got, 7, MSG_WAITALL) == 7);
+	CHECK_ALL(takes(pairs[4].client, 500));
 	for (int i = 0; i < 5; i++) {
 		/* So that the last one to close is not the one that has the port of the listening socket. */
 		CHECK(!shutdown(pairs[i].server, SHUT_WR) || i == 4);

@@ -61,6 +61,7 @@ MESSAGES = {
         1 options firn_option*
         2 groups firn_group*
         3 datagrams firn_datagram*
+        4 unread bytes?
     """,
     "firn_option": """
         1 level u32?

@@ -1,10 +1,10 @@
 """Internet sockets (images: inet_sk_entry): how they are saved; :mod:`inet_rebuild` beside this brings them back.
 
-State owned: addresses, whether it listens and for how many, options, multicast groups, datagrams that wait (firn's own
-fields: the images have no place for options beyond a few, groups and datagrams). Kernel: getsockopt(2) on a copy of the
-descriptor, TCP_INFO for the state, sock_diag(7) for shutdown, peeking for datagrams. A connection's stream is
-:mod:`tcp`'s. What goes wrong: what was half sent; datagrams that cannot be sent again as if by their sender;
-connections that nobody has accepted yet, of which nobody has a descriptor.
+State owned: addresses, whether it listens and for how many, options, multicast groups, datagrams that wait, what was
+not read of a TCP connection that is over (firn's own fields: the images have no place for options beyond a few, groups,
+datagrams, rests). Kernel: getsockopt(2) on a copy of the descriptor, TCP_INFO for the state, sock_diag(7) for shutdown,
+peeking for datagrams. A connection's stream is :mod:`tcp`'s. What goes wrong: what was half sent; datagrams that cannot
+be sent again as if by their sender; connections that nobody has accepted yet, of which nobody has a descriptor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import struct
 
 from firn.abi import poll
-from firn.abi.tcp import INFO, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
+from firn.abi.tcp import INFO, SIOCINQ, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
 from firn.errors import Obstacle
 from firn.host import holders, sockdiag
 from firn.resources.base import Kind
@@ -37,7 +37,8 @@ ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, TCP_CLOSE, TCP_LISTEN
 STATES = tcp.STATES
 _PROTOCOLS = {1: "ping (ICMP)", 33: "DCCP", 58: "ping (ICMPv6)", 132: "SCTP", 262: "MPTCP"}
 _UDP_CORK = 1
-_SIOCGSKNS, _FIONREAD, _TIOCOUTQ = 0x894C, 0x541B, 0x5411
+_SIOCGSKNS, _TIOCOUTQ = 0x894C, 0x5411
+_MSG_PEEK, _MSG_DONTWAIT = 2, 0x40
 _CLOSE_IT = "close it before the dump"
 
 
@@ -96,6 +97,9 @@ class InetSockets(Kind):
         shutdown = listed.shutdown if listed is not None else self._shutdown(copy, message, over)
         if shutdown:
             message["shutdown"] = shutdown
+        unread = tcp.count(copy, SIOCINQ) if over else 0
+        if unread:
+            message.setdefault("firn", {})["unread"] = copy.recv(unread, _MSG_PEEK | _MSG_DONTWAIT)
         if copy.type == DGRAM:
             own = message.setdefault("firn", {})
             own["groups"] = inet_options.memberships(copy)
@@ -232,9 +236,6 @@ def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[
         return 0, 0
     if copy.getsockopt(TCP, TCP_REPAIR):
         context.refuse(open, "is in repair mode (TCP_REPAIR): somebody is at work on it", _CLOSE_IT)
-        return 0, 0
-    if tcp.count(copy, _FIONREAD):
-        context.refuse(open, "is a TCP socket whose connection is over, with data that was not read", _CLOSE_IT)
         return 0, 0
     return CLOSE, 0
 

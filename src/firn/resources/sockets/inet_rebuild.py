@@ -217,6 +217,11 @@ class InetRebuild:
     def _connect(self, made: Made) -> None:
         if made.stream is not None:
             made.stream.connect(made.address("dst"))
+        unread = made.entry.get("firn", {}).get("unread")
+        if unread and made.entry["type"] == STREAM and made.entry["state"] == CLOSE:
+            from firn.resources.sockets.tcp_rebuild import end_with
+
+            end_with(str(made), made.get(), unread, made.entry["opts"])
 
     def _fill(self, made: Made) -> None:
         if made.entry["type"] == DGRAM:

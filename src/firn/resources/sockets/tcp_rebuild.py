@@ -25,6 +25,8 @@ from firn.abi import fcntl as fc
 from firn.abi.tcp import (
     INFO,
     REPAIR_OPT,
+    SIOCINQ,
+    SIOCOUTQ,
     TCP_CLOSE,
     TCP_CLOSE_WAIT,
     TCP_CLOSING,
@@ -58,8 +60,8 @@ from firn.abi.tcp import (
 )
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options, packets
-from firn.resources.sockets.inet_options import TCP
-from firn.resources.sockets.tcp import FIN_QUEUED, FIN_RECEIVED, STATES, WINDOW_FIELDS, switch_off
+from firn.resources.sockets.inet_options import AF_INET6, TCP
+from firn.resources.sockets.tcp import FIN_QUEUED, FIN_RECEIVED, STATES, WINDOW_FIELDS, count, switch_off
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ _WORD = 1 << 32
 _ROOM = 1 << 20
 _SHUT_RD, _SHUT_WR = 0, 1
 _MSG_DONTWAIT = 0x40
+_SO_ERROR = 4
 _PATIENCE_S = 5.0
 _OPEN_WINDOW = 0xFFFF
 
@@ -151,7 +154,7 @@ class Stream:
             self._close(late=False)
             # Before the peer can hear of so much room.
             if self._image["inq_len"]:
-                self._set_buffer(options.SO_RCVBUF, "so_rcvbuf")
+                _own_size(self.sock, options.SO_RCVBUF, self.entry["opts"])
             self._set_window()
         except OSError as error:
             raise RestoreError(f"{self.name} cannot be connected again: {error.strerror}") from None
@@ -175,24 +178,12 @@ class Stream:
         received = image["inq_len"]
         sent = received + image["outq_len"] - image.get("unsq_len", 0)
         if received:
-            self._make_room(options.SO_RCVBUF, received)
+            _make_room(self.sock, options.SO_RCVBUF, received)
             self._put(TCP_RECV_QUEUE, data[:received])
         if image["outq_len"]:
-            self._make_room(options.SO_SNDBUF, image["outq_len"])
+            _make_room(self.sock, options.SO_SNDBUF, image["outq_len"])
             self._put(TCP_SEND_QUEUE, data[received:sent])
         self._data = self._data[sent:]
-
-    def _make_room(self, option: int, size: int) -> None:
-        """Small segments take several times their size; the buffer's own size comes back at the end."""
-        room = max(4 * size + _ROOM, self.sock.getsockopt(options.SOL_SOCKET, option))
-        options.set_buffer(self.sock, option, min(room, (1 << 31) - 2))
-
-    def _set_buffer(self, option: int, name: str) -> None:
-        """The buffer's own size again, and whether the kernel may change it."""
-        entry = self.entry["opts"]
-        options.set_buffer(self.sock, option, entry[name])
-        if "so_buf_lock" in entry:
-            self.sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
 
     def _put(self, queue: int, data: memoryview) -> None:
         if not data:
@@ -293,7 +284,7 @@ class Stream:
             if self.entry.get("shutdown", 0) & 1 and self.state not in FIN_RECEIVED:
                 self.sock.shutdown(_SHUT_RD)
             if self._image["outq_len"]:
-                self._set_buffer(options.SO_SNDBUF, "so_sndbuf")
+                _own_size(self.sock, options.SO_SNDBUF, self.entry["opts"])
         except OSError as error:
             raise RestoreError(f"{self.name} cannot go on: {error.strerror}") from None
 
@@ -307,3 +298,50 @@ class Stream:
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, "connect")
 
+
+
+def _make_room(sock: socket, option: int, size: int) -> None:
+    """For *size* bytes in a buffer: in small segments they take several times as much."""
+    room = max(4 * size + _ROOM, sock.getsockopt(options.SOL_SOCKET, option))
+    options.set_buffer(sock, option, min(room, (1 << 31) - 2))
+
+
+def _own_size(sock: socket, option: int, entry: dict[str, Any]) -> None:
+    """The buffer's own size again, and whether the kernel may change it."""
+    options.set_buffer(sock, option, entry["so_sndbuf" if option == options.SO_SNDBUF else "so_rcvbuf"])
+    if "so_buf_lock" in entry:
+        sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
+
+
+def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> None:
+    """Make *sock*, which is new, one whose connection is over while *data* is still to be read.
+
+    A connection over loopback is reset by its other end: that leaves nothing behind, and what has arrived stays.
+    """
+    import _socket
+
+    server = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
+    try:
+        server.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+        server.listen(1)
+        _make_room(sock, options.SO_RCVBUF, len(data))
+        sock.connect(server.getsockname())
+        fd, _ = server._accept()  # type: ignore[attr-defined]
+        other = _socket.socket(fileno=fd)
+        try:
+            other.sendall(data)
+            end = time.monotonic() + _PATIENCE_S
+            while count(other, SIOCOUTQ) and time.monotonic() < end:
+                time.sleep(0.0005)
+            other.setsockopt(options.SOL_SOCKET, options.SO_LINGER, struct.pack("<ii", 1, 0))
+        finally:
+            other.close()
+        while not sock.getsockopt(options.SOL_SOCKET, _SO_ERROR) and time.monotonic() < end:
+            time.sleep(0.0005)
+        if count(sock, SIOCINQ) != len(data):
+            raise RestoreError(f"{name} does not get back what was not read", "a firewall may drop it")
+        _own_size(sock, options.SO_RCVBUF, entry)
+    except OSError as error:
+        raise RestoreError(f"{name} does not get back what was not read: {error.strerror}") from None
+    finally:
+        server.close()
