@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from harness import Runner, Target, firn_command, wait_until
 from namespaces import Pair
 
 from firn.errors import KernelError
-from firn.host import nftables
+from firn.host import iptables, nftables
 from firn.host.nftables import Connection
+from firn.images.store import ImageDir
 from firn.resources.network import lock
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="locking needs root")
@@ -38,8 +40,8 @@ def pair() -> Iterator[Pair]:
     made.close()
 
 
-def _namespace(name: str) -> int:
-    return os.open(f"/run/netns/{name}", os.O_RDONLY)
+def _namespace(side: int) -> int:
+    return os.dup(side)
 
 
 def _tables(namespace: int) -> list[str]:
@@ -403,9 +405,11 @@ def test_a_restore_where_the_dump_was_not(story: Story) -> None:
     wait_until("the server is dead", story.target.ended)
     with_table = story.unlock("-D", str(story.images))
     assert "removed" in with_table and "nothing is locked" in story.unlock("-D", str(story.images))
-    wait_until("the client has noticed", lambda: "Reset" in story.client.problem)
-    story.target = story.runner.restore(story.images, story.target, OPTION)
-    assert story.tables() == []
+    wait_until("the client has noticed", lambda: bool(story.client.problem))
+    code, output = story.runner.try_restore(story.images, OPTION)
+    assert code == 0 and story.tables() == [], output
+    story.target = Target(story.target.pid, None)
+    wait_until("the server learns that its client is gone", story.target.ended)
 
 
 @needs_firn
@@ -432,3 +436,76 @@ def test_unlock_is_careful(runner: Runner, pair: Pair, tmp_path: Path) -> None:
     busy.close()
     channel.close()
     os.close(namespace)
+
+
+# -- iptables ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _within(pair: Pair) -> Iterator[None]:
+    """In the namespace, with iptables that works there; skips where there is none."""
+    with pair._inside(pair.here):
+        if not iptables.available() or subprocess.run(["iptables-save"], capture_output=True, check=False).returncode:
+            pytest.skip("iptables is not installed, or not in this kernel")
+        yield
+
+
+def test_rules_of_iptables(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no nf_tables: a lock by rules, and its end. Other rules stay."""
+    with _within(pair):
+        other = "-A INPUT -s 10.0.0.1/32 -d 10.0.0.2/32 -p tcp -m tcp --sport 1 --dport 2 -j DROP"
+        subprocess.run(["iptables", *other.split()], check=True)
+        saved = [line for line in _saved() if line[:1] == "-"]
+
+        def missing(namespace: int = -1) -> None:
+            raise OSError(93, "no nf_tables")
+
+        monkeypatch.setattr(nftables, "open_channel", missing)
+        held = lock.for_dump("iptables", RUN_ID.format(8), os.getpid(), "/images")
+        held.add(_loopback(2))
+        assert held.method == lock.IPTABLES and held.used
+        assert {each.key() for each in iptables.locked()} == {each.key() for each in _loopback(2)}
+        held.keep()
+        held.close()
+        restored = lock.for_restore(RUN_ID.format(8), "/images", lock.IPTABLES)
+        restored.add(_loopback(3))
+        restored.close()  # it has failed
+        assert len(iptables.locked()) == 4
+        restored = lock.for_restore(RUN_ID.format(8), "/images", lock.IPTABLES)
+        restored.add(_loopback(3))
+        restored.open()
+        restored.close()
+        assert [line for line in _saved() if line[:1] == "-"] == saved
+
+
+def _saved() -> list[str]:
+    return subprocess.run(["iptables-save"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@needs_firn
+def test_a_restore_deletes_the_rules_of_another_tool(story: Story, pair: Pair) -> None:
+    """CRIU locks with iptables by default. The image then says so."""
+    with _within(pair):
+        pass
+    assert story.dump() == 0
+    wait_until("the server is dead", story.target.ended)
+    with _within(pair):
+        near = Connection(2, *_end(pair.HERE[0], story.client.sock.getpeername()[1]),
+                          *_end(pair.THERE[0], story.client.sock.getsockname()[1]))  # fmt: skip
+        iptables.add([near])
+    channel = nftables.open_channel(story.namespace)
+    nftables.remove(channel, [name for name in _tables(story.namespace) if name.startswith("CRIU-")])
+    channel.close()
+    assert "kept" in story.unlock() and story.client.stands_still()
+    images = ImageDir.open(str(story.images), create_files=True)
+    inventory = images.read_one("INVENTORY")
+    inventory["network_lock_method"] = lock.IPTABLES
+    images.commit(inventory)
+    images.close()
+    story.restore()
+    with _within(pair):
+        assert iptables.locked() == []
+
+
+def _end(address: str, port: int) -> tuple[bytes, int]:
+    return socket.inet_aton(address), port

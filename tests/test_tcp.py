@@ -22,6 +22,9 @@ from test_inet import ENTRY
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 
+from firn.abi import nr
+from firn.abi.libc import syscall
+from firn.abi.tcp import TCP_REPAIR
 from firn.errors import FirnError, ImageError, UsageError
 from firn.images.store import ImageDir
 from firn.resources.base import INETSK, RestoreContext
@@ -435,6 +438,46 @@ def test_a_connection_that_somebody_outside_has_too_is_refused(runner: Runner) -
         assert served.recv(9) == b"still"
         served.close()
         runner.kill(target)
+
+
+PATIENT = BEGIN + """
+server = socket.create_server(("127.0.0.1", 0))
+tell("port", server.getsockname()[1])
+sock = server.accept()[0]
+tell("connected", sock.fileno())
+while True:
+    time.sleep(0.01)
+    try:
+        sock.sendall(sock.recv(65536) or b"end")
+    except PermissionError:
+        tell("silenced")
+"""
+
+
+@needs_firn
+@pytest.mark.parametrize("how", ["dump", "unlock"])
+def test_what_a_killed_dump_leaves_is_mended(runner: Runner, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Killed before the end of the tree, or, what hardly happens by itself, while it was reading a connection."""
+    program = Program(runner, PATIENT)
+    with socket.create_connection(("127.0.0.1", int(program.wait_for("port"))), 20) as peer:
+        number = int(program.wait_for("connected"))
+        monkeypatch.setenv("FIRN_FAULT", "kill:dump.end.locked")
+        code, _, images = runner.try_dump(program.target, *OPTION)
+        monkeypatch.delenv("FIRN_FAULT")
+        assert code == -signal.SIGKILL
+        pidfd = os.pidfd_open(program.target.pid)
+        with socket.socket(fileno=syscall("pidfd_getfd", nr.pidfd_getfd, pidfd, number, 0)) as copy:
+            copy.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        os.close(pidfd)
+        for number in (signal.SIGSTOP, signal.SIGCONT):  # it calls recv(2) again
+            os.kill(program.target.pid, number)
+        program.wait_for("silenced")
+        if how == "dump":
+            program.dump("--leave-running")
+        assert runner.firn("unlock", "-D", str(images))[0] == 0
+        peer.sendall(b"echo")
+        assert peer.recv(9) == b"echo"
+    runner.kill(program.target)
 
 
 STREAM: dict[str, Any] = {

@@ -7,9 +7,10 @@ the connections of a finished dump quiet until they are restored; CRIU's locks c
 from __future__ import annotations
 
 from firn.errors import FirnError
-from firn.host import nftables
-from firn.images.store import ImageDir
+from firn.host import iptables, nftables
+from firn.images.store import ImageDir, read_files
 from firn.resources.network import lock
+from firn.resources.sockets.connections import connections
 from firn.resources.sockets.repair import end_repair
 
 TYPE_CHECKING = False
@@ -66,6 +67,24 @@ def unlock(directory: str | None, everything: bool) -> Iterator[str]:
             yield _treat(channel, each, everything or directory is not None)
     finally:
         channel.close()
+    yield from _rules(directory, everything)
+
+
+def _rules(directory: str | None, everything: bool) -> Iterator[str]:
+    """Rules of iptables, of which nobody knows whose they are."""
+    there = iptables.locked() if iptables.available() else []
+    if directory is not None and there:
+        images = ImageDir.open(directory)
+        try:
+            wanted = {each.key() for each in connections(read_files(images))}
+        finally:
+            images.close()
+        there = [each for each in there if each.key() in wanted]
+    asked = everything or directory is not None
+    if asked:
+        iptables.remove(there)
+    for each in there:
+        yield f"iptables: {each!r}; {'removed' if asked else 'kept (firn unlock -D DIR or --all removes it)'}"
 
 
 def _of_checkpoint(found: list[Found], directory: str) -> list[Found]:

@@ -130,8 +130,9 @@ class Restore:
         from firn.resources.sockets.connections import connections
 
         found = connections(files)
-        if found and inventory.get("network_lock_method", lock.IPTABLES) != lock.SKIP:
-            self.lock = lock.for_restore(inventory.get("dump_criu_run_id", ""), self.options.images_dir)
+        method = inventory.get("network_lock_method", lock.IPTABLES)
+        if found and method != lock.SKIP:
+            self.lock = lock.for_restore(inventory.get("dump_criu_run_id", ""), self.options.images_dir, method)
             try:
                 self.lock.add(found)
             except KernelError as error:

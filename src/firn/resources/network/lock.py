@@ -20,6 +20,10 @@ ID is the run id of the dump (``dump_criu_run_id`` of the inventory), so the res
 CRIU's restore removes the table ``CRIU-ID`` as it does its own. Tables that vanish with their maker are new in Linux
 5.13; before, ``firn-ID`` stays too, and ``firn unlock`` removes it.
 
+Both words of ``--network-lock``, iptables (CRIU's and our default) and nftables, mean nf_tables, and the image says so
+to CRIU. Only where the kernel has none, iptables means rules of iptables, which stay if firn is killed. The rules of a
+dump by CRIU are deleted by the restore.
+
 What goes wrong: connections of another link or VRF with the same addresses and ports are locked too. A packet that
 another processor is handling in the microseconds of the change can still get through.
 """
@@ -30,7 +34,7 @@ import errno
 import os
 
 from firn.errors import KernelError, RestoreError
-from firn.host import nftables, procfs
+from firn.host import iptables, nftables, procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,13 +143,15 @@ class NftLock(Lock):
     """A lock by tables of nf_tables.
 
     *run_id* is that of the dump. Only a dump, whose *note* names a tree, can keep its lock. *namespace* is a descriptor
-    of the network namespace (-1: ours). Most of the work is done here, so before a freeze.
+    of the network namespace (-1: ours). With *rules*, the dump may have used iptables. Most of the work is done here,
+    so before a freeze.
     """
 
     method = NFTABLES
 
-    def __init__(self, run_id: str, note: Note, namespace: int = -1) -> None:
+    def __init__(self, run_id: str, note: Note, namespace: int = -1, rules: bool = False) -> None:
         super().__init__()
+        self._rules = rules
         # Not more of what an image says than what can be a run id gets into a name.
         known = len(run_id) == len(run_id.strip("-")) == _ID_LENGTH and not run_id.strip("0123456789abcdefABCDEF-")
         self._held = HELD + run_id if known else ""
@@ -194,6 +200,8 @@ class NftLock(Lock):
         """Remove all tables of this dump."""
         if self._channel is None:
             return
+        if self._rules and iptables.available():
+            iptables.remove(self._connections)
         remove_tables(self._channel, (self._held, self._own))
         self._kept = False
 
@@ -224,6 +232,43 @@ def _remove_stale(channel: Channel, name: str) -> None:
             nftables.remove(channel, [name])
 
 
+class IptablesLock(Lock):
+    """A lock by rules of iptables, where the kernel has no nf_tables. They stay if firn is killed."""
+
+    method = IPTABLES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._added: list[Connection] = []
+        self._all: list[Connection] = []
+
+    def add(self, connections: Iterable[Connection]) -> None:
+        """Lock *connections*."""
+        more = list(connections)
+        if not more:
+            return
+        self.used = True
+        there = {each.key() for each in iptables.locked()}
+        new = [each for each in more if each.key() not in there]
+        iptables.add(new)
+        self._added += new
+        self._all += more
+
+    def keep(self) -> None:
+        """Nothing is undone at the end."""
+        self._added = []
+
+    def open(self) -> None:
+        """Delete all rules of the connections."""
+        iptables.remove(self._all)
+        self._added, self._all = [], []
+
+    def close(self) -> None:
+        """Delete the rules that were not there before."""
+        iptables.remove(self._added)
+        self._added = []
+
+
 class Broken(Lock):
     """A lock that could not be made, which matters only if there is a connection to lock."""
 
@@ -243,17 +288,23 @@ def for_dump(method: str, run_id: str, tree: int, directory: str) -> Lock:
     try:
         return NftLock(run_id, Note(Process(os.getpid()), Process(tree), directory))
     except OSError as error:
-        return Broken(str(error))
+        return _other(error, method == "iptables")
 
 
-def for_restore(run_id: str, directory: str) -> Lock:
+def for_restore(run_id: str, directory: str, method: int) -> Lock:
     """The lock of a restore of what the dump *run_id*, here or on another machine, has saved into *directory*.
 
+    *method* is the dump's (``network_lock_method``): rules of iptables, if there are any, go with the lock.
     Raises :class:`RestoreError` if the same is being restored already.
     """
     try:
-        return NftLock(run_id, Note(Process(os.getpid()), Process(0, 0), directory))
+        return NftLock(run_id, Note(Process(os.getpid()), Process(0, 0), directory), rules=method == IPTABLES)
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise RestoreError("another restore of this checkpoint is at work", "wait for it") from error
-        return Broken(str(error))
+        return _other(error, True)
+
+
+def _other(error: OSError, allowed: bool) -> Lock:
+    """What takes the place of nf_tables, which gave *error*."""
+    return IptablesLock() if allowed and iptables.available() else Broken(str(error))
