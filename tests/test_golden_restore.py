@@ -13,6 +13,8 @@ import pytest
 from harness import Beat, Runner, Target, firn_command, wait_until
 from images.shared import shared
 
+pytestmark = pytest.mark.xdist_group("golden")
+
 PLACE = Path("/opt/firn-golden")  # the images name files there
 PIDS = {
     "small": 31000, "memory": 31100, "ghost": 31200, "threads": 31300, "tree": 31400, "pipes": 31500, "events": 31600,
