@@ -340,24 +340,25 @@ def test_stopped_trees_stay_locked(story: Story) -> None:
     story.client.goes_on("continued")
 
 
-POINTS = ("freeze.done", "collect.done", "contents.done", "commit.done", "end.locked", "end.done")
+POINTS = ("freeze.done", "collect.done", "contents.done", "commit.done", "end.locked", "end.killed")
+DEAD = POINTS[-1]
 
 
 @needs_firn
 @pytest.mark.parametrize("how", ["kill", "fail"])
 def test_a_dump_cut_off(story: Story, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is locked afterwards, or firn unlock says what to do. (After end.done the tree is dead.)"""
+    """Nothing is locked afterwards, or firn unlock says what to do. (At the last point the tree is dead.)"""
     for point in POINTS[: -1 if how == "fail" else None]:
         monkeypatch.setenv("FIRN_FAULT", f"{how}:dump.{point}")
         assert story.dump() != 0
         monkeypatch.delenv("FIRN_FAULT")
         if how == "fail":
             assert story.tables() == [], point
-        elif point != "end.done":
+        elif point != DEAD:
             assert story.tables() == ["CRIU-"], point
             assert "removed" in story.unlock(), point
             assert story.tables() == [], point
-        if point == "end.done":
+        if point == DEAD:
             wait_until("the server is dead", story.target.ended)
             assert "waits for the restore" in story.unlock() and story.tables() == ["CRIU-"]
             story.restore()

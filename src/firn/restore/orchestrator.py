@@ -195,7 +195,6 @@ class Restore:
             task.make_ready()
         if self.lock is not None:
             self.lock.open()
-            faults.point("restore.resume.unlocked")
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         assert self.opener is not None
         self.opener.resume()
