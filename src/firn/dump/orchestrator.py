@@ -21,14 +21,14 @@ import time
 from firn import faults
 from firn.abi import nr
 from firn.abi.cpuid import xsave_layout
-from firn.abi.libc import address_of, syscall
+from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
 from firn.dump.tree import FrozenTree, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, restart
+from firn.resources import base, process, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
     from firn.resources.network.lock import Lock
-
-
-_RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
 
 
 class Dump:
@@ -86,7 +83,7 @@ class Dump:
         xsave_layout()
         self.images.clear_old()
         self.first_pages = self._pages_file(1)
-        _raise_fd_limit()
+        process.raise_own_limit()
         if self.options.fork_snapshot:
             from firn.dump.snapshot import take_all
 
@@ -281,15 +278,6 @@ def _save_stats(work: Dump) -> None:
 def dump(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]:
     """The entry for :mod:`firn.api`."""
     return run(options, log, post_dump)
-
-
-def _raise_fd_limit() -> None:
-    # Not by the resource module: to load its shared library costs more than the rest of this phase.
-    limit = bytearray(16)
-    syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, 0, address_of(limit))
-    hard = limit[8:]
-    if limit[:8] != hard:
-        syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, address_of(hard + hard), 0)
 
 
 def _run_id() -> str:

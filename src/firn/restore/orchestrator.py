@@ -25,7 +25,7 @@ from firn.host import features
 from firn.images.store import ImageDir
 from firn.resources import base, cgroups, creds
 from firn.resources.files.reopen import Opener
-from firn.resources.process import fit_limits
+from firn.resources.process import fit_limits, raise_own_limit
 from firn.resources.threads import xstate
 from firn.restore import birth
 from firn.restore.clocks import TimeNamespace
@@ -111,6 +111,8 @@ class Restore:
     def open(self) -> None:
         """Lock connections, open all files."""
         checkpoint = self.checkpoint
+        if not self.options.exec_cmd:  # which would inherit it
+            raise_own_limit()
         self._lock()
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
