@@ -28,6 +28,7 @@ from firn.abi.tcp import TCP_REPAIR
 from firn.errors import FirnError, ImageError, UsageError
 from firn.images.store import ImageDir
 from firn.resources.base import INETSK, RestoreContext
+from firn.resources.files.external import Inherited
 from firn.resources.sockets import remap
 from firn.resources.sockets.inet import InetSockets
 
@@ -496,7 +497,8 @@ def _stream(folder: Path, entry: dict[str, Any], image: dict[str, Any], lost: in
         os.truncate(folder / "tcp-stream-9.img", (folder / "tcp-stream-9.img").stat().st_size - lost)
         connection = ENTRY | {"state": 1, "src_port": 29001, "dst_port": 29002, "dst_addr": [0x0100007F]} | entry
         options = SimpleNamespace(tcp_close=False, tcp_established=True)
-        context = SimpleNamespace(files={(INETSK, 5): {"isk": connection}}, options=options, images=images)
+        files = {(INETSK, 5): {"isk": connection}}
+        context = SimpleNamespace(files=files, options=options, images=images, inherited=Inherited([]))
         kind = InetSockets()
         try:
             kind.open(5, {}, cast(RestoreContext, context))
