@@ -366,6 +366,28 @@ def test_a_dump_cut_off(story: Story, how: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_firn
+def test_sockets_that_say_goodbye_are_no_hindrance(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without unread data, a socket whose last owner was a killed firn goes on to send its FIN, which is dropped."""
+    client = story.client
+    client.over = True
+    client.sender.join(30)
+    assert client.stands_still()
+    monkeypatch.setenv("FIRN_FAULT", f"kill:dump.{DEAD}")
+    assert story.dump() != 0
+    monkeypatch.delenv("FIRN_FAULT")
+    wait_until("the server is dead", story.target.ended)
+    code, output = story.runner.try_restore(story.images, OPTION)
+    if "the same connection exists" in output:
+        pytest.skip("this kernel does not remove such sockets on demand")
+    assert code == 0, output
+    story.target = Target(story.target.pid, None)
+    for text in (b"for the other thread", b"still there?"):
+        client.sock.sendall(text)
+        client.join(30)
+    assert _gets(client.sock, text)
+
+
+@needs_firn
 def test_a_restore_cut_off(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dump's lock stays, and a further restore brings all back."""
     assert story.dump() == 0

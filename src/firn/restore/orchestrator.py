@@ -139,6 +139,7 @@ class Restore:
         wanted = self.options.tcp_established and not self.options.tcp_close
         if not wanted or not any(kind == base.INETSK for kind, _ in files):
             return
+        from firn.host.sockdiag import destroy_orphans
         from firn.resources.network import lock
         from firn.resources.sockets.connections import connections
 
@@ -148,8 +149,11 @@ class Restore:
             self.lock = lock.for_restore(inventory.get("dump_criu_run_id", ""), self.options.images_dir, method)
             try:
                 self.lock.add(found)
-            except KernelError as error:
-                self.log.warn(f"{error.message}; their peers may see the restore")
+                # A dump that was killed when the tree was just dead leaves sockets that want to say goodbye.
+                destroy_orphans(found)
+            except (KernelError, OSError) as error:
+                why = error.message if isinstance(error, KernelError) else error
+                self.log.warn(f"{why}; the peers of connections may see the restore")
 
     def birth(self) -> None:
         """Make the root task."""
