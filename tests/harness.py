@@ -143,6 +143,8 @@ class Runner:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # What firn is run by: a command that takes it and its arguments.
+        self.within: list[str] = []
         self.environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
         self._images = 0
         self._first_dump = 0.0
@@ -232,7 +234,7 @@ class Runner:
         # A file, not a pipe: a restored task that wrongly kept firn's output must not keep the test waiting.
         with output.open("wb") as stream:
             done = subprocess.run(
-                [_firn(), *words],
+                [*self.within, _firn(), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

@@ -73,6 +73,7 @@ def collect(dump: Dump) -> Collected:
     """Collect the frozen tree of *dump*; what cannot be saved is in the obstacles of the result."""
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
+    got.collector.context.lock = dump.lock
     try:
         _check_borders(tree, got, dump.options.shell_job)
         for mine in got.tasks:
@@ -88,7 +89,7 @@ def collect(dump: Dump) -> Collected:
             running = [Questions(mine, dump.partners) for mine in got.tasks[first : first + _AT_ONCE]]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
-        _identity(tree, got, dump.options.tcp_close)
+        _identity(tree, got, dump)
     except BaseException:
         got.close()
         raise
@@ -96,6 +97,8 @@ def collect(dump: Dump) -> Collected:
 
 
 _AT_ONCE = 64
+_NO_LOCK = 2
+"""network_lock_method of an inventory: skip."""
 
 
 def _collect_descriptors(tree: FrozenTree, got: Collected) -> None:
@@ -208,7 +211,7 @@ def _same_outside(pid: int, other: int, what: int) -> bool:
         return False
 
 
-def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
+def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
@@ -217,10 +220,13 @@ def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
         got.zombies.append((zombie.pid, _zombie_core(zombie)))
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
-    got.inventory = {"tcp_close": True} if tcp_close else {}
+    got.inventory = {"tcp_close": True} if dump.options.tcp_close else {}
+    lock = dump.lock if dump.lock is not None and dump.lock.used else None
     got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,
-        "root_cg_set": cgroups.ROOT_SET, "lsmtype": 0, "network_lock_method": 2, "dump_criu_run_id": _run_id(),
+        "root_cg_set": cgroups.ROOT_SET, "lsmtype": 0,
+        "network_lock_method": lock.method if lock is not None else _NO_LOCK,
+        "dump_criu_run_id": dump.run_id,
     }  # fmt: skip
 
 
@@ -252,8 +258,3 @@ def _zombie_core(zombie: Zombie) -> dict[str, Any]:
         "rlimits": {"rlimits": []}, "sigactions": [],
     }  # fmt: skip
     return {"mtype": 1, "tc": tc}
-
-
-def _run_id() -> str:
-    raw = os.urandom(16).hex()
-    return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"

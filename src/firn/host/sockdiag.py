@@ -9,7 +9,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-AF_UNIX, AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC = 1, 16, 3, 0o2000000
+    from firn.host.nftables import Connection
+
+AF_UNIX, AF_INET, AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC = 1, 2, 16, 3, 0o2000000
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
 NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 1, 0x300, 0x10
@@ -23,7 +25,16 @@ ESTABLISHED, CLOSE, LISTEN = 1, 7, 10
 """States; the numbers are those of TCP."""
 INET_DIAG_REQ = struct.Struct("<BBBxI48x")
 INET_DIAG_MSG = struct.Struct("<BBBB48x4xIIII")
-INET_SHUTDOWN = 8
+INET_SHUTDOWN, INET_MD5SIG = 8, 18
+_TCP = 6
+_CONNECTED = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
+"""The states of a connection that a descriptor can have, as bits."""
+_SOCK_DESTROY = 21  # linux/sock_diag.h
+_TCP = 6
+_ENDING = (4, 9, 11)
+"""FIN-WAIT-1, LAST-ACK, CLOSING (net/tcp_states.h)."""
+_ENDS = struct.Struct(">HH16s16s")
+"""struct inet_diag_sockid: ports and addresses."""
 _RECEIVE = 1 << 17
 _TRIES = 5
 
@@ -77,6 +88,54 @@ def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
             if kind == INET_SHUTDOWN and data[0]:
                 found[inode] = data[0]
     return found
+
+
+class TcpConnection:
+    """What of a connection only the kernel's list tells: its ``peer`` (address in network order, port), how it is shut
+    (``shutdown``: 1 for reading, 2 for writing, 3 both), whether its segments are signed (TCP-MD5)."""
+
+    __slots__ = ("peer", "shutdown", "signed")
+
+    def __init__(self, payload: bytes) -> None:
+        family = payload[0]
+        self.peer = payload[24 : 28 if family == AF_INET else 40], int.from_bytes(payload[6:8], "big")
+        found = dict(attributes(payload, INET_DIAG_MSG.size))
+        self.shutdown = found.get(INET_SHUTDOWN, b"\0")[0]
+        self.signed = bool(found.get(INET_MD5SIG))
+
+
+def tcp_connections(family: int) -> dict[int, TcpConnection]:
+    """All TCP connections of a family by inode. Raises :class:`OSError` if the kernel does not answer."""
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << INET_SHUTDOWN - 1, _CONNECTED)
+    found = {INET_DIAG_MSG.unpack_from(payload)[-1]: TcpConnection(payload) for payload in listing("TCP", request)}
+    found.pop(0, None)
+    return found
+
+
+def destroy_orphans(connections: list[Connection]) -> None:
+    """Remove the kernel's half of those of the *connections* that no process has a descriptor of any more, but that the
+    kernel still tries to end properly. Says a reset to their peers, unless that is dropped on the way.
+
+    For a socket in this state it works since Linux 6.11 (tcp_abort). Raises :class:`OSError`.
+    """
+    import _socket
+
+    from firn.host.nftables import Connection
+
+    wanted = {each.key() for each in connections}
+    states = sum(1 << state for state in _ENDING)
+    for family, width in ((2, 4), (10, 16)):
+        for payload in listing("internet", INET_DIAG_REQ.pack(family, _TCP, 0, states)):
+            sport, dport, near, far = _ENDS.unpack_from(payload, 4)
+            key = Connection(family, near[:width], sport, far[:width], dport).key()
+            if INET_DIAG_MSG.unpack_from(payload)[-1] or key not in wanted:
+                continue
+            # The cookie at the end of the id makes it this socket and no other.
+            request = INET_DIAG_REQ.pack(family, _TCP, 0, states)[:8] + payload[4:52]
+            head = NLMSGHDR.pack(NLMSGHDR.size + len(request), _SOCK_DESTROY, NLM_F_REQUEST, 1, 0)
+            channel = _socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
+            channel.send(head + request)
+            channel.close()
 
 
 def listing(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from firn.images.store import ImageDir
     from firn.resources.files.external import Inherited
+    from firn.resources.network.lock import Lock
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -104,9 +105,10 @@ class Open:
 class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
-    ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold."""
+    ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold. ``lock``
+    keeps connections quiet; None unless they are to be saved (``--tcp-established``)."""
 
-    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids", "warn")
+    __slots__ = ("add_open", "add_path", "lock", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class DumpContext:
         self.owner = owner
         self.add_path = add_path
         self.add_open = add_open
+        self.lock: Lock | None = None
         self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "") -> None:
@@ -170,6 +173,9 @@ class Kind:
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
+    def killed(self) -> None:
+        """The frozen processes are dead: nobody needs their files but us."""
+
     def leads_to(self, device: int) -> bool:
         """Whether a collected description leads to the terminal *device*, as a controlling one."""
         return False
@@ -193,6 +199,9 @@ class Kind:
 
     def complete(self) -> None:
         """All restored tasks have all their descriptors."""
+
+    def resume(self) -> None:
+        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice."""
 
     def close(self) -> None:
         """Let go of what was held open; also called after a failure."""

@@ -103,6 +103,7 @@ MESSAGES = {
         1 options firn_option*
         2 groups firn_group*
         3 datagrams firn_datagram*
+        4 unread bytes?
     """,
     "firn_pipe": """
         1 outside str?

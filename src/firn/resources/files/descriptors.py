@@ -177,6 +177,11 @@ class Collector:
             kind.finish(self.context)
         self.locks.finish(self.obstacles, self.context.options.file_locks)
 
+    def killed(self) -> None:
+        """The processes are dead."""
+        for kind in self.kinds.values():
+            kind.killed()
+
     def leads_to(self, device: int) -> bool:
         """Whether any description leads to the terminal *device* (a device number)."""
         return any(kind.leads_to(device) for kind in self.kinds.values())

@@ -15,6 +15,7 @@ import time
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options
 from firn.resources.sockets.inet_options import AF_INET, AF_INET6, IP, IPV6, UDP, UDPLITE
+from firn.resources.sockets.packets import checksum, pseudo, send, text, unmapped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,14 +27,11 @@ _UDP_GRO = 104
 _LARGEST, _CONTROL = 1 << 16, 512
 _ROOM = 1 << 26
 _PATIENCE_S = 1.0
-_MAPPED = bytes(10) + b"\xff\xff"
-_RAW_PROTOCOL = 255
 
 
 def _raw(address: str, family: int) -> bytes:
     """The bytes of an address, four for an IPv4 one in IPv6's clothes."""
-    raw = _socket.inet_pton(family, address.partition("%")[0])
-    return raw[12:] if raw.startswith(_MAPPED) and len(raw) == 16 else raw
+    return unmapped(_socket.inet_pton(family, address.partition("%")[0]))
 
 
 def peek(sock: _socket.socket) -> list[dict[str, Any]]:
@@ -69,9 +67,8 @@ def _peek(sock: _socket.socket) -> dict[str, Any] | None:
             destination = content[8:12]
         elif (level, kind) == (IPV6, _IPV6_PKTINFO):
             destination = content[:16]
-    if destination.startswith(_MAPPED):
-        destination = destination[12:]
-    return {"source": _raw(source[0], sock.family), "port": source[1], "destination": destination, "data": data}
+    source_address = _raw(source[0], sock.family)
+    return {"source": source_address, "port": source[1], "destination": unmapped(destination), "data": data}
 
 
 def obstacles(sock: _socket.socket, message: dict[str, Any]) -> list[str]:
@@ -85,16 +82,12 @@ def obstacles(sock: _socket.socket, message: dict[str, Any]) -> list[str]:
         return ["has datagrams in its queue, which the kernel may have merged (UDP_GRO)"]
     for address in {datagram["destination"] for datagram in waiting}:
         if not _is_own(address):
-            text = _text(address)
-            return [f"has a datagram in its queue that was sent to {text}, which is no address of this machine alone"]
+            where = text(address)
+            return [f"has a datagram in its queue that was sent to {where}, which is no address of this machine alone"]
     for datagram in waiting:
         if datagram["source"].startswith(b"\xfe\x80") and len(datagram["source"]) == 16:
-            return [f"has a datagram from the link-local address {_text(datagram['source'])} in its queue"]
+            return [f"has a datagram from the link-local address {text(datagram['source'])} in its queue"]
     return []
-
-
-def _text(address: bytes) -> str:
-    return _socket.inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
 
 
 def _is_own(address: bytes) -> bool:
@@ -102,7 +95,7 @@ def _is_own(address: bytes) -> bool:
     family = AF_INET if len(address) == 4 else AF_INET6
     probe = _socket.socket(family, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
     try:
-        probe.connect((_text(address), 9))
+        probe.connect((text(address), 9))
         return _raw(probe.getsockname()[0], family) == address
     except OSError:
         return False
@@ -136,36 +129,16 @@ def _send(name: str, message: dict[str, Any], datagram: dict[str, Any]) -> None:
     port = datagram.get("port", 0)
     if len(source) not in (4, 16) or len(source) != len(target) or port >= 1 << 16:
         raise ImageError(f"{name}: a datagram in its queue has impossible addresses")
-    packet = _packet(source, target, message["proto"], port, message["src_port"], data)
-    family = AF_INET if len(target) == 4 else AF_INET6
-    channel = _socket.socket(family, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _RAW_PROTOCOL)
     try:
-        channel.sendto(packet, (_text(target), 0))
+        send(source, target, message["proto"], _body(source, target, message["proto"], port, message["src_port"], data))
     except OSError as error:
         why = "it is too large" if error.errno == errno.EMSGSIZE else error.strerror
-        raise RestoreError(f"{name}: a datagram from {_text(source)} cannot be queued again: {why}") from None
-    finally:
-        channel.close()
+        raise RestoreError(f"{name}: a datagram from {text(source)} cannot be queued again: {why}") from None
 
 
-def _packet(source: bytes, target: bytes, protocol: int, near: int, far: int, data: bytes) -> bytes:
-    """A whole packet; RFC 768 and RFC 3828 (UDP-Lite: length 0 means that the checksum covers everything)."""
+def _body(source: bytes, target: bytes, protocol: int, near: int, far: int, data: bytes) -> bytes:
+    """RFC 768 and RFC 3828 (UDP-Lite: length 0 means that the checksum covers everything)."""
     length = len(data) + 8
-    pseudo = source + target + struct.pack(">II", length, protocol)
     head = struct.pack(">HHH", near, far, 0 if protocol == UDPLITE else length)
-    check = _checksum(pseudo + head + b"\0\0" + data) or 0xFFFF
-    body = head + check.to_bytes(2, "big") + data
-    if len(source) == 4:
-        # The kernel fills in the length, the identification and the checksum.
-        return struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 0, 0, 64, protocol, 0) + source + target + body
-    return struct.pack(">IHBB", 6 << 28, length, protocol, 64) + source + target + body
-
-
-def _checksum(data: bytes) -> int:
-    """RFC 1071."""
-    if len(data) % 2:
-        data += b"\0"
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return int(~total & 0xFFFF)
+    check = checksum(pseudo(source, target, protocol, length) + head + b"\0\0" + data) or 0xFFFF
+    return head + check.to_bytes(2, "big") + data

@@ -10,6 +10,7 @@ import _socket
 import errno
 import struct
 
+from firn.abi.tcp import TCP_FASTOPEN_CONNECT, TCP_MAXSEG, TCP_WINDOW_CLAMP
 from firn.errors import ImageError
 
 TYPE_CHECKING = False
@@ -21,8 +22,9 @@ IP, SOCKET, TCP, UDP, IPV6, UDPLITE = 0, 1, 6, 17, 41, 136
 IPV6_V6ONLY = 26
 MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
-TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_REPAIR, TCP_ULP = 2, 10, 19, 31
+TCP_ULP = 31
 _SIZE = 256
+_UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL)
 
 IP_FIELDS = (("freebind", 15), ("pktinfo", 8), ("tos", 1), ("ttl", 2))
 TCP_FIELDS = (("cork", 3), ("nodelay", 1), ("keepcnt", 6), ("keepidle", 4), ("keepintvl", 5))
@@ -52,8 +54,8 @@ KEPT = {
 }  # fmt: skip
 """Options that CRIU's messages have no field for, by level: firn keeps the bytes."""
 
-_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP)}
-"""What a connection sets by itself."""
+_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_FASTOPEN_CONNECT)}
+"""What a connection sets by itself, and what must not be done once more when it is made again."""
 _OF_DATAGRAMS = {IP: (32, 33, 34, 49), IPV6: (17, 18, 19, 29)}
 """Multicast options: a stream takes none, though accepted ones show other values than new ones."""
 
@@ -74,46 +76,71 @@ def _get(sock: _socket.socket, level: int, number: int) -> bytes | None:
     try:
         return sock.getsockopt(level, number, _SIZE)
     except OSError as error:
-        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL):
+        if error.errno in _UNKNOWN:
             return None
         raise
 
 
-def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
+class Usual:
+    """What new sockets say of their options, asked once per kind of socket: (level, number, value) of those that the
+    kernel knows, and the values of the named ones."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[int, ...], tuple[list[tuple[int, int, bytes]], dict[str, int]]] = {}
+
+    def of(self, sock: _socket.socket) -> tuple[list[tuple[int, int, bytes]], dict[str, int]]:
+        """Those of a socket like *sock*."""
+        kind = sock.family, sock.type, sock.proto
+        if kind not in self._kinds:
+            fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
+            try:
+                kept = [
+                    (level, number, value)
+                    for level in levels(sock.family, sock.proto)
+                    for number in KEPT[level]
+                    if sock.proto != TCP or number not in _OF_DATAGRAMS.get(level, ())
+                    # What a new socket does not know, one that is in use does not know either.
+                    if (value := _get(fresh, level, number)) is not None
+                ]
+                named = _named(fresh, IP, IP_FIELDS) | (_named(fresh, TCP, TCP_FIELDS) if sock.proto == TCP else {})
+            finally:
+                fresh.close()
+            self._kinds[kind] = kept, named
+        return self._kinds[kind]
+
+
+def collect(sock: _socket.socket, connected: bool, usual: Usual) -> dict[str, Any]:
     """ip_opts, tcp_opts and firn's options of *sock*, as far as they differ from a new socket's.
 
     *connected*: it has, or had, a connection.
     """
-    fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
-    try:
-        found: dict[str, Any] = {"ip_opts": _named(sock, fresh, IP, IP_FIELDS)}
-        if sock.proto == TCP:
-            named = _named(sock, fresh, TCP, TCP_FIELDS)
-            if named:
-                found["tcp_opts"] = named
-        kept = []
-        passed = (_OF_DATAGRAMS if sock.proto == TCP else {}) | (_OF_CONNECTION if connected else {})
-        for level in levels(sock.family, sock.proto):
-            for number in KEPT[level]:
-                if number in passed.get(level, ()):
-                    continue
-                value = _get(sock, level, number)
-                if value is not None and value != _get(fresh, level, number):
-                    kept.append({"level": level, "number": number, "value": value})
-        if kept:
-            found["firn"] = {"options": kept}
-        return found
-    finally:
-        fresh.close()
+    known, named = usual.of(sock)
+    found: dict[str, Any] = {"ip_opts": _differing(_named(sock, IP, IP_FIELDS), named)}
+    if sock.proto == TCP and (differing := _differing(_named(sock, TCP, TCP_FIELDS), named)):
+        found["tcp_opts"] = differing
+    kept = []
+    ask = sock.getsockopt
+    for level, number, value in known:
+        try:
+            own = ask(level, number, _SIZE)
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
+            continue
+        if own != value and not (connected and number in _OF_CONNECTION.get(level, ())):
+            kept.append({"level": level, "number": number, "value": own})
+    if kept:
+        found["firn"] = {"options": kept}
+    return found
 
 
-def _named(
-    sock: _socket.socket, fresh: _socket.socket, level: int, fields: tuple[tuple[str, int], ...]
-) -> dict[str, int]:
+def _named(sock: _socket.socket, level: int, fields: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    return {name: sock.getsockopt(level, number) for name, number in fields}
+
+
+def _differing(values: dict[str, int], usual: dict[str, int]) -> dict[str, int]:
     return {
-        name: bool(value) if name in _BOOLEAN else value
-        for name, number in fields
-        if (value := sock.getsockopt(level, number)) != fresh.getsockopt(level, number)
+        name: bool(value) if name in _BOOLEAN else value for name, value in values.items() if value != usual[name]
     }
 
 
@@ -122,8 +149,6 @@ def unsupported(sock: _socket.socket) -> list[str]:
     if sock.proto != TCP:
         return []
     found = []
-    if sock.getsockopt(TCP, TCP_REPAIR):
-        found.append("is in repair mode (TCP_REPAIR): another tool is at work on it")
     layer = (_get(sock, TCP, TCP_ULP) or b"").rstrip(b"\0")
     if layer:
         found.append(f"has the protocol {layer.decode('ascii', 'replace')!r} on top (TCP_ULP)")

@@ -2,11 +2,14 @@
 
 bind      all exist with their options, and have their addresses
 listen    listening ones listen, groups are joined
+connect   TCP connections are there, and silent (:mod:`tcp_rebuild`)
 fill      datagrams wait where they waited
 finish    datagram sockets are connected; shutdown, flags are as they were
+resume    at the very end of a restore: connections live
 
 Sockets of one checkpoint that share a port were allowed to when they were bound, which later changes of their options
-may hide: so SO_REUSEADDR is set on them while they are bound. Connections come back as sockets that have none.
+may hide: so SO_REUSEADDR is set on them while they are bound. With --tcp-close connections come back as sockets that
+have none.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.resources.base import RestoreContext
+    from firn.resources.sockets.tcp_rebuild import Stream
 
 _NAMES = {TCP: "TCP", UDPLITE: "UDP-Lite"}
 _SO_REUSEADDR, _SO_PRIORITY = 2, 12
@@ -52,12 +56,13 @@ def _groups(entry: dict[str, Any]) -> list[dict[str, Any]]:
 class Made:
     """A socket of the checkpoint on its way back."""
 
-    __slots__ = ("entry", "id", "sock", "taken")
+    __slots__ = ("entry", "id", "sock", "stream", "taken")
 
     def __init__(self, number: int, entry: dict[str, Any]) -> None:
         self.id = number
         self.entry = entry
         self.sock: _socket.socket | None = None
+        self.stream: Stream | None = None
         self.taken = False
         self._check()
 
@@ -119,17 +124,33 @@ class InetRebuild:
             for (kind, number), entry in context.files.items()
             if kind == INETSK and not context.inherited.supplies(kind, entry["isk"])
         }
-        self._keys = [made.key for made in self.made.values() if made.bound]
+        self._images = context.images
+        self._sharing: dict[tuple[int, int], int] = {}
 
     def run(self) -> None:
-        """All stages."""
+        """All stages but the last."""
         for made in self.made.values():
             if made.connection and not self.options.tcp_close:
-                what = f"{made} is connected to {made.shown('dst')} ({STATES[made.entry['state']]})"
-                raise RestoreError(what, "--tcp-close brings it back closed; --tcp-established is not built yet")
-        for stage in (self._make, self._listen, self._fill, self._finish):
+                self._load_stream(made)
+            if made.bound or made.stream is not None:
+                self._sharing[made.key] = self._sharing.get(made.key, 0) + 1
+        for stage in (self._make, self._listen, self._connect, self._fill, self._finish):
             for made in self.made.values():
                 stage(made)
+
+    def _load_stream(self, made: Made) -> None:
+        if not self.options.tcp_established:
+            what = f"{made} is connected to {made.shown('dst')} ({STATES[made.entry['state']]})"
+            raise RestoreError(what, "--tcp-established brings it back so; --tcp-close brings it back closed")
+        from firn.resources.sockets.tcp_rebuild import Stream
+
+        made.stream = Stream(str(made), made.entry, self._images)
+
+    def resume(self) -> None:
+        """Connections live."""
+        for made in self.made.values():
+            if made.stream is not None:
+                made.stream.resume(made.address("dst"))
 
     def take(self, number: int) -> int:
         """Socket *number*, to be closed by the caller."""
@@ -164,12 +185,14 @@ class InetRebuild:
             raise RestoreError(f"an option of {made}{where} cannot be set: {error.strerror}") from None
         except (ValueError, TypeError, struct.error) as error:
             raise ImageError(f"{made} has an impossible option: {error}") from None
-        if made.bound:
+        if made.stream is not None:
+            made.stream.begin(made.sock)
+        if made.bound or made.stream is not None:
             self._bind(made)
 
     def _bind(self, made: Made) -> None:
         sock = made.get()
-        if self._keys.count(made.key) > 1:
+        if made.stream is None and self._sharing[made.key] > 1:
             sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, 1)
         try:
             sock.bind(made.address("src"))
@@ -183,13 +206,24 @@ class InetRebuild:
                 sock.listen(min(entry["backlog"], 0x7FFFFFFF))
         except OSError as error:
             raise _in_the_way(made, error) from None
-        sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
+        if made.stream is None:
+            # Of a connection, repair mode has the option for itself.
+            sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
         for member in _groups(entry):
             try:
                 inet_options.join(sock, member)
             except OSError as error:
                 where = f"a multicast group on the network device {member.get('interface', '')}"
                 raise RestoreError(f"{made} cannot join {where}: {error.strerror}") from None
+
+    def _connect(self, made: Made) -> None:
+        if made.stream is not None:
+            made.stream.connect(made.address("dst"))
+        unread = made.entry.get("firn", {}).get("unread")
+        if unread and made.entry["type"] == STREAM and made.entry["state"] == CLOSE:
+            from firn.resources.sockets.tcp_rebuild import end_with
+
+            end_with(str(made), made.get(), unread, made.entry["opts"])
 
     def _fill(self, made: Made) -> None:
         if made.entry["type"] == DGRAM:
