@@ -14,6 +14,9 @@ EXTENSIONS = {
     "vma_entry": "1000 firn firn_vma?",
     "ghost_file_entry": "1000 firn firn_ghost?",
     "inet_sk_entry": "1000 firn firn_inet?",
+    "netlink_sk_entry": "1000 firn firn_netlink?",
+    "packet_sock_entry": "1000 firn firn_packet?",
+    "sk_opts_entry": "1000 firn firn_sk_opts?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -59,6 +62,23 @@ MESSAGES = {
         1 options firn_option*
         2 groups firn_group*
         3 datagrams firn_datagram*
+    """,
+    "firn_netlink": """
+        1 groups bytes?
+        2 options firn_option*
+    """,
+    "firn_packet": """
+        1 options firn_option*
+        2 devices firn_device*
+    """,
+    "firn_device": """
+        1 index u32?
+        2 name str?
+    """,
+    "firn_sk_opts": """
+        1 options firn_option*
+        2 uid u32?
+        3 gid u32?
     """,
     "firn_option": """
         1 level u32?

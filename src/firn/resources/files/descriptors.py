@@ -35,7 +35,6 @@ CHARACTER_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9, 
 """null, zero, full, random, urandom, kmsg (Documentation/admin-guide/devices.txt): opening them again is the same."""
 
 KINDS = (
-    ("socket:", "is a socket of a family that is not supported yet", "close it before the dump"),
     ("anon_inode:[userfaultfd]", "is a userfaultfd", "its faults are served by a process outside; close it"),
     ("anon_inode:[io_uring]", "is an io_uring", "its requests live in the kernel; close it before the dump"),
     ("anon_inode:[perf_event]", "is a performance counter", "close it before the dump"),
@@ -47,7 +46,18 @@ KINDS = (
 )
 
 
-def _why_refused(link: str, st: os.stat_result) -> tuple[str, str]:
+def _why_refused(open: base.Open) -> tuple[str, str]:
+    link, st = open.link, open.stat
+    if link.startswith("socket:"):
+        import _socket
+
+        from firn.resources.sockets.families import why_refused
+
+        copy = _socket.socket(fileno=os.dup(open.copy()))
+        try:
+            return why_refused(copy)
+        finally:
+            copy.close()
     for prefix, reason, help in KINDS:
         if link.startswith(prefix):
             return reason, help
@@ -199,7 +209,7 @@ class Collector:
         if kind == base.SOCKET:
             kind = base.family_type(open.copy())
         if kind is None or not base.is_built(kind):
-            self.context.refuse(open, *_why_refused(open.link, open.stat))
+            self.context.refuse(open, *_why_refused(open))
             return None
         if kind not in self.kinds:
             self.kinds[kind] = base.load(kind)()

@@ -14,7 +14,7 @@ import time
 
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, IP, IPV6, UDP, UDPLITE
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6, DGRAM, IP, IPV6, UDP, UDPLITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ _MAPPED = bytes(10) + b"\xff\xff"
 _RAW_PROTOCOL = 255
 
 
+def is_udp(sock: _socket.socket) -> bool:
+    """Whether *sock* is a UDP or UDP-Lite socket."""
+    return sock.type == DGRAM and sock.proto in (UDP, UDPLITE)
+
+
 def _raw(address: str, family: int) -> bytes:
     """The bytes of an address, four for an IPv4 one in IPv6's clothes."""
     raw = _socket.inet_pton(family, address.partition("%")[0])
@@ -40,9 +45,11 @@ def peek(sock: _socket.socket) -> list[dict[str, Any]]:
     """All datagrams (firn_datagram), which stay where they are."""
     level, switch = (IPV6, _IPV6_RECVPKTINFO) if sock.family == AF_INET6 else (IP, _IP_PKTINFO)
     before = sock.getsockopt(level, switch)
+    offset = sock.getsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF)
     sock.setsockopt(level, switch, 1)
     found = []
     try:
+        sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, -1)
         # An empty datagram that was peeked at before is not seen at an offset again, but without one it is.
         first = _peek(sock)
         if first is None:
@@ -54,7 +61,7 @@ def peek(sock: _socket.socket) -> list[dict[str, Any]]:
             found.append(datagram)
         return found
     finally:
-        sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, -1)
+        sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, offset)
         sock.setsockopt(level, switch, before)
 
 

@@ -17,8 +17,18 @@ import struct
 from firn.abi import poll
 from firn.host import sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import datagrams, inet_options, options
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDP, UDPLITE
+from firn.resources.sockets import common, datagrams, families, inet_options, options, raw
+from firn.resources.sockets.inet_options import (
+    AF_INET,
+    AF_INET6,
+    DGRAM,
+    RAW,
+    STREAM,
+    TCP,
+    UDP,
+    UDPLITE,
+    is_tcp,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,17 +37,18 @@ if TYPE_CHECKING:
     from firn.resources.base import DumpContext, Open, RestoreContext
     from firn.resources.sockets.inet_rebuild import InetRebuild
 
-STREAM, DGRAM, RAW = 1, 2, 3
 SUPPORTED = ((STREAM, TCP), (DGRAM, UDP), (DGRAM, UDPLITE))
+PINGS = {AF_INET: 1, AF_INET6: 58}
+"""ICMP protocols of ping sockets (icmp(7)), by family."""
 ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, sockdiag.CLOSE, sockdiag.LISTEN
 SYN_SENT, SYN_RECV = 2, 3
 STATES = {1: "established", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2", 8: "CLOSE-WAIT", 9: "LAST-ACK", 11: "CLOSING"}
 """States of a connection."""
-_PROTOCOLS = {1: "ping (ICMP)", 33: "DCCP", 58: "ping (ICMPv6)", 132: "SCTP", 262: "MPTCP"}
 _TCP_INFO, _UDP_CORK = 11, 1
 _INFO = struct.Struct("<B23xII")
 """tcp_info (linux/tcp.h): state; of a listening socket, how many wait to be accepted, and how many may."""
-_SIOCGSKNS, _FIONREAD, _TIOCOUTQ = 0x894C, 0x541B, 0x5411
+_FIONREAD, _TIOCOUTQ = 0x541B, 0x5411
+_HIGHEST_RAW = 255
 _CLOSE_IT = "close it before the dump"
 
 
@@ -48,6 +59,7 @@ class InetSockets(Kind):
         self._shut: dict[tuple[int, int], dict[int, int]] = {}
         self._saved: list[tuple[Open, dict[str, Any]]] = []
         self._rebuild: InetRebuild | None = None
+        self._raw = raw.Table()
 
     # -- collect -----------------------------------------------------------------------------------------------------
 
@@ -55,12 +67,14 @@ class InetSockets(Kind):
         """The inet_sk_entry."""
         copy = _socket.socket(fileno=os.dup(open.copy()))
         try:
-            reasons = _foreign(copy) or [*_obstacles(copy), *inet_options.unsupported(copy)]
-            for reason in reasons:
-                context.refuse(open, reason, _CLOSE_IT)
+            reasons = _foreign(copy) or [
+                (reason, _CLOSE_IT) for reason in (*_obstacles(copy), *inet_options.unsupported(copy))
+            ]  # fmt: skip
+            for reason, help in reasons:
+                context.refuse(open, reason, help)
             if reasons:
                 return None
-            state, backlog = _tcp_state(copy, open, context) if copy.proto == TCP else (CLOSE, 0)
+            state, backlog = _tcp_state(copy, open, context) if is_tcp(copy) else (CLOSE, 0)
             return self._message(copy, open, context, state, backlog) if state else None
         finally:
             copy.close()
@@ -68,7 +82,7 @@ class InetSockets(Kind):
     def _message(
         self, copy: _socket.socket, open: Open, context: DumpContext, state: int, backlog: int
     ) -> dict[str, Any] | None:
-        over = copy.proto == TCP and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
+        over = is_tcp(copy) and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
         message: dict[str, Any] = {
             "ino": open.stat.st_ino, "family": copy.family, "type": copy.type, "proto": copy.proto, "state": state,
             "flags": open.flags, "backlog": backlog, "fown": context.owner(open),
@@ -80,13 +94,17 @@ class InetSockets(Kind):
             return None
         message |= inet_options.collect(copy, over or state in STATES)
         _addresses(copy, message, over)
+        if not datagrams.is_udp(copy) and not is_tcp(copy):
+            self._add_raw(copy, message)
+            for reason in self._raw.obstacles(copy.family, copy.type, message["ino"]):
+                context.refuse(open, reason, "let the program read it first, or try again")
         shutdown = self._shutdown(copy, message, over)
         if shutdown:
             message["shutdown"] = shutdown
-        if copy.type == DGRAM:
+        if copy.type != STREAM:
             own = message.setdefault("firn", {})
             own["groups"] = inet_options.memberships(copy)
-            own["datagrams"] = datagrams.peek(copy)
+            own["datagrams"] = datagrams.peek(copy) if datagrams.is_udp(copy) else []
             for reason in datagrams.obstacles(copy, message):
                 context.refuse(open, reason, "let the program read it first")
             if not any(own.values()):
@@ -94,12 +112,23 @@ class InetSockets(Kind):
         self._saved.append((open, message))
         return message
 
+    def _add_raw(self, copy: _socket.socket, message: dict[str, Any]) -> None:
+        """What raw and ping sockets have and others have not."""
+        if copy.type == RAW:
+            own = raw.collect(copy)
+            if own:
+                message["ip_opts"]["raw"] = own
+        peer = self._raw.peer(copy.family, copy.type, message["ino"])
+        if peer is not None:
+            message["state"] = ESTABLISHED
+            message["dst_addr"], message["dst_port"] = peer
+
     def _shutdown(self, copy: _socket.socket, message: dict[str, Any], over: bool) -> int:
         """1 if shut for reading, 2 for writing, 3 for both."""
-        if copy.proto == TCP:
+        if is_tcp(copy):
             return 3 if over else 0
         key = copy.family, copy.proto
-        if message["src_port"] and key not in self._shut:
+        if message["src_port"] and key not in self._shut and datagrams.is_udp(copy):
             self._shut[key] = sockdiag.inet_shutdowns(*key)
         seen = self._shut.get(key, {}).get(message["ino"], 0)
         return seen | (1 if poll.state(copy.fileno(), poll.POLLRDHUP) else 0)
@@ -131,17 +160,19 @@ class InetSockets(Kind):
             self._rebuild.close()
 
 
-def _foreign(copy: _socket.socket) -> list[str]:
-    """Why this is no socket that firn saves at all."""
-    if (copy.type, copy.proto) not in SUPPORTED:
-        kind = "raw" if copy.type == RAW else _PROTOCOLS.get(copy.proto, f"type {copy.type} protocol {copy.proto}")
-        return [f"is an internet socket of the kind {kind}, which is not supported"]
-    namespace = fcntl.ioctl(copy.fileno(), _SIOCGSKNS)
-    try:
-        if not os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
-            return ["is an internet socket of another network namespace, which is not supported yet"]
-    finally:
-        os.close(namespace)
+def is_supported(family: int, kind: int, protocol: int) -> bool:
+    """Whether firn saves such an internet socket."""
+    if kind == RAW:
+        return 0 <= protocol <= _HIGHEST_RAW
+    return (kind, protocol) in SUPPORTED or (kind == DGRAM and protocol == PINGS.get(family))
+
+
+def _foreign(copy: _socket.socket) -> list[tuple[str, str]]:
+    """Why this is no socket that firn saves at all, and what helps."""
+    if not is_supported(copy.family, copy.type, copy.proto):
+        return [families.why_refused(copy)]
+    if common.is_elsewhere(copy.fileno()):
+        return [("is an internet socket of another network namespace, which is not supported yet", _CLOSE_IT)]
     return []
 
 
@@ -149,7 +180,7 @@ def _obstacles(copy: _socket.socket) -> list[str]:
     reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
     if poll.state(copy.fileno()) & poll.POLLERR:
         reasons.append("has an error that was not reported yet, which images cannot hold")
-    if copy.type == DGRAM and (copy.getsockopt(UDP, _UDP_CORK) or _count(copy, _TIOCOUTQ)):
+    if datagrams.is_udp(copy) and (copy.getsockopt(UDP, _UDP_CORK) or _count(copy, _TIOCOUTQ)):
         reasons.append("is corked, or has datagrams that are not sent yet, which images cannot hold")
     return reasons
 
@@ -204,7 +235,7 @@ def _addresses(copy: _socket.socket, message: dict[str, Any], over: bool) -> Non
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 raise
-    if copy.type == DGRAM and far is not nowhere:
+    if copy.type != STREAM and far is not nowhere:
         message["state"] = ESTABLISHED
     for side, address in (("src", near), ("dst", far)):
         text, _, scope = address[0].partition("%")

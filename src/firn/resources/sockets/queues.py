@@ -86,6 +86,7 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
     """The *count* bytes in the queue of a stream, cut where descriptors hang. They stay there."""
     records: list[Record] = []
     at = 0
+    before = sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
     try:
         while at < count:
             record = _peek_at(sock, at, count - at)
@@ -100,7 +101,7 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
             records.append(record)
             at += len(record.data)
     finally:
-        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
     return records
 
 
@@ -132,10 +133,12 @@ def peek_messages(sock: socket, ended: bool) -> list[Record]:
     """
     records: list[Record] = []
     passing = sock.getsockopt(SOL_SOCKET, SO_PASSCRED)
+    before = sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
     if ended:
         sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
     try:
         # An empty message that was peeked at before is not seen at an offset again.
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
         first = _peek(sock, 1)
         if first is None or (ended and not first.credentials):
             return records
@@ -155,7 +158,7 @@ def peek_messages(sock: socket, ended: bool) -> list[Record]:
             records.append(record)
             at += len(record.data)
     finally:
-        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
         if ended:
             sock.setsockopt(SOL_SOCKET, SO_PASSCRED, passing)
 

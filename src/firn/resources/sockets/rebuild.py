@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
 import os
 import stat
 
-from firn.abi import fcntl as fc
 from firn.errors import ImageError, RestoreError
 from firn.host.sockdiag import CLOSE, ESTABLISHED, LISTEN
 from firn.resources.base import UNIXSK
-from firn.resources.sockets import options, queues
+from firn.resources.sockets import common, options, queues
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -346,10 +344,7 @@ class Rebuild:
         how = entry.get("shutdown", 0)
         if how:
             sock.shutdown(how - 1)  # SHUT_RD 0, SHUT_WR 1, SHUT_RDWR 2
-        owner, flags = entry["fown"], entry["flags"]
-        if owner.get("pid") or owner.get("signum"):
-            flags &= ~fc.FASYNC
-        fcntl.fcntl(sock.fileno(), fc.F_SETFL, flags)
+        common.set_flags(sock.fileno(), entry)
 
 
 def _bind_on_disk(sock: _socket.socket, name: bytes, directory: str) -> int:
