@@ -49,15 +49,9 @@ KINDS = (
 def _why_refused(open: base.Open) -> tuple[str, str]:
     link, st = open.link, open.stat
     if link.startswith("socket:"):
-        import _socket
-
         from firn.resources.sockets.families import why_refused
 
-        copy = _socket.socket(fileno=os.dup(open.copy()))
-        try:
-            return why_refused(copy)
-        finally:
-            copy.close()
+        return why_refused(open.copy())
     for prefix, reason, help in KINDS:
         if link.startswith(prefix):
             return reason, help

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from _socket import socket
+import _socket
 
 _FAMILIES = {
     3: "an AX.25", 4: "an IPX", 5: "an AppleTalk", 8: "an ATM", 9: "an X.25", 15: "a key management (PF_KEY)",
@@ -18,11 +16,19 @@ _HELP = {38: "close it before the dump: it can be opened again at any time", 262
 _INTERNET = (2, 10)
 
 
-def why_refused(sock: socket) -> tuple[str, str]:
-    """(reason, help) why *sock* cannot be saved."""
-    family, protocol = sock.family, sock.proto
+def why_refused(fd: int) -> tuple[str, str]:
+    """(reason, help) why the socket *fd* cannot be saved."""
+    # Not every family answers getsockname(2), so the family is given; it does not matter for getsockopt(2).
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
+    try:
+        family, kind, protocol = (
+            sock.getsockopt(_socket.SOL_SOCKET, option)
+            for option in (_socket.SO_DOMAIN, _socket.SO_TYPE, _socket.SO_PROTOCOL)
+        )
+    finally:
+        sock.detach()
     if family in _INTERNET:
-        name = _PROTOCOLS.get(protocol, f"an internet socket of type {sock.type} and protocol {protocol}, a")
+        name = _PROTOCOLS.get(protocol, f"an internet socket of type {kind} and protocol {protocol}, a")
         key = protocol
     else:
         name, key = _FAMILIES.get(family, f"an unknown (address family {family})"), family

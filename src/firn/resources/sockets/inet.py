@@ -170,7 +170,7 @@ def is_supported(family: int, kind: int, protocol: int) -> bool:
 def _foreign(copy: _socket.socket) -> list[tuple[str, str]]:
     """Why this is no socket that firn saves at all, and what helps."""
     if not is_supported(copy.family, copy.type, copy.proto):
-        return [families.why_refused(copy)]
+        return [families.why_refused(copy.fileno())]
     if common.is_elsewhere(copy.fileno()):
         return [("is an internet socket of another network namespace, which is not supported yet", _CLOSE_IT)]
     return []

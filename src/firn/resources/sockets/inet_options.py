@@ -129,7 +129,8 @@ def unsupported(sock: _socket.socket) -> list[str]:
 
 def restore(sock: _socket.socket, entry: dict[str, Any]) -> None:
     """Set the options, before bind(2). Raises :class:`OSError` for what the kernel does not take."""
-    if "v6only" in entry and entry["family"] == AF_INET6:
+    # Not of a raw socket: that has a number from the start, and so cannot be changed any more.
+    if "v6only" in entry and entry["family"] == AF_INET6 and entry["type"] != RAW:
         sock.setsockopt(IPV6, IPV6_V6ONLY, entry["v6only"])
     tcp = TCP_FIELDS if entry["type"] == STREAM else ()
     for level, fields, message in ((IP, IP_FIELDS, "ip_opts"), (TCP, tcp, "tcp_opts")):

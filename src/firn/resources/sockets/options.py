@@ -112,7 +112,10 @@ def set_kept(sock: socket, kept: list[dict[str, Any]], allowed: dict[int, tuple[
         level, number = option.get("level", 0), option.get("number", 0)
         if number not in allowed.get(level, ()):
             raise ImageError(f"a socket has the impossible option {level}:{number}")
-        sock.setsockopt(level, number, option.get("value", b""))
+        try:
+            sock.setsockopt(level, number, option.get("value", b""))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (level {level}, number {number})") from None
 
 
 def unsupported(sock: socket) -> list[str]:
