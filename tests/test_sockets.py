@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
-from harness import Runner
+from harness import Runner, Target, firn_command, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
+
+from firn.abi import nr
+from firn.abi.libc import syscall
+from firn.errors import FirnError
+from firn.resources.base import RestoreContext
+from firn.resources.sockets.netlink import NetlinkSockets
+from firn.resources.sockets.packet import PacketSockets
 
 # The link of a socket's descriptor is its new inode.
 UNLIKE = (r"fd\.\d+",)
@@ -18,3 +33,116 @@ TABLE = [Workload("sockets", mode, unlike=UNLIKE) for mode in ("netlink", "packe
 )
 def test_workload(workload: Workload, way: str, runner: Runner) -> None:
     run_workload(workload, way, runner)
+
+
+needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
+
+# -- all options -----------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "tcp": (2, 1, 6), "tcp6": (10, 1, 6), "udp": (2, 2, 17), "udp6": (10, 2, 17), "udplite": (2, 2, 136),
+    "raw": (2, 3, 253), "raw6": (10, 3, 253), "unix": (1, 1, 0), "unix-datagram": (1, 2, 0), "netlink": (16, 3, 0),
+    "packet": (17, 3, 0),
+}  # fmt: skip
+SO, IP, TCP, UDP, IPV6, UDPLITE, RAW, PACKET, NETLINK = 1, 0, 6, 17, 41, 136, 255, 263, 270
+LEVELS = {
+    "tcp": (SO, IP, TCP), "tcp6": (SO, IP, IPV6, TCP), "udp": (SO, IP, UDP), "udp6": (SO, IP, IPV6, UDP),
+    "udplite": (SO, IP, UDP, UDPLITE), "raw": (SO, IP), "raw6": (SO, IPV6, RAW), "unix": (SO,), "unix-datagram": (SO,),
+    "netlink": (SO, NETLINK), "packet": (SO, PACKET),
+}  # fmt: skip
+# SO_ERROR (reading clears it), _GET_FILTER (another length), _MEMINFO, _INCOMING_NAPI_ID, _COOKIE; TCP_INFO, _TIMESTAMP,
+# _CC_INFO, _SAVED_SYN: what they tell belongs to the moment, the kernel or a connection.
+UNASKED = {(SO, 4), (SO, 26), (SO, 55), (SO, 56), (SO, 57), (TCP, 11), (TCP, 24), (TCP, 26), (TCP, 28)}
+# TCP_REPAIR and UDP_CORK, which are refused.
+UNSET = {(TCP, 19), (UDP, 1), (UDPLITE, 1)}
+# The whole range is tried, so that it is the kernel who tells what there is.
+END = {SO: 96, IP: 60, TCP: 56, UDP: 112, IPV6: 84, UDPLITE: 112, RAW: 40, PACKET: 32, NETLINK: 20}
+VALUES = [
+    *(struct.pack("<I", value) for value in (1, 0, 2, 5, 20, 100, 1000, 4096)), b"lo", b"reno",
+    struct.pack("<Q", 5000), struct.pack("<II", 1, 7), struct.pack("<qq", 3, 500000), bytes(range(16)),
+    struct.pack("<II", 0, 1), bytes([0, 0, 1, 4, 0, 0, 0, 0]), bytes([0, 0, 5, 2, 0, 0, 1, 0]),
+]  # fmt: skip
+
+
+def known(sock: socket.socket, kind: str) -> dict[tuple[int, int], bytes]:
+    """All options that can be read of a socket."""
+    found = {}
+    for level in LEVELS[kind]:
+        for number in range(END[level]):
+            if (level, number) not in UNASKED:
+                try:
+                    found[level, number] = sock.getsockopt(level, number, 256)
+                except OSError:
+                    pass
+    return found
+
+
+def changed(kind: str, level: int, number: int) -> socket.socket | None:
+    """A socket of which one option is no more what it is in a new one; None if nobody can set it."""
+    made = socket.socket(*KINDS[kind])
+    try:
+        before = made.getsockopt(level, number, 256)
+    except OSError:
+        before = None
+    for value in VALUES if before is not None and (level, number) not in UNSET | UNASKED else ():
+        try:
+            made.setsockopt(level, number, value)
+        except OSError:
+            continue
+        if made.getsockopt(level, number, 256) != before:
+            return made
+    made.close()
+    return None
+
+
+def holder(runner: Runner, socks: list[socket.socket]) -> Target:
+    """A process that has *socks* under the same numbers, and we no more."""
+    process = subprocess.Popen(
+        ["/bin/sleep", "1000"], cwd=runner.folder, start_new_session=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[sock.fileno() for sock in socks],
+    )  # fmt: skip
+    process.returncode = 0
+    wait_until("it sleeps", lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
+    for sock in socks:
+        sock.close()
+    return Target(process.pid, None)
+
+
+def taken(target: Target, numbers: list[int], kind: tuple[int, int, int]) -> list[socket.socket]:
+    """Our own descriptors of a process's sockets."""
+    pidfd = os.pidfd_open(target.pid)
+    try:
+        return [socket.socket(*kind, syscall("getfd", nr.pidfd_getfd, pidfd, number, 0)) for number in numbers]
+    finally:
+        os.close(pidfd)
+
+
+@needs_firn
+def test_every_option_of_every_kind_comes_back(runner: Runner) -> None:
+    """One socket for each option that can be read and set, and all that can be read of it is the same afterwards."""
+    made: list[tuple[str, int, int, socket.socket]] = []
+    for kind, levels in LEVELS.items():
+        for level in levels:
+            for number in range(END[level]):
+                sock = changed(kind, level, number)
+                if sock is not None:
+                    os.fchown(sock.fileno(), 1234, 5678)
+                    made.append((kind, level, number, sock))
+    assert len(made) > 300
+    before = [known(sock, kind) for kind, _, _, sock in made]
+    numbers = [sock.fileno() for *_, sock in made]
+    target = holder(runner, [sock for *_, sock in made])
+    target = runner.restore(runner.dump(target), target)
+    wrong = []
+    for (kind, level, number, _), place, wanted in zip(made, numbers, before, strict=True):
+        (sock,) = taken(target, [place], KINDS[kind])
+        with sock:
+            now = known(sock, kind)
+            wrong += [
+                f"{kind} with {level}:{number} set: {key} is {now.get(key)!r}, was {value!r}"
+                for key, value in wanted.items() if now.get(key) != value
+            ]  # fmt: skip
+            st = os.fstat(sock.fileno())
+            assert (st.st_uid, st.st_gid) == (1234, 5678)
+    runner.kill(target)
+    assert not wrong, "\n".join(wrong)

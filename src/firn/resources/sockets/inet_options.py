@@ -23,26 +23,27 @@ IP, TCP, UDP, IPV6, UDPLITE, SOL_RAW = 0, 6, 17, 41, 136, 255
 IPV6_V6ONLY = 26
 MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
-TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_REPAIR, TCP_ULP = 2, 10, 19, 31
+TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_QUICKACK, TCP_REPAIR, TCP_ULP = 2, 10, 12, 19, 31
 
 IP_FIELDS = (("freebind", 15), ("pktinfo", 8), ("tos", 1), ("ttl", 2))
 TCP_FIELDS = (("cork", 3), ("nodelay", 1), ("keepcnt", 6), ("keepidle", 4), ("keepintvl", 5))
 _BOOLEAN = ("freebind", "pktinfo", "cork", "nodelay")
 
 KEPT = {
-    # IP_OPTIONS, _RECVOPTS, _RETOPTS, _MTU_DISCOVER, _RECVERR, _RECVTTL, _RECVTOS, _PASSSEC, _TRANSPARENT,
+    # IP_OPTIONS, _ROUTER_ALERT, _RECVOPTS, _RETOPTS, _MTU_DISCOVER, _RECVERR, _RECVTTL, _RECVTOS, _PASSSEC, _TRANSPARENT,
     # _RECVORIGDSTADDR, _MINTTL, _CHECKSUM, _BIND_ADDRESS_NO_PORT, _RECVFRAGSIZE, _RECVERR_RFC4884, _MULTICAST_IF,
     # _MULTICAST_TTL, _MULTICAST_LOOP, _MULTICAST_ALL, _UNICAST_IF, _LOCAL_PORT_RANGE
-    IP: (4, 6, 7, 10, 11, 12, 13, 18, 19, 20, 21, 23, 24, 25, 26, 32, 33, 34, 49, 50, 51),
+    IP: (4, 5, 6, 7, 10, 11, 12, 13, 18, 19, 20, 21, 23, 24, 25, 26, 32, 33, 34, 49, 50, 51),
     # IPV6_2292*, _FLOWINFO, _UNICAST_HOPS, _MULTICAST_*, _MTU_DISCOVER, _RECVERR, _MULTICAST_ALL, _RECVERR_RFC4884,
     # _FLOWINFO_SEND, _RECV*, the sticky headers, _DONTFRAG, _RECVTCLASS, _TCLASS, _AUTOFLOWLABEL, _ADDR_PREFERENCES,
-    # _MINHOPCOUNT, _RECVORIGDSTADDR, _UNICAST_IF, _RECVFRAGSIZE
-    IPV6: (2, 3, 4, 5, 8, 11, 16, 17, 18, 19, 23, 25, 29, 31, 33, 49, 51, 53, 54, 55, 56, 57, 58, 59, 60, 62, 66, 67,
-           70, 72, 73, 74, 76, 77),
+    # _MINHOPCOUNT, _RECVORIGDSTADDR, _UNICAST_IF, _RECVFRAGSIZE, _ROUTER_ALERT, _ROUTER_ALERT_ISOLATE, _TRANSPARENT,
+    # _FREEBIND (a raw IPv6 socket has the latter two not at the level of IP)
+    IPV6: (2, 3, 4, 5, 8, 11, 16, 17, 18, 19, 22, 23, 25, 29, 30, 31, 33, 49, 51, 53, 54, 55, 56, 57, 58, 59, 60, 62, 66, 67,
+           70, 72, 73, 74, 75, 76, 77, 78),
     # TCP_MAXSEG, _SYNCNT, _LINGER2, _DEFER_ACCEPT, _WINDOW_CLAMP, _CONGESTION, _THIN_LINEAR_TIMEOUTS, _USER_TIMEOUT,
     # _FASTOPEN, _NOTSENT_LOWAT, _SAVE_SYN, _FASTOPEN_CONNECT, _FASTOPEN_KEY, _FASTOPEN_NO_COOKIE, _INQ, _TX_DELAY,
-    # _RTO_MAX_MS, _RTO_MIN_US, _DELACK_MAX_US
-    TCP: (TCP_MAXSEG, 7, 8, 9, TCP_WINDOW_CLAMP, 13, 16, 18, 23, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46),
+    # _RTO_MAX_MS, _RTO_MIN_US, _DELACK_MAX_US, _QUICKACK
+    TCP: (TCP_MAXSEG, 7, 8, 9, TCP_WINDOW_CLAMP, TCP_QUICKACK, 13, 16, 18, 23, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46),
     # UDP_ENCAP, _NO_CHECK6_TX, _NO_CHECK6_RX, _SEGMENT, _GRO
     UDP: (100, 101, 102, 103, 104),
     # UDPLITE_SEND_CSCOV, _RECV_CSCOV
@@ -52,11 +53,13 @@ KEPT = {
 }  # fmt: skip
 """Options that CRIU's messages have no field for, by level: firn keeps the bytes."""
 
-_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP)}
+_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_QUICKACK)}
 """What a connection sets by itself."""
-_OF_DATAGRAMS = {IP: (32, 33, 34, 49), IPV6: (17, 18, 19, 29)}
-"""Multicast options: a stream takes none, though accepted ones show other values than new ones."""
+_OF_DATAGRAMS = {IP: (32, 33), IPV6: (17, 18)}
+"""Multicast options that a stream does not take, though accepted ones show other values than new ones."""
 
+_MIN_MSS, _MAX_MSS = 88, 32767
+"""What may be set (TCP_MIN_MSS and MAX_TCP_WINDOW of the kernel)."""
 _GROUP = struct.Struct("<I4x")
 _FILTER = struct.Struct("<II")
 _STORAGE = 128
@@ -94,11 +97,18 @@ def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
         passed = (_OF_DATAGRAMS if is_tcp(sock) else {}) | (_OF_CONNECTION if connected else {})
         for level in levels(sock.family, sock.type, sock.proto):
             kept += options.kept(sock, level, KEPT[level], passed.get(level, ()))
+        kept = [option for option in kept if not _is_derived(option)]
         if kept:
             found["firn"] = {"options": kept}
         return found
     finally:
         fresh.close()
+
+
+def _is_derived(option: dict[str, Any]) -> bool:
+    """Whether it is a segment size that nobody may set: IP options make the kernel compute one without a route."""
+    size = int.from_bytes(option["value"][:4], "little")
+    return (option["level"], option["number"]) == (TCP, TCP_MAXSEG) and not _MIN_MSS <= size <= _MAX_MSS
 
 
 def _named(
