@@ -141,7 +141,7 @@ def test_other_kinds_are_refused_by_name(runner: Runner, kind: str) -> None:
 
 
 @needs_firn
-@pytest.mark.parametrize("reason", ["corked", "error", "connecting", "group", "over"])
+@pytest.mark.parametrize("reason", ["corked", "error", "connecting", "group", "over", "signed"])
 def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     word = reason
@@ -161,6 +161,15 @@ def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
             sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
             sender.sendto(b"x", ("239.7.7.7", made.getsockname()[1]))
         word = "sent to 239.7.7.7"
+    elif reason == "signed":
+        made = listener()
+        head = socket.AF_INET.to_bytes(2, "little") + bytes(2) + socket.inet_aton("127.0.0.1")
+        key = head.ljust(128, b"\0") + bytes((0, 0, 3, 0)) + bytes(4) + b"key".ljust(80, b"\0")  # struct tcp_md5sig
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, 14, key)
+        except OSError as error:
+            pytest.skip(f"no TCP_MD5SIG here: {error.strerror}")
+        word = "TCP_MD5SIG"
     else:
         made = socket.socket()
         if reason == "connecting":

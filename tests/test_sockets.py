@@ -50,8 +50,8 @@ LEVELS = {
     "udplite": (SO, IP, UDP, UDPLITE), "raw": (SO, IP), "raw6": (SO, IPV6, RAW), "unix": (SO,), "unix-datagram": (SO,),
     "netlink": (SO, NETLINK), "packet": (SO, PACKET),
 }  # fmt: skip
-# SO_ERROR (reading clears it), _GET_FILTER (another length), _MEMINFO, _INCOMING_NAPI_ID, _COOKIE; TCP_INFO, _TIMESTAMP,
-# _CC_INFO, _SAVED_SYN: what they tell belongs to the moment, the kernel or a connection.
+# SO_ERROR (reading clears it), _GET_FILTER (another length), _MEMINFO, _INCOMING_NAPI_ID, _COOKIE; TCP_INFO,
+# _TIMESTAMP, _CC_INFO, _SAVED_SYN: what they tell belongs to the moment, the kernel or a connection.
 UNASKED = {(SO, 4), (SO, 26), (SO, 55), (SO, 56), (SO, 57), (TCP, 11), (TCP, 24), (TCP, 26), (TCP, 28)}
 # TCP_REPAIR and UDP_CORK, which are refused.
 UNSET = {(TCP, 19), (UDP, 1), (UDPLITE, 1)}
@@ -146,3 +146,81 @@ def test_every_option_of_every_kind_comes_back(runner: Runner) -> None:
             assert (st.st_uid, st.st_gid) == (1234, 5678)
     runner.kill(target)
     assert not wrong, "\n".join(wrong)
+
+
+# -- what is refused, and damage -------------------------------------------------------------------------------------
+
+
+def refused(runner: Runner, sock: socket.socket, *words: str) -> None:
+    target = holder(runner, [sock])
+    code, text, _ = runner.try_dump(target)
+    assert code and "Traceback" not in text, text
+    for word in words:
+        assert word in text, text
+    assert not target.ended()
+    runner.kill(target)
+
+
+@needs_firn
+@pytest.mark.parametrize("reason", ["netlink", "netlink-events", "packet", "raw"])
+def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
+    if reason == "netlink":
+        made = socket.socket(16, 3, 0)
+        made.send(struct.pack("<IHHIIBxHiII", 32, 18, 1, 1, 0, 0, 0, 1, 0, 0))  # RTM_GETLINK of the loopback device
+        refused(runner, made, "netlink socket with messages")
+    elif reason == "netlink-events":
+        made = socket.socket(16, 2, 11)
+        made.bind((0, 1))
+        refused(runner, made, "listens to process events")
+    elif reason == "packet":
+        made = socket.socket(17, 3, 0)
+        made.bind(("lo", 0x88B6))
+        with socket.socket(17, 3, 0) as other:
+            other.bind(("lo", 0))
+            other.send(bytes(12) + b"\x88\xb6" + b"payload")
+        refused(runner, made, "packets or an error in its queue")
+    else:
+        made = socket.socket(2, 3, 253)
+        made.bind(("127.0.0.77", 0))
+        with socket.socket(2, 3, 253) as other:
+            other.sendto(b"payload", ("127.0.0.77", 0))
+        refused(runner, made, "has packets in its queue")
+
+
+OPTS = {"so_sndbuf": 0, "so_rcvbuf": 0, **{f"so_{way}_tmo_{unit}": 0 for way in ("snd", "rcv") for unit in
+                                          ("sec", "usec")}}  # fmt: skip
+COMMON: dict[str, Any] = {"id": 5, "flags": 2, "fown": {"pid": 0, "signum": 0}, "opts": OPTS}
+NETLINK_ENTRY = COMMON | {"ino": 9, "protocol": 0, "state": 7, "portid": 0, "groups": [], "dst_portid": 0,
+                          "dst_group": 0}  # fmt: skip
+PACKET_ENTRY = COMMON | {"type": 3, "protocol": 0, "ifindex": 0, "version": 0, "reserve": 0, "aux_data": False,
+                         "orig_dev": False, "vnet_hdr": False, "loss": False, "timestamp": 0, "copy_thresh": 0,
+                         "mclist": []}  # fmt: skip
+RING = {"block_size": 4096, "block_nr": 1, "frame_size": 2048, "frame_nr": 2, "retire_tmo": 0, "sizeof_priv": 0,
+        "features": 0}  # fmt: skip
+MEMBER = {"index": 1, "type": 1, "addr": b""}
+
+
+@pytest.mark.parametrize(
+    ("entry", "damage"),
+    [
+        *((NETLINK_ENTRY, damage) for damage in (
+            {"protocol": 9999}, {"groups": [1, 2]}, {"dst_group": 40}, {"firn": {"groups": b"\xff" * 5000}},
+            {"firn": {"options": [{"level": 270, "number": 1}]}}, {"firn": {"groups": bytes(4) + b"\x00\x80" * 9}},
+        )),
+        *((PACKET_ENTRY, damage) for damage in (
+            {"type": 1}, {"protocol": 1 << 16}, {"ifindex": 987654}, {"version": 9}, {"fanout": 7 << 16},
+            {"rx_ring": RING | {"frame_nr": 3}}, {"tx_ring": RING | {"block_size": 1 << 40}},
+            {"mclist": [MEMBER | {"addr": b"a" * 33}]}, {"mclist": [MEMBER | {"index": 987654}]},
+            {"mclist": [MEMBER] * 70000}, {"firn": {"options": [{"level": 263, "number": 5}]}},
+            {"ifindex": 7, "firn": {"devices": [{"index": 7, "name": "nowhere"}]}},
+            {"ifindex": 7, "firn": {"devices": [{"index": 7, "name": "a\0b"}]}},
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_entry_is_one_error(entry: dict[str, Any], damage: dict[str, Any]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    kind = NetlinkSockets() if "portid" in entry else PacketSockets()
+    with pytest.raises(FirnError):
+        kind.open(5, entry | damage, cast(RestoreContext, SimpleNamespace()))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_TCP = 6
 AF_UNIX, AF_NETLINK, AF_PACKET, SOCK_RAW, SOCK_CLOEXEC = 1, 16, 17, 3, 0o2000000
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -23,7 +24,8 @@ ESTABLISHED, CLOSE, LISTEN = 1, 7, 10
 """States; the numbers are those of TCP."""
 INET_DIAG_REQ = struct.Struct("<BBBxI48x")
 INET_DIAG_MSG = struct.Struct("<BBBB48x4xIIII")
-INET_SHUTDOWN = 8
+INET_SHUTDOWN, INET_MD5SIG = 8, 18
+_TIME_WAIT = 6
 PACKET_DIAG_REQ = struct.Struct("<BBHIIII")
 PACKET_DIAG_MSG = struct.Struct("<BBHIII")
 PACKET_DIAG_INFO = struct.Struct("<6I")
@@ -126,6 +128,19 @@ def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
             if kind == INET_SHUTDOWN and data[0]:
                 found[inode] = data[0]
     return found
+
+
+def tcp_signed(family: int) -> set[int]:
+    """Inodes of the TCP sockets that have keys for signatures (TCP_MD5SIG), of those that listen or are connected.
+
+    Raises :class:`OSError` if the kernel does not answer.
+    """
+    request = INET_DIAG_REQ.pack(family, _TCP, 0, 0xFFFFFFFF & ~(1 << _TIME_WAIT))
+    return {
+        INET_DIAG_MSG.unpack_from(payload)[-1]
+        for payload in _list("TCP", request)
+        if any(kind == INET_MD5SIG for kind, _ in _attributes(payload, INET_DIAG_MSG.size))
+    }
 
 
 def _list(what: str, request: bytes) -> list[bytes]:

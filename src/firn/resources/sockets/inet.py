@@ -60,6 +60,7 @@ class InetSockets(Kind):
         self._saved: list[tuple[Open, dict[str, Any]]] = []
         self._rebuild: InetRebuild | None = None
         self._raw = raw.Table()
+        self._keys: dict[int, set[int]] = {}
 
     # -- collect -----------------------------------------------------------------------------------------------------
 
@@ -68,7 +69,8 @@ class InetSockets(Kind):
         copy = _socket.socket(fileno=os.dup(open.copy()))
         try:
             reasons = _foreign(copy) or [
-                (reason, _CLOSE_IT) for reason in (*_obstacles(copy), *inet_options.unsupported(copy))
+                (reason, _CLOSE_IT)
+                for reason in (*_obstacles(copy), *inet_options.unsupported(copy), *self._signed(copy, open))
             ]  # fmt: skip
             for reason, help in reasons:
                 context.refuse(open, reason, help)
@@ -78,6 +80,14 @@ class InetSockets(Kind):
             return self._message(copy, open, context, state, backlog) if state else None
         finally:
             copy.close()
+
+    def _signed(self, copy: _socket.socket, open: Open) -> list[str]:
+        """Why a TCP socket cannot be saved that signs its segments."""
+        if not is_tcp(copy):
+            return []
+        if copy.family not in self._keys:
+            self._keys[copy.family] = sockdiag.tcp_signed(copy.family)
+        return ["has keys for signatures (TCP_MD5SIG)"] if open.stat.st_ino in self._keys[copy.family] else []
 
     def _message(
         self, copy: _socket.socket, open: Open, context: DumpContext, state: int, backlog: int
