@@ -24,7 +24,7 @@ ESTABLISHED, CLOSE, LISTEN = 1, 7, 10
 """States; the numbers are those of TCP."""
 INET_DIAG_REQ = struct.Struct("<BBBxI48x")
 INET_DIAG_MSG = struct.Struct("<BBBB48x4xIIII")
-INET_SHUTDOWN, INET_MD5SIG = 8, 18
+_INET_INFO, INET_SHUTDOWN, INET_MD5SIG = 2, 8, 18
 _TIME_WAIT = 6
 PACKET_DIAG_REQ = struct.Struct("<BBHIIII")
 PACKET_DIAG_MSG = struct.Struct("<BBHIII")
@@ -135,7 +135,8 @@ def tcp_signed(family: int) -> set[int]:
 
     Raises :class:`OSError` if the kernel does not answer.
     """
-    request = INET_DIAG_REQ.pack(family, _TCP, 0, 0xFFFFFFFF & ~(1 << _TIME_WAIT))
+    # The kernel adds the keys only where tcp_info is asked for (seen on Linux 6.18).
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << _INET_INFO - 1, 0xFFFFFFFF & ~(1 << _TIME_WAIT))
     return {
         INET_DIAG_MSG.unpack_from(payload)[-1]
         for payload in _list("TCP", request)
