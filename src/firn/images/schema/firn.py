@@ -17,6 +17,8 @@ EXTENSIONS = {
     "netlink_sk_entry": "1000 firn firn_netlink?",
     "packet_sock_entry": "1000 firn firn_packet?",
     "sk_opts_entry": "1000 firn firn_sk_opts?",
+    "sk_packet_entry": "1000 firn firn_sk_packet?",
+    "unix_sk_entry": "1000 firn firn_unix?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -79,6 +81,20 @@ MESSAGES = {
         1 options firn_option*
         2 uid u32?
         3 gid u32?
+    """,
+    "firn_sk_packet": """
+        1 credentials firn_identity?
+        2 sender bytes?
+    """,
+    "firn_unix": """
+        1 peer firn_identity?
+        2 connector firn_identity?
+    """,
+    "firn_identity": """
+        1 pid u32?
+        2 uid u32?
+        3 gid u32?
+        4 groups bytes?
     """,
     "firn_option": """
         1 level u32?
