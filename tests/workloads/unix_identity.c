@@ -29,7 +29,9 @@ static int told(int fd, pid_t pid, uid_t uid, gid_t gid)
 	struct ucred who = {0, 0, 0};
 	socklen_t length = sizeof who;
 	CHECK(!getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &length));
-	CHECK(who.pid == pid && who.uid == uid && who.gid == gid);
+	snprintf(got, sizeof got, "descriptor %d: %d %d %d, not %d %d %d", fd, who.pid, who.uid, who.gid, pid, uid, gid);
+	if (who.pid != pid || who.uid != uid || who.gid != gid)
+		return wrong(__FILE__, __LINE__, got);
 	return 1;
 }
 

@@ -305,7 +305,7 @@ class Rebuild:
         if "credentials" not in own:
             return b""
         who = Identity(own["credentials"])
-        self._standins.hold(who)
+        self._standins.hold(who.pid)
         return UCRED.pack(who.pid, who.uid, who.gid)
 
     def _named_sender(self, name: bytes) -> _socket.socket:

@@ -17,7 +17,7 @@ import struct
 from firn.abi import nr, sched
 from firn.abi import signal as sig
 from firn.abi.libc import address_of, syscall
-from firn.errors import RestoreError
+from firn.errors import ImageError, RestoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Identity:
         self.uid: int = entry.get("uid", 0)
         self.gid: int = entry.get("gid", 0)
         groups: bytes = entry.get("groups", b"")
+        if self.pid >= 1 << 31:
+            raise ImageError(f"a unix socket knows of an impossible process {self.pid}")
         self.groups = struct.unpack(f"<{len(groups) // 4}I", groups[: len(groups) // 4 * 4])
 
     @property
@@ -60,6 +62,7 @@ class _StandIn:
     def __init__(self, who: Identity) -> None:
         self._orders, self._order = os.pipe2(os.O_CLOEXEC)
         self._answer, self._answers = os.pipe2(os.O_CLOEXEC)
+        self.key = who.key
         parent = os.getpid()
         try:
             self.pid = _clone(who.pid)
@@ -135,7 +138,7 @@ def _serve(who: Identity, parent: int, orders: int, answers: int) -> None:
 
 def _become(who: Identity, parent: int) -> None:
     """Take the ids of *who*; files are still ours to reach. We end with firn, whose descriptors we hold."""
-    if list(who.groups) != os.getgroups():
+    if who.uid != _NO_ID and list(who.groups) != os.getgroups():
         os.setgroups(who.groups)
     if who.gid not in (os.getegid(), _NO_ID):
         os.setegid(who.gid)
@@ -164,16 +167,24 @@ def _obey(order: int, first: int, second: int, address: bytes) -> tuple[int, int
 
 
 class StandIns:
-    """All that are needed, each made when it is needed first. Without an identity the calls are our own."""
+    """All that are needed, each made when it is needed first: one for a pid, whose ids have to be right only while it
+    makes a call. Without an identity the calls are our own."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], _StandIn] = {}
+        self._made: dict[int, _StandIn] = {}
 
-    def hold(self, who: Identity) -> _StandIn:
-        """See to it that there is a process *who*."""
-        if who.key not in self._made:
-            self._made[who.key] = _StandIn(who)
-        return self._made[who.key]
+    def hold(self, pid: int) -> None:
+        """See to it that there is a process *pid*, if there can be one."""
+        if pid not in self._made:
+            self._made[pid] = _StandIn(Identity({"pid": pid, "uid": _NO_ID, "gid": _NO_ID}))
+
+    def _get(self, who: Identity) -> _StandIn:
+        found = self._made.pop(who.pid, None)
+        if found is not None and found.key != who.key:
+            found.close()
+            found = None
+        self._made[who.pid] = found or _StandIn(who)
+        return self._made[who.pid]
 
     def pair(self, who: Identity | None, kind: int) -> tuple[socket, socket]:
         """socketpair(2)."""
@@ -181,7 +192,7 @@ class StandIns:
 
         if who is None:
             return _socket.socketpair(AF_UNIX, kind | SOCK_CLOEXEC, 0)
-        one, other = self.hold(who).ask(_PAIR, kind, 0)
+        one, other = self._get(who).ask(_PAIR, kind, 0)
         return _socket.socket(AF_UNIX, kind, 0, one), _socket.socket(AF_UNIX, kind, 0, other)
 
     def listen(self, who: Identity | None, sock: socket, backlog: int) -> None:
@@ -189,7 +200,7 @@ class StandIns:
         if who is None:
             sock.listen(backlog)
         else:
-            self.hold(who).ask(_LISTEN, sock.fileno(), backlog)
+            self._get(who).ask(_LISTEN, sock.fileno(), backlog)
 
     def connect(self, who: Identity | None, sock: socket, address: str | bytes) -> None:
         """connect(2)."""
@@ -197,7 +208,7 @@ class StandIns:
             sock.connect(address)
         else:
             raw = os.fsencode(address)
-            self.hold(who).ask(_CONNECT, sock.fileno(), 0, raw if raw[:1] == b"\0" else raw + b"\0")
+            self._get(who).ask(_CONNECT, sock.fileno(), 0, raw if raw[:1] == b"\0" else raw + b"\0")
 
     def close(self) -> None:
         """All end."""
