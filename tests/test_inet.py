@@ -26,7 +26,7 @@ from firn.resources.sockets.inet import InetSockets
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
 TABLE = [Workload("inet", mode, unlike=UNLIKE) for mode in ("listen", "udp", "options", "groups")]
-TABLE += [Workload("inet", mode, unlike=UNLIKE, once=True) for mode in ("bound", "queue")]
+TABLE += [Workload("inet", mode, unlike=UNLIKE, once=True) for mode in ("bound", "queue", "crowd")]
 TABLE += [
     Workload(
         "inet", "connection", unlike=UNLIKE, dump=("--tcp-close",), restore=("--tcp-close",), once=True,

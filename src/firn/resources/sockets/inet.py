@@ -115,7 +115,7 @@ class InetSockets(Kind):
             own = message.setdefault("firn", {})
             own["groups"] = inet_options.memberships(copy)
             own["datagrams"] = datagrams.peek(copy) if datagrams.is_udp(copy) else []
-            for reason in datagrams.obstacles(copy, message):
+            for reason in datagrams.obstacles(message):
                 context.refuse(open, reason, "let the program read it first")
             if not any(own.values()):
                 del message["firn"]
@@ -144,14 +144,14 @@ class InetSockets(Kind):
         return seen | (1 if poll.state(copy.fileno(), poll.POLLRDHUP) else 0)
 
     def finish(self, context: DumpContext) -> None:
-        """Datagrams can only be sent again to a socket that has its port for itself."""
+        """Whether datagrams can be sent again is another matter for sockets that share their port."""
         for open, message in self._saved:
             if not message.get("firn", {}).get("datagrams"):
                 continue
             key = message["proto"], message["src_port"]
             shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
-            if len(shared) > 1:
-                context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
+            for reason in datagrams.shares(message) if len(shared) > 1 else ():
+                context.refuse(open, reason, "let the program read them first")
 
     # -- restore -----------------------------------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ class InetRebuild:
         except OSError as error:
             raise RestoreError(f"{made} cannot be made: {error.strerror}") from None
         try:
-            options.restore(made.sock, entry["opts"])
+            options.restore(made.sock, entry["opts"] | ({"so_bound_dev": ""} if _comes_late(entry) else {}))
             inet_options.restore(made.sock, entry)
             raw.restore(made.sock, entry)
             # IP_TOS changes it.
@@ -189,7 +189,10 @@ class InetRebuild:
 
     def _fill(self, made: Made) -> None:
         if datagrams.is_udp(made.get()):
-            datagrams.fill(made.get(), str(made), made.entry)
+            datagrams.fill(made.get(), str(made), made.entry, self._keys.count(made.key) > 1)
+            if _comes_late(made.entry):
+                device = made.entry["opts"]["so_bound_dev"].encode()
+                made.get().setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, device)
 
     def _finish(self, made: Made) -> None:
         sock, entry = made.get(), made.entry
@@ -206,6 +209,11 @@ class InetRebuild:
                 if error.errno != errno.ENOTCONN:
                     raise
         common.set_flags(sock.fileno(), entry)
+
+
+def _comes_late(entry: dict[str, Any]) -> bool:
+    """Whether a socket is bound to its device only when its datagrams wait again: they come from another device."""
+    return bool(entry["opts"].get("so_bound_dev")) and bool(entry.get("firn", {}).get("datagrams"))
 
 
 def _in_the_way(made: Made, error: OSError) -> RestoreError:
