@@ -39,7 +39,7 @@ lint: venv
 	$(BIN)/mypy
 
 test: apt venv lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 bench: venv
 	$(BIN)/python bench/run.py

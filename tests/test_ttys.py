@@ -15,7 +15,8 @@ import struct
 import subprocess
 import termios
 import tty as modes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,34 @@ TABLE = [
     *(Workload("ttys", mode) for mode in MODES),
     *(Workload("ttys_tree", mode) for mode in ("forkpty", "job")),
 ]
+pytestmark = pytest.mark.xdist_group("terminals")  # each takes the lowest free number, and wants it again
+BUSY = 12
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
+
+
+@contextmanager
+def low_numbers_in_use() -> Iterator[None]:
+    """A terminal gets the lowest free number. One that is made while lower ones are in use has its number for itself:
+    what runs beside the test takes the lower ones while the target is away."""
+    taken = [os.openpty() for _ in range(BUSY)]
+    try:
+        yield
+    finally:
+        for pair in taken:
+            os.close(pair[0])
+            os.close(pair[1])
+
+
+@pytest.fixture(autouse=True)
+def high_numbers(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminals of a workload have high numbers."""
+    start = runner.start
+
+    def wrapped(workload: Workload, broken: bool = False) -> Target:
+        with low_numbers_in_use():
+            return start(workload, broken)
+
+    monkeypatch.setattr(runner, "start", wrapped)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +95,8 @@ class Terminal:
     """A user's terminal; what is printed on it is collected."""
 
     def __init__(self) -> None:
-        self.master, self.slave = os.openpty()
+        with low_numbers_in_use():
+            self.master, self.slave = os.openpty()
         self.printed = b""
 
     @property

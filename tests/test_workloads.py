@@ -11,10 +11,15 @@ import pytest
 from harness import CannotRun, Runner, Target, differences, firn_command, portrait, wait_until
 from workloads.table import AGAIN_WAY, PLAIN_WAYS, REFUSED_WAY, TABLE, Workload
 
+MACHINE_WIDE = pytest.mark.xdist_group("machine-wide settings")
+"""Tests with this mark run one after the other, whatever runs beside them."""
+
 
 def _cases() -> list[object]:
     return [
-        pytest.param(workload, way, id=f"{workload.name}-{way}") for workload in TABLE for way in workload.ways
+        pytest.param(workload, way, id=f"{workload.name}-{way}", marks=MACHINE_WIDE if workload.huge else ())
+        for workload in TABLE
+        for way in workload.ways
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,21 +32,3 @@ def test_a_path_that_the_kernel_would_cut(tmp_path: Path, directory: str) -> Non
     assert script.read_text().startswith("#!/bin/sh\n")
     done = subprocess.run([script, "a b", "$c"], capture_output=True, text=True)
     assert done.stdout == "1 ['a b', '$c']\n"
-
-
-def _best(command: list[str]) -> float:
-    """The shortest of a few runs, in seconds: what others do on this machine only adds."""
-    times = []
-    for _ in range(10):
-        started = time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def test_the_start_is_lean(tmp_path: Path) -> None:
-    """Measured 2.6 ms over the bare interpreter's 8, all modules of the command line loaded."""
-    launcher.write(str(tmp_path))
-    bare = _best([os.path.realpath(sys.executable), "-I", "-S", "-c", "pass"])
-    ours = _best([str(tmp_path / "firn"), "--version"])
-    assert ours < bare * 1.8

@@ -76,6 +76,7 @@ TABLE: list[Workload] = [
     *_all("memory_advice", "mlock onfault future guard"),
     Workload("memory_advice", "hugetlb-private", huge=2),
     Workload("memory_advice", "hugetlb-shared", huge=2),
+    *_all("pkeys", "keys child"),
     *_all("memfd", "mapped closed sealed positions"),
     *_all("aio", "ring unreaped"),
     *_all("vdso", "vdso auxv overwritten title", dynamic=True),

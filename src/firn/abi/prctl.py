@@ -39,6 +39,7 @@ MM_MAP = struct.Struct("<11QQII")
 env_start, env_end, auxv pointer, auxv_size, exe_fd (104 bytes)."""
 
 CAP_HEADER = struct.Struct("<Ii")
+CAP_SYS_RESOURCE = 24  # include/uapi/linux/capability.h
 CAP_VERSION_3 = 0x20080522
 CAP_DATA = struct.Struct("<6I")
 """Two struct __user_cap_data_struct: effective, permitted, inheritable of capabilities 0-31, then of 32-63."""

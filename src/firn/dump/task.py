@@ -16,7 +16,7 @@ from firn.resources import cgroups, creds, process, restart, signals, threads, t
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
-from firn.resources.memory import aio, areas, layout
+from firn.resources.memory import aio, areas, layout, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
 
@@ -80,7 +80,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
 def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
     """Mappings with flags. Those read before the freeze are taken if the mappings are still the same."""
     now = procfs.maps(pid)
-    return early if [m.key() for m in now] == [m.key() for m in early] else procfs.smaps(pid)
+    return early if [m.identity() for m in now] == [m.identity() for m in early] else procfs.smaps(pid)
 
 
 def _suspend_seccomp(mine: CollectedTask) -> None:
@@ -167,6 +167,7 @@ class Questions:
         self.process = process.ask(self.program)
         self.actions = signals.ask(self.program)
         self.timers = timers.ask(self.program, posix)
+        self.keys = pkeys.ask(self.program)
         self.threads: list[tuple[Thread, Program, threads.Asked]] = [
             (task.leader, self.program, threads.ask(self.program))
         ]
@@ -204,8 +205,9 @@ class Questions:
         mine.mm = layout.save(pid, mine.stat, answers, mine.exe_id)
         mine.mm["aios"] = [aio.save(pid, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]
         future = layout.locks_future(pid, mine.statuses[pid], mine.task)
-        if future:
-            mine.mm["firn"] = {"lock_future": future}
+        keys = pkeys.answer(self.program, self.keys)
+        if future or keys:
+            mine.mm["firn"] = {"lock_future": future, "pkeys": keys}
         mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
 
     def _settle_timers(self) -> None:

@@ -88,7 +88,7 @@ def threads(pid: int) -> list[int]:
 class Map:
     """One line of /proc/PID/maps, with the VmFlags of smaps when those were read (else None)."""
 
-    __slots__ = ("device", "end", "flags", "huge", "inode", "name", "offset", "page_size", "perms", "start")
+    __slots__ = ("device", "end", "flags", "huge", "inode", "key", "name", "offset", "page_size", "perms", "start")
 
     def __init__(
         self, start: int, end: int, perms: str, offset: int, device: tuple[int, int], inode: int, name: str
@@ -103,8 +103,9 @@ class Map:
         self.flags: frozenset[str] | None = None
         self.page_size = 4096
         self.huge = 0
+        self.key = 0
 
-    def key(self) -> tuple[int, int, str, int, int]:
+    def identity(self) -> tuple[int, int, str, int, int]:
         """What identifies the mapping when two readings are compared."""
         return self.start, self.end, self.perms, self.offset, self.inode
 
@@ -152,7 +153,10 @@ def named_map(pid: int, name: str) -> Map | None:
 
 
 def smaps(pid: int) -> list[Map]:
-    """The mappings with their VmFlags, page size and amount of huge pages (bytes). Walks page tables: not cheap."""
+    """The mappings with their VmFlags, page size, amount of huge pages (bytes) and protection key.
+
+    Walks page tables: not cheap.
+    """
     text = read(f"/proc/{pid}/smaps").decode("utf-8", "surrogateescape")
     found: list[Map] = []
     at = 0
@@ -164,6 +168,10 @@ def smaps(pid: int) -> list[Map]:
         current.flags = frozenset(text[flags + 9 : end].split())
         current.page_size = _kilobytes(text, "\nKernelPageSize:", at, flags) or 4096
         current.huge = _kilobytes(text, "\nAnonHugePages:", at, flags)
+        # The last line before VmFlags, if the processor has protection keys.
+        last = text.rfind("\n", at, flags) + 1
+        if text.startswith("ProtectionKey:", last, flags):
+            current.key = int(text[last + 14 : flags])
         found.append(current)
         at = end + 1
     return found

@@ -4,7 +4,8 @@ State owned: resource limits, personality, dumpable, child-subreaper, OOM adjust
 umask, membarrier registrations, and the process-wide switches of prctl(2): THP, KSM, MDWE, TSC, machine-check policy,
 io flusher. Kernel: /proc/PID files from outside, the rest by calls of the task itself (prlimit(2) on another user's
 process needs CAP_SYS_RESOURCE, getrlimit(2) of one's own does not). It comes back by the task's own calls and writes to
-/proc/PID. What goes wrong: hard limits above ours cannot be set without CAP_SYS_RESOURCE.
+/proc/PID. What goes wrong: hard limits above ours cannot be set without CAP_SYS_RESOURCE. Some of them depend on the
+machine (of processes and of pending signals, on its memory), so they become what is possible here, with a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import struct
 
 from firn.abi import nr, prctl
-from firn.host import procfs
+from firn.abi.libc import address_of, syscall
+from firn.host import features, procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 ALIVE, DEAD, STOPPED = 1, 2, 3
 """task_state of task_core_entry."""
 LIMITS = 16
+LIMIT_NAMES = (
+    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING",
+    "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+)  # fmt: skip
+"""RLIMIT_* by number (include/uapi/asm-generic/resource.h)."""
 _LIMIT = struct.Struct("<QQ")
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _NO_LOGINUID = 0xFFFFFFFF
@@ -137,6 +144,22 @@ def plan_early(program: Program, tc: dict[str, Any], umask: int) -> None:
     for bit in range(32):
         if mask >> bit & 1:
             program.call(f"membarrier {1 << bit:#x}", nr.membarrier, 1 << bit, 0, 0)
+
+
+def fit_limits(pid: int, tc: dict[str, Any], log: Log) -> None:
+    """Lower in *tc* the hard limits that we may not give, to our own."""
+    if features.effective_caps() >> prctl.CAP_SYS_RESOURCE & 1:
+        return
+    raw = bytearray(_LIMIT.size)
+    for which, limit in enumerate(tc.get("rlimits", {}).get("rlimits", [])[:LIMITS]):
+        syscall(f"prlimit {which}", nr.prlimit64, 0, which, 0, address_of(raw))
+        highest: int = _LIMIT.unpack(raw)[1]
+        if limit["max"] > highest:
+            log.warn(
+                f"process {pid}: RLIMIT_{LIMIT_NAMES[which]} was {limit['cur']} of {limit['max']}; without"
+                f" CAP_SYS_RESOURCE it can be {highest} at the most here, and is that"
+            )
+            limit |= {"max": highest, "cur": min(limit["cur"], highest)}
 
 
 def plan_limits(program: Program, tc: dict[str, Any]) -> None:

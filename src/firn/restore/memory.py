@@ -9,7 +9,7 @@ from firn.abi import mman, nr, prctl
 from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
 from firn.resources.base import MEMFD, REG
-from firn.resources.memory import aio, areas, inherit, layout, rebuild
+from firn.resources.memory import aio, areas, inherit, layout, pkeys, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.tracee import memory
 
@@ -43,6 +43,7 @@ class TaskMemory:
         self.all_runs = self._take_rings(runs)
         self.mapped = self._mapped()
         self.exe = (REG, process.mm["exe_file_id"])
+        self.keys = pkeys.Keys(self.mm, self.pid)
         self.placement: Placement | None = None
         self.inherited = inherit.nothing(self.all_runs)
         if parent is not None:
@@ -93,6 +94,9 @@ class TaskMemory:
         program.call("close all", nr.close_range, 0, 0xFFFFFFFF, 0)
         table = take_files(program, opener, self.wanted())
         fds = {number: table[opener.open(*key)] for number, key in self.mapped.items()}
+        has_keys = bool(self.keys) or bool(self.parent and self.parent.keys)
+        if has_keys:
+            self.keys.plan_before(program)
         rebuild.plan_maps(program, self.vmas, fds, writable, list(self.inherited.ends.items()))
         same_exe = self.parent is not None and self.parent.exe == self.exe
         layout.plan(program, self.mm, -1 if same_exe else table[opener.open(*self.exe)])
@@ -101,11 +105,14 @@ class TaskMemory:
             program.call(f"drop {start:#x}-{end:#x}", nr.madvise, start, end - start, mman.MADV_DONTNEED)
         checks = rebuild.plan_pages(program, runs, page_fds)
         rebuild.plan_finish(program, self.vmas, writable, rebuild.present_bytes(self.vmas, self.all_runs))
+        if has_keys:
+            self.keys.plan_after(program)
         if not keeps_vdso:
             self._plan_vdso_protection(program)
         program.call("close all", nr.close_range, 0, 0xFFFFFFFF, 0)
         program.run()
         rebuild.check_reads(program, checks)
+        self.keys.check(program)
         for ring in self.mm.get("aios", []):
             aio.rebuild(program, ring, aio.unfetched(self.rings.get(ring["id"], b"")))
         program.run()

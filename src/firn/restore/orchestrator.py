@@ -25,6 +25,8 @@ from firn.host import features
 from firn.images.store import ImageDir
 from firn.resources import cgroups, creds
 from firn.resources.files.reopen import Opener
+from firn.resources.process import fit_limits
+from firn.resources.threads import xstate
 from firn.restore import birth
 from firn.restore.clocks import TimeNamespace
 from firn.restore.family import Family
@@ -86,8 +88,10 @@ class Restore:
         last, own = features.cap_last_cap(), features.effective_caps()
         living = [process for process in checkpoint.processes if not process.zombie]
         for process in living:
-            for core in process.cores:
+            fit_limits(process.pid, process.tc, self.log)
+            for tid, core in zip(process.tids, process.cores, strict=True):
                 creds.check(core["thread_core"]["creds"], own, last)
+                xstate.check(tid, core["thread_info"], self.options.cpu_cap == 0, self.log)
         if root.sid != root.pid and root.sid and not self.options.shell_job:
             raise RestoreError(
                 f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)"

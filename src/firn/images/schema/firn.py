@@ -50,11 +50,13 @@ MESSAGES = {
     """,
     "firn_mm": """
         1 lock_future u32? hex
+        2 pkeys u32? hex
     """,
     "firn_vma": """
         1 sealed bool?
         2 anon_name str?
         3 account bool?
+        4 pkey u32?
     """,
     "firn_ghost": """
         1 atime_ns i64?

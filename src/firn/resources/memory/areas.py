@@ -166,6 +166,8 @@ def build_entry(area: Area) -> dict[str, Any]:
     if "ac" in flags and not m.shared and not m.prot & mman.PROT_WRITE:
         # It was writable once: its pages count against the commit limit.
         extra["account"] = True
+    if m.key:
+        extra["pkey"] = m.key
     if "sl" in flags:
         extra["sealed"] = True
     if m.name.startswith("[anon:") or m.name.startswith("[anon_shmem:"):

@@ -5,7 +5,7 @@ flags, file and advice), the child keeps it, and only pages that differ are read
 compared before anything is made. Pages that only the parent has are dropped. A mapping that is longer in the child is
 lengthened: it must be one to mremap(2), and the kernel joins no new mapping to one that a fork has copied. Everything
 else is unmapped and made anew. Mappings that a fork leaves out or empties (MADV_DONTFORK, MADV_WIPEONFORK), huge page
-mappings and those with guard regions are always made anew.
+mappings and those with guard regions or protection keys are always made anew.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def _common(
 def _can_be_inherited(vma: dict[str, Any], guards: list[dict[str, Any]]) -> bool:
     bad = 1 << mman.MADV_DONTFORK | 1 << mman.MADV_WIPEONFORK
     if is_special(vma) or vma.get("madv", 0) & bad or vma["flags"] & (mman.MAP_HUGETLB | mman.MAP_DROPPABLE):
+        return False
+    if vma.get("firn", {}).get("pkey"):
         return False
     return not any(guard["start"] < vma["end"] and vma["start"] < guard["end"] for guard in guards)
 

@@ -17,12 +17,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from firn.log import Log
+
 _LEGACY = struct.Struct("<4H2Q2I")
 COMPONENTS = (
     (2, "ymmh_space", 64, "I"), (3, "bndreg_state", 8, "Q"), (4, "bndcsr_state", 8, "Q"), (5, "opmask_reg", 8, "Q"),
     (6, "zmm_upper", 64, "Q"), (7, "hi16_zmm", 128, "Q"), (9, "pkru", 2, "I"),
 )  # fmt: skip
 """Component number, field, elements, element type."""
+_DEFAULT_PKRU = [0x55555554, 0]
+"""What every thread has until it uses protection keys (arch/x86/kernel/cpu/common.c, init_pkru): no state that a
+processor without them lacks."""
 _KNOWN = 3 | sum(1 << number for number, _, _, _ in COMPONENTS)
 
 
@@ -44,6 +49,28 @@ def save(area: bytes) -> tuple[dict[str, Any], bytes]:
             xsave[field] = list(struct.unpack_from(f"<{count}{kind}", area, layout[number][0]))
     entry["xsave"] = xsave
     return entry, area if bits & ~_KNOWN else b""
+
+
+def check(tid: int, info: dict[str, Any], forced: bool, log: Log) -> None:
+    """Look for components in use that this processor lacks. *info* is the thread's thread_info_x86.
+
+    By the calling convention (System V ABI for x86-64, 3.2.1) a thread that waits in a system call holds nothing in
+    them, so they are dropped, with a warning. Raises RestoreError for any other thread, unless *forced*.
+    """
+    xsave, layout = info["fpregs"].get("xsave", {}), xsave_layout()
+    lacking = [
+        field
+        for number, field, _, _ in COMPONENTS
+        if number not in layout and xsave.get("xstate_bv", 0) >> number & 1
+        and any(xsave.get(field, [])) and xsave[field] != _DEFAULT_PKRU
+    ]  # fmt: skip
+    if not lacking:
+        return
+    what = f"thread {tid} has used processor state that this processor lacks ({', '.join(lacking)})"
+    waits = not info["gpregs"].get("orig_ax", cpu.NO_SYSCALL) >> 63
+    if not waits and not forced:
+        raise RestoreError(what, "restore on the same kind of processor, or use --cpu-cap=none to lose it")
+    log.warn(f"{what}: it is dropped; instructions that need it will end the program by SIGILL")
 
 
 def load(entry: dict[str, Any], raw: bytes, template: bytes) -> bytes:
@@ -77,12 +104,7 @@ def load(entry: dict[str, Any], raw: bytes, template: bytes) -> bytes:
         if len(values) != count:
             raise ImageError(f"core image: {field} has {len(values)} elements instead of {count}")
         if number not in layout or not have >> number & 1:
-            if any(values):
-                raise RestoreError(
-                    f"the checkpoint uses processor state ({field}) that this processor does not have",
-                    "restore on the same kind of processor",
-                )
-            continue
+            continue  # see check
         struct.pack_into(f"<{count}{kind}", area, layout[number][0], *values)
         used |= 1 << number
     if len(area) >= cpu.XSAVE_MIN:

@@ -1,0 +1,65 @@
+"""Checkpoints that CRIU 4.2 made, restored by firn: the programs in them check themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Beat, Runner, Target, firn_command, wait_until
+from images.shared import shared
+
+pytestmark = pytest.mark.xdist_group("golden")
+
+PLACE = Path("/opt/firn-golden")  # the images name files there
+PIDS = {
+    "small": 31000, "memory": 31100, "ghost": 31200, "threads": 31300, "tree": 31400, "pipes": 31500, "events": 31600,
+    "unix": 31700, "pty": 31800, "signals": 32000,
+}  # fmt: skip
+RIGHT = 1
+LOST_BY_CRIU = 184
+"""Of ``pty``: what was queued in the terminal is not in the images."""
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    if not firn_command() or os.geteuid():
+        pytest.skip("needs firn, and root")
+    archive = shared("criu-golden", "images.tar.xz")
+    if PLACE.exists():
+        pytest.skip(f"{PLACE} is there already")
+    PLACE.mkdir(parents=True)
+    try:
+        with tarfile.open(archive) as tar:
+            if hasattr(tarfile, "data_filter"):  # from 3.11.4
+                tar.extraction_filter = tarfile.tar_filter
+            tar.extractall(PLACE)
+        (PLACE / "run").mkdir(exist_ok=True)
+        if not (PLACE / "run" / "fifo").exists():
+            os.mkfifo(PLACE / "run" / "fifo", 0o600)
+        yield PLACE
+    finally:
+        shutil.rmtree(PLACE)
+
+
+@pytest.mark.parametrize("mode", PIDS)
+def test_verdict(mode: str, place: Path, runner: Runner) -> None:
+    images = place / "images" / mode
+    beat = Beat(place / "run" / f"{mode}.beat")
+    beat.path.write_bytes((images / "beat").read_bytes())
+    code, text = runner.try_restore(images)
+    assert code == 0, text[-3000:]
+    target = Target(PIDS[mode], beat)
+    beat.put("request", 1)
+    wait_until("it answers", lambda: bool(beat.get("verdict")) or target.ended())
+    if "instructions that need it" in text and target.ended() and target.status == signal.SIGILL:
+        pytest.skip("the program was made on a processor with more instructions")
+    assert beat.get("verdict") == (LOST_BY_CRIU if mode == "pty" else RIGHT), target.fate()
+    runner.wait_beats(target)
+    runner.kill(target)
+    if mode == "tree":
+        runner.kill(Target(31405, None))  # its parent was ended by the check
