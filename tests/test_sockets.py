@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -117,6 +118,19 @@ def taken(target: Target, numbers: list[int], kind: tuple[int, int, int]) -> lis
         os.close(pidfd)
 
 
+def documented() -> set[str]:
+    """The options that docs/socket-options.md calls saved, as level:number."""
+    levels: list[str] = []
+    found = set()
+    for line in (Path(__file__).parents[1] / "docs/socket-options.md").read_text().splitlines():
+        if line.startswith("## "):
+            levels = re.findall(r"\((\d+)\)", line)
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 6 and (cells[3].startswith("saved") or cells[4].startswith("SO_")):
+            found |= {f"{level}:{cells[2]}" for level in levels}
+    return found
+
+
 @needs_firn
 def test_every_option_of_every_kind_comes_back(runner: Runner) -> None:
     """One socket for each option that can be read and set, and all that can be read of it is the same afterwards."""
@@ -146,6 +160,8 @@ def test_every_option_of_every_kind_comes_back(runner: Runner) -> None:
             assert (st.st_uid, st.st_gid) == (1234, 5678)
     runner.kill(target)
     assert not wrong, "\n".join(wrong)
+    saved = documented()
+    assert not {f"{level}:{number}" for _, level, number, _ in made} - saved, "docs/socket-options.md does not say so"
 
 
 # -- what is refused, and damage -------------------------------------------------------------------------------------

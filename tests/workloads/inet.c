@@ -198,6 +198,9 @@ static void udp_set(void)
 	make(4, AF_INET, SOCK_DGRAM, 0);
 	bind_to(4, "127.0.0.1", 0);
 	NEED(!connect_to(fds[4], "127.0.0.1", ports[0]) && !shutdown(fds[4], SHUT_WR));
+	/* Connected to no port, which getpeername does not tell. */
+	make(5, AF_INET, SOCK_DGRAM, 0);
+	NEED(!connect_to(fds[5], "127.0.0.9", 0));
 }
 
 static int udp_check(void)
@@ -213,6 +216,7 @@ static int udp_check(void)
 	CHECK(sendto(fds[2], "back", 4, 0, &a.any, length) == 4 && read(fds[3], got, 64) == 4);
 	CHECK(fcntl(fds[1], F_GETFL) == (O_RDWR | O_NONBLOCK));
 	CHECK(send(fds[4], "no", 2, MSG_NOSIGNAL) == -1 && errno == EPIPE);
+	CHECK(send(fds[5], "to", 2, MSG_NOSIGNAL) == 2);
 	return 1;
 }
 

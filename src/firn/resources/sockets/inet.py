@@ -104,9 +104,10 @@ class InetSockets(Kind):
             return None
         message |= inet_options.collect(copy, over or state in STATES)
         _addresses(copy, message, over)
-        if not datagrams.is_udp(copy) and not is_tcp(copy):
+        if not is_tcp(copy):
             self._add_raw(copy, message)
-            for reason in self._raw.obstacles(copy.family, copy.type, message["ino"]):
+        if not is_tcp(copy) and not datagrams.is_udp(copy):
+            for reason in self._raw.obstacles(copy, message["ino"]):
                 context.refuse(open, reason, "let the program read it first, or try again")
         shutdown = self._shutdown(copy, message, over)
         if shutdown:
@@ -123,12 +124,14 @@ class InetSockets(Kind):
         return message
 
     def _add_raw(self, copy: _socket.socket, message: dict[str, Any]) -> None:
-        """What raw and ping sockets have and others have not."""
+        """What raw sockets have and others have not, and a peer without a port."""
         if copy.type == RAW:
             own = raw.collect(copy)
             if own:
                 message["ip_opts"]["raw"] = own
-        peer = self._raw.peer(copy.family, copy.type, message["ino"])
+        # A connected socket has an address.
+        has_none = message["state"] == ESTABLISHED or not any(message["src_addr"])
+        peer = None if has_none else self._raw.peer(copy, message["ino"])
         if peer is not None:
             message["state"] = ESTABLISHED
             message["dst_addr"], message["dst_port"] = peer

@@ -15,7 +15,7 @@ import struct
 
 from firn.errors import ImageError
 from firn.resources.sockets import options
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, IP, IPV6, RAW, SOL_RAW
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6, IP, IPV6, RAW, SOL_RAW, UDP, UDPLITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,20 +26,22 @@ IP_HDRINCL, IP_NODEFRAG, IPV6_HDRINCL = 3, 22, 36
 _FILTERS = {(AF_INET, ICMP): (SOL_RAW, 4), (AF_INET6, ICMPV6): (ICMPV6, 32)}
 """(family, protocol) -> level and size of ICMP_FILTER or ICMPV6_FILTER."""
 _FILTER = 1
-_TABLES = {(AF_INET, True): "raw", (AF_INET6, True): "raw6", (AF_INET, False): "icmp", (AF_INET6, False): "icmp6"}
+_TABLES = {ICMP: "icmp", ICMPV6: "icmp", UDP: "udp", UDPLITE: "udplite"}
+"""Files of /proc/net by protocol, of sockets that are not raw; with a 6 at the end for IPv6."""
 _PEER, _STATE, _QUEUES, _INODE = 2, 3, 4, 9
 """Columns of these tables."""
 _ESTABLISHED = 1
 
 
 class Table:
-    """The lines of the kernel's tables of raw and ping sockets."""
+    """The lines of the kernel's tables of raw, ping and UDP sockets."""
 
     def __init__(self) -> None:
         self._lines: dict[str, dict[int, list[str]]] = {}
 
-    def _line(self, family: int, kind: int, inode: int) -> list[str] | None:
-        name = _TABLES[family, kind == RAW]
+    def _line(self, sock: _socket.socket, inode: int) -> list[str] | None:
+        name = "raw" if sock.type == RAW else _TABLES[sock.proto]
+        name += "6" if sock.family == AF_INET6 else ""
         if name not in self._lines:
             found: dict[int, list[str]] = {}
             try:
@@ -51,16 +53,17 @@ class Table:
             self._lines[name] = found
         return self._lines[name].get(inode)
 
-    def obstacles(self, family: int, kind: int, inode: int) -> list[str]:
-        """Why the socket cannot be saved."""
-        line = self._line(family, kind, inode)
+    def obstacles(self, sock: _socket.socket, inode: int) -> list[str]:
+        """Why a raw or ping socket cannot be saved."""
+        line = self._line(sock, inode)
         if line is not None and int(line[_QUEUES].partition(":")[2], 16):
             return ["has packets in its queue, which cannot be sent again to it alone"]
         return []
 
-    def peer(self, family: int, kind: int, inode: int) -> tuple[list[int], int] | None:
-        """Address (words as in the images) and port that the socket is connected to."""
-        line = self._line(family, kind, inode)
+    def peer(self, sock: _socket.socket, inode: int) -> tuple[list[int], int] | None:
+        """Address (words as in the images) and port that *sock* is connected to, also if getpeername(2) tells none
+        because the port is 0."""
+        line = self._line(sock, inode)
         if line is None or int(line[_STATE], 16) != _ESTABLISHED:
             return None
         address, _, port = line[_PEER].partition(":")
