@@ -49,7 +49,7 @@ KINDS = (
 def _why_refused(open: base.Open) -> tuple[str, str]:
     link, st = open.link, open.stat
     if link.startswith("socket:"):
-        from firn.resources.sockets.families import why_refused
+        from firn.host.families import why_refused
 
         return why_refused(open.copy())
     for prefix, reason, help in KINDS:

@@ -30,3 +30,9 @@ def set_flags(fd: int, entry: dict[str, Any]) -> None:
     if owner.get("pid") or owner.get("signum"):
         flags &= ~fc.FASYNC
     fcntl.fcntl(fd, fc.F_SETFL, flags)
+
+
+def own_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The field with firn's own additions to a message: those *fields* that are not empty; nothing if all are."""
+    own = {name: value for name, value in fields.items() if value}
+    return {"firn": own} if own else {}

@@ -15,9 +15,9 @@ import os
 import struct
 
 from firn.abi import poll
-from firn.host import sockdiag
+from firn.host import families, sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import common, datagrams, families, inet_options, options, raw
+from firn.resources.sockets import common, datagrams, inet_options, options, raw
 from firn.resources.sockets.inet_options import (
     AF_INET,
     AF_INET6,

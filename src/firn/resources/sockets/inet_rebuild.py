@@ -191,8 +191,12 @@ class InetRebuild:
         if datagrams.is_udp(made.get()):
             datagrams.fill(made.get(), str(made), made.entry, self._keys.count(made.key) > 1)
             if _comes_late(made.entry):
-                device = made.entry["opts"]["so_bound_dev"].encode()
-                made.get().setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, device)
+                device = made.entry["opts"]["so_bound_dev"]
+                try:
+                    made.get().setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, device.encode())
+                except OSError as error:
+                    what = f"{made} cannot be bound to the network device {device}"
+                    raise RestoreError(f"{what}: {error.strerror}") from None
 
     def _finish(self, made: Made) -> None:
         sock, entry = made.get(), made.entry
@@ -213,7 +217,8 @@ class InetRebuild:
 
 def _comes_late(entry: dict[str, Any]) -> bool:
     """Whether a socket is bound to its device only when its datagrams wait again: they come from another device."""
-    return bool(entry["opts"].get("so_bound_dev")) and bool(entry.get("firn", {}).get("datagrams"))
+    has_device = entry["type"] == DGRAM and bool(entry["opts"].get("so_bound_dev"))
+    return has_device and entry["proto"] in (UDP, UDPLITE) and bool(entry.get("firn", {}).get("datagrams"))
 
 
 def _in_the_way(made: Made, error: OSError) -> RestoreError:

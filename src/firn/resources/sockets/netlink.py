@@ -139,15 +139,8 @@ def _message(copy: _socket.socket, open: Open, context: DumpContext) -> dict[str
         "flags": open.flags, "portid": port, "groups": [first] if first else [], "dst_portid": peer,
         "dst_group": peer_groups.bit_length(), "fown": context.owner(open), "opts": options.collect(copy),
     }  # fmt: skip
-    own: dict[str, Any] = {}
-    if any(groups[4:]):
-        own["groups"] = groups.rstrip(b"\0")
-    kept = options.kept(copy, SOL_NETLINK, KEPT)
-    if kept:
-        own["options"] = kept
-    if own:
-        message["firn"] = own
-    return message
+    own = {"groups": groups.rstrip(b"\0") if any(groups[4:]) else b"", "options": options.kept(copy, SOL_NETLINK, KEPT)}
+    return message | common.own_fields(own)
 
 
 def _place(sock: _socket.socket, message: dict[str, Any]) -> None:

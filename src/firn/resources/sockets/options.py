@@ -16,6 +16,7 @@ import struct
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import ImageError
+from firn.resources.sockets import common
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -150,16 +151,9 @@ def collect(sock: socket) -> dict[str, Any]:
     program = _get_filter(sock.fileno())
     if program:
         entry["so_filter"] = program
-    own: dict[str, Any] = {}
-    options = kept(sock, SOL_SOCKET, KEPT)
-    if options:
-        own["options"] = options
     st = os.fstat(sock.fileno())
-    if st.st_uid or st.st_gid:
-        own |= {"uid": st.st_uid, "gid": st.st_gid}
-    if own:
-        entry["firn"] = own
-    return entry
+    own = {"options": kept(sock, SOL_SOCKET, KEPT), "uid": st.st_uid, "gid": st.st_gid}
+    return entry | common.own_fields(own)
 
 
 def _number(sock: socket, number: int, usual: int) -> int:

@@ -138,16 +138,9 @@ def _message(copy: _socket.socket, seen: PacketSocket, open: Open, context: Dump
     for name, ring in (("rx_ring", seen.rx_ring), ("tx_ring", seen.tx_ring)):
         if ring:
             message[name] = _ring(ring)
-    own: dict[str, Any] = {}
     indices = {seen.index, *(member[0] for member in seen.members)} - {0}
-    if indices:
-        own["devices"] = [{"index": index, "name": _socket.if_indextoname(index)} for index in sorted(indices)]
-    kept = options.kept(copy, SOL_PACKET, KEPT)
-    if kept:
-        own["options"] = kept
-    if own:
-        message["firn"] = own
-    return message
+    devices = [{"index": index, "name": _socket.if_indextoname(index)} for index in sorted(indices)]
+    return message | common.own_fields({"devices": devices, "options": options.kept(copy, SOL_PACKET, KEPT)})
 
 
 def _set_up(sock: _socket.socket, message: dict[str, Any]) -> None:

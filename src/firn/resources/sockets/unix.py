@@ -16,7 +16,7 @@ from firn.abi import nr, poll
 from firn.abi.libc import syscall
 from firn.host import holders, procfs, sockdiag
 from firn.resources.base import Kind, Open
-from firn.resources.sockets import options, queues
+from firn.resources.sockets import common, options, queues
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ class UnixSockets(Kind):
         if listener is not None:
             # Not the diag number, which nobody needs: the place in the listener's queue, which the images cannot tell.
             message |= {"peer": listener.inode, "backlog": listener.waiting.index(seen.inode)}
-        own = _identities(copy, open.pid, listener is not None)
-        if own:
-            message["firn"] = own
+        message |= common.own_fields(_identities(copy, open.pid, listener is not None))
         if f"unix[{seen.inode}]" in context.options.external:
             message |= {"peer": 0, "state": sockdiag.CLOSE, "shutdown": 0}
         try:
@@ -293,14 +291,9 @@ class UnixSockets(Kind):
                     entry: dict[str, Any] = {"id_for": found.id, "length": len(queued.record.data)}
                     if queued.ids:
                         entry["scm"] = [{"type": queues.SCM_RIGHTS, "rights": queued.ids}]
-                    own: dict[str, Any] = {}
-                    if queued.record.credentials:
-                        own["credentials"] = _identity(queued.record.credentials)
-                    if queued.sender:
-                        own["sender"] = queued.sender
-                    if own:
-                        entry["firn"] = own
-                    writer.add(entry)
+                    credentials = queued.record.credentials
+                    who = _identity(credentials) if credentials else None
+                    writer.add(entry | common.own_fields({"credentials": who, "sender": queued.sender}))
                     writer.payload(queued.record.data)
 
     def close(self) -> None:
