@@ -17,7 +17,7 @@ from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
 from firn.abi import nr
-from firn.abi.libc import syscall
+from firn.abi.libc import address_of, syscall
 from firn.errors import FirnError
 from firn.resources.base import RestoreContext
 from firn.resources.sockets.netlink import NetlinkSockets
@@ -178,7 +178,7 @@ def refused(runner: Runner, sock: socket.socket, *words: str) -> None:
 
 
 @needs_firn
-@pytest.mark.parametrize("reason", ["netlink", "netlink-events", "packet", "raw"])
+@pytest.mark.parametrize("reason", ["netlink", "netlink-events", "packet", "raw", "bpf"])
 def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
     if reason == "netlink":
         made = socket.socket(16, 3, 0)
@@ -195,6 +195,19 @@ def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
             other.bind(("lo", 0))
             other.send(bytes(12) + b"\x88\xb6" + b"payload")
         refused(runner, made, "packets or an error in its queue")
+    elif reason == "bpf":
+        made = socket.socket(2, 2)
+        # BPF_PROG_LOAD of a socket filter (linux/bpf.h): r0 = 0; exit
+        code = bytearray(struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0))
+        licence = bytearray(b"GPL\0")
+        load = bytearray(struct.pack("<IIQQ", 1, 2, address_of(code), address_of(licence)).ljust(128, b"\0"))
+        try:
+            program = syscall("bpf", nr.bpf, 5, address_of(load), len(load))
+        except OSError as error:
+            pytest.skip(f"no BPF here: {error.strerror}")
+        made.setsockopt(1, 50, program)
+        os.close(program)
+        refused(runner, made, "it may have an eBPF filter")
     else:
         made = socket.socket(2, 3, 253)
         made.bind(("127.0.0.77", 0))

@@ -132,7 +132,8 @@ def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
 def tcp_signed(family: int) -> set[int]:
     """Inodes of the TCP sockets that listen and have keys for signatures (TCP_MD5SIG).
 
-    Connections are not asked for: there may be many thousands, at 10 us each. Raises :class:`OSError` if the kernel does not answer.
+    Connections are not asked for: there may be thousands, at 10 us each. Raises :class:`OSError` if the kernel does
+    not answer.
     """
     # The kernel adds the keys only where tcp_info is asked for (seen on Linux 6.18).
     request = INET_DIAG_REQ.pack(family, _TCP, 1 << _INET_INFO - 1, 1 << LISTEN)

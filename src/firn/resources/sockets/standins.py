@@ -12,6 +12,7 @@ from __future__ import annotations
 import _signal
 import errno
 import os
+import select
 import struct
 
 from firn.abi import nr, sched
@@ -58,6 +59,7 @@ class _StandIn:
     """One child, and the pipes to it."""
 
     pid = 0
+    _pidfd = -1
 
     def __init__(self, who: Identity) -> None:
         self._orders, self._order = os.pipe2(os.O_CLOEXEC)
@@ -68,6 +70,7 @@ class _StandIn:
             self.pid = _clone(who.pid)
             if not self.pid:
                 _serve(who, parent, self._orders, self._answers)
+            self._pidfd = os.pidfd_open(self.pid)
             self._result()
         except OSError as error:
             self.close()
@@ -80,9 +83,13 @@ class _StandIn:
         return self._result()
 
     def _result(self) -> tuple[int, int]:
-        answer = os.read(self._answer, _ANSWER.size)
-        if len(answer) < _ANSWER.size:
+        # The writing end of the answers is ours as well, so if the child ends the pipe would not tell.
+        ready = select.poll()
+        ready.register(self._answer, select.POLLIN)
+        ready.register(self._pidfd, select.POLLIN)
+        if all(fd != self._answer for fd, _ in ready.poll()):
             raise OSError(errno.ECHILD, "it has ended")
+        answer = os.read(self._answer, _ANSWER.size)
         failure, first, second = _ANSWER.unpack(answer)
         if failure:
             raise OSError(failure, os.strerror(failure))
@@ -95,8 +102,9 @@ class _StandIn:
             os.close(fd)
         if self.pid:
             os.waitpid(self.pid, 0)
-        for fd in (self._orders, self._answers):
-            os.close(fd)
+        for fd in (self._orders, self._answers, self._pidfd):
+            if fd >= 0:
+                os.close(fd)
 
 
 def _clone(pid: int) -> int:
@@ -119,7 +127,7 @@ def _serve(who: Identity, parent: int, orders: int, answers: int) -> None:
         failure, first, second = 0, 0, 0
         try:
             _become(who, parent)
-        except (OSError, OverflowError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             failure = getattr(error, "errno", 0) or errno.EINVAL
         while True:
             os.write(answers, _ANSWER.pack(failure, first, second))
