@@ -42,7 +42,7 @@ needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 KINDS = {
     "tcp": (2, 1, 6), "tcp6": (10, 1, 6), "udp": (2, 2, 17), "udp6": (10, 2, 17), "udplite": (2, 2, 136),
-    "raw": (2, 3, 253), "raw6": (10, 3, 253), "unix": (1, 1, 0), "unix-datagram": (1, 2, 0), "netlink": (16, 3, 0),
+    "raw": (2, 3, 254), "raw6": (10, 3, 254), "unix": (1, 1, 0), "unix-datagram": (1, 2, 0), "netlink": (16, 3, 0),
     "packet": (17, 3, 0),
 }  # fmt: skip
 SO, IP, TCP, UDP, IPV6, UDPLITE, RAW, PACKET, NETLINK = 1, 0, 6, 17, 41, 136, 255, 263, 270
