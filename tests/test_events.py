@@ -19,6 +19,7 @@ from firn.abi import events as ev
 from firn.errors import FirnError, ImageError
 from firn.resources import base
 from firn.resources.files.events import EventFd, TimerFd
+from firn.resources.files.external import Inherited
 from firn.resources.files.handles import Finder, to_entry
 from firn.resources.files.paths import kernel_dev
 from firn.resources.files.pidfd import PidFd
@@ -27,14 +28,13 @@ from firn.resources.files.watches import Fanotify, Inotify
 PLACED = {
     "events": "eventfd signalfd timerfd timerfd-absolute timerfd-ticks timerfd-punctual",
     "epoll": "ways fired nested closed reused both many waiting",
-    "watches": "folder file numbers special unlinked link odd marks mount",
+    "watches": "folder file numbers special unlinked link odd unread lost marks mount",
     "pidfd": "self thread dead",
 }
 
 REFUSED = {
     ("epoll", "merged"): "several targets that are open as descriptor \\d+ only",
     ("epoll", "lost"): "target \\d+ .* has been closed but lives on",
-    ("watches", "unread"): "an inotify instance with 64 bytes of unread events",
     ("watches", "whole"): "watches a whole file system",
     ("watches", "deciding"): "decides about accesses",
     ("pidfd", "outside"): "is a pidfd of process \\d+",
@@ -45,6 +45,7 @@ TABLE += [
     Workload(program, mode, refused=(text,), ways=(*PLAIN_WAYS, REFUSED_WAY))
     for (program, mode), text in REFUSED.items()
 ]
+TABLE += [Workload("watches", "lost-fid", ways=(*PLAIN_WAYS, "dump"))]
 TABLE += [Workload("events_tree", mode) for mode in ("shared", "inherited", "pidfd")]
 TABLE += [
     Workload("events_tree", "apart", refused=("but not in process",), ways=(*PLAIN_WAYS, REFUSED_WAY))
@@ -73,7 +74,7 @@ def restore_context(**files: dict[str, Any]) -> base.RestoreContext:
     entries = {(base.PIDFD, int(name[1:])): {"pidfd": message} for name, message in files.items()}
     unused: Any = None
     images: Any = Images()
-    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused)
+    return base.RestoreContext(images, None, [os.getpid()], entries, unused, unused, Inherited([]))
 
 
 def timer(**changes: int) -> dict[str, int]:
@@ -165,7 +166,7 @@ def test_a_file_without_a_handle_is_searched_for(tmp_path: Path) -> None:
     wanted.write_text("")
     st = wanted.stat()
     unused: Any = None
-    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)])
+    options: Any = SimpleNamespace(irmap_scan_path=[str(tmp_path)], force_irmap=True)
     finder = Finder(base.DumpContext([], options, [os.getpid()], unused, unused, unused))
     assert finder.find(os.getpid(), kernel_dev(st.st_dev), st.st_ino, to_entry({}, "")) == str(wanted)
 
@@ -205,9 +206,17 @@ WANTED = {
     "EPOLL_SLOT.size": "sizeof(struct kcmp_epoll_slot)",
     "IN_USER_MASK": "(unsigned)(IN_ALL_EVENTS | IN_EXCL_UNLINK | IN_ONESHOT)",
     "IN_DONT_FOLLOW": "IN_DONT_FOLLOW",
+    "IN_MODIFY": "IN_MODIFY",
+    "IN_ATTRIB": "IN_ATTRIB",
     "INOTIFY_IOC_SETNEXTWD": "_IOW('I', 0, int)",
     "FAN_CLOEXEC": "FAN_CLOEXEC",
     "FAN_NONBLOCK": "FAN_NONBLOCK",
+    "FAN_UNLIMITED_QUEUE": "FAN_UNLIMITED_QUEUE",
+    "FAN_REPORT_PIDFD": "FAN_REPORT_PIDFD",
+    "FAN_CLOSE_WRITE": "FAN_CLOSE_WRITE",
+    "FAN_EVENT_ON_CHILD": "FAN_EVENT_ON_CHILD",
+    "FAN_MARK_REMOVE": "FAN_MARK_REMOVE",
+    "FANOTIFY_EVENT.size": "sizeof(struct fanotify_event_metadata)",
     "FAN_MARK_ADD": "FAN_MARK_ADD",
     "FAN_MARK_DONT_FOLLOW": "FAN_MARK_DONT_FOLLOW",
     "FAN_MARK_MOUNT": "FAN_MARK_MOUNT",

@@ -20,6 +20,7 @@ from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 from firn.errors import FirnError
 from firn.host import sockdiag
 from firn.resources.base import INETSK, RestoreContext
+from firn.resources.files.external import Inherited
 from firn.resources.sockets import datagrams, inet_options
 from firn.resources.sockets.inet import InetSockets
 
@@ -250,7 +251,8 @@ ENTRY: dict[str, Any] = {
 )  # fmt: skip
 def test_a_damaged_entry_is_one_error(damage: dict[str, Any]) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    images = SimpleNamespace(files={(INETSK, 5): {"isk": ENTRY | damage}}, options=SimpleNamespace(tcp_close=False))
+    files, options = {(INETSK, 5): {"isk": ENTRY | damage}}, SimpleNamespace(tcp_close=False)
+    images = SimpleNamespace(files=files, options=options, inherited=Inherited([]))
     kind = InetSockets()
     with pytest.raises(FirnError):
         kind.open(5, {}, cast(RestoreContext, images))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
@@ -27,54 +25,6 @@ TABLE = [Workload("pipes", mode, once=mode in ONCE, unlike=UNLIKE) for mode in M
 )
 def test_workload(workload: Workload, way: str, runner: Runner) -> None:
     run_workload(workload, way, runner)
-
-
-def sleeper(runner: Runner, **streams: int) -> Target:
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | streams
-    process = subprocess.Popen(["/bin/sleep", "1000"], cwd=runner.folder, start_new_session=True, **streams)  # type: ignore[call-overload]
-    process.returncode = 0
-    wait_until("it sleeps", lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
-    return Target(process.pid, None)
-
-
-@pytest.mark.parametrize("side", ["read", "write"])
-@pytest.mark.skipif(not firn_command(), reason="no firn command")
-def test_an_end_whose_other_end_is_outside_is_refused(runner: Runner, side: str) -> None:
-    """... with the name of the process that holds it, which is this test."""
-    reader, writer = os.pipe()
-    try:
-        target = sleeper(runner, stdin=reader) if side == "read" else sleeper(runner, stdout=writer)
-        code, text, _ = runner.try_dump(target)
-        assert code and f"process {os.getpid()} (" in text, text
-        assert f"descriptor {writer if side == 'read' else reader};" in text, text
-        assert f"is the {side} end" in text, text
-    finally:
-        os.close(reader)
-        os.close(writer)
-    # Now nobody has the other end any more.
-    images = runner.dump(target)
-    back = runner.restore(images, target)
-    assert os.readlink(f"/proc/{back.pid}/fd/{'0' if side == 'read' else '1'}").startswith("pipe:[")
-    runner.kill(back)
-
-
-@pytest.mark.skipif(not firn_command(), reason="no firn command")
-def test_a_fifo_with_its_writer_outside_is_refused(runner: Runner) -> None:
-    path = runner.folder / "fifo"
-    os.mkfifo(path)
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    writer = os.open(path, os.O_WRONLY)
-    try:
-        target = sleeper(runner, stdin=reader)
-        code, text, _ = runner.try_dump(target)
-        assert code and f"process {os.getpid()} (" in text and f"descriptor {writer};" in text, text
-    finally:
-        os.close(reader)
-        os.close(writer)
-    images = runner.dump(target)
-    path.rename(runner.folder / "elsewhere")
-    code, text = runner.try_restore(images)
-    assert code and str(path) in text and "Traceback" not in text, text
 
 
 def take(end: int) -> list[tuple[bytes, bool]]:

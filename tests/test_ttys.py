@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
-from firn.abi import tty
+from firn.abi import nr, tty
+from firn.abi.libc import syscall
 from firn.images.store import ImageDir
 from firn.resources.ttys.queues import Contents, Queues, open_peer
 
@@ -270,21 +271,55 @@ def test_a_master_whose_slave_is_outside_is_refused(runner: Runner) -> None:
 
 
 @needs_firn
-def test_a_stopped_terminal_is_refused_as_it_is(runner: Runner) -> None:
+@pytest.mark.parametrize("by_key", [False, True])
+def test_stopped_output_stays_stopped(runner: Runner, by_key: bool) -> None:
+    """... in the original and in the restored terminal, and is started only by what has to start it."""
     terminal = Terminal()
     modes.setraw(terminal.slave)
+    settings = termios.tcgetattr(terminal.slave)
+    settings[0] |= termios.IXON
+    termios.tcsetattr(terminal.slave, termios.TCSANOW, settings)
     target = sleeper(runner, stdin=terminal.master, stdout=terminal.slave)
     os.write(terminal.slave, b"before")
-    termios.tcflow(terminal.slave, termios.TCOOFF)
-    code, text, _ = runner.try_dump(target)
-    assert code and "stopped" in text, text
+    if by_key:
+        os.write(terminal.master, b"typed\x13")
+    else:
+        os.write(terminal.master, b"typed")
+        termios.tcflow(terminal.slave, termios.TCOOFF)
     os.set_blocking(terminal.slave, False)
-    with pytest.raises(BlockingIOError):
-        os.write(terminal.slave, b"more")
-    termios.tcflow(terminal.slave, termios.TCOON)
-    assert os.read(terminal.master, 100) == b"before"
-    runner.kill(target)
+    wait_until("it stops", lambda: not _flows(terminal.slave))
+    code, text, _ = runner.try_dump(target, "-R")
+    assert code == 0, text
+    _check_stopped(terminal.master, terminal.slave, by_key)
+    images = runner.dump(target)
     terminal.close()
+    back = runner.restore(images, target)
+    pidfd = os.pidfd_open(back.pid)
+    master, slave = (syscall("pidfd_getfd", nr.pidfd_getfd, pidfd, number, 0) for number in (0, 1))
+    os.set_blocking(slave, False)
+    _check_stopped(master, slave, by_key)
+    assert os.read(slave, 100) == b"typed"
+    os.write(master, b"\x11") if by_key else termios.tcflow(slave, termios.TCOON)
+    wait_until("it starts", lambda: _flows(slave))
+    assert os.read(master, 100) == b"before"
+    for fd in (master, slave, pidfd):
+        os.close(fd)
+    runner.kill(back)
+
+
+def _flows(slave: int) -> bool:
+    return bool(select.select([], [slave], [], 0)[1])
+
+
+def _check_stopped(master: int, slave: int, by_key: bool) -> None:
+    with pytest.raises(BlockingIOError):
+        os.write(slave, b"more")
+    if by_key:
+        termios.tcflow(slave, termios.TCOON)
+    else:
+        os.write(master, b"\x11")
+        assert not select.select([], [slave], [], 0.05)[1]
+    assert not _flows(slave)
 
 
 @needs_firn

@@ -59,8 +59,9 @@ class Option:
     """One option.
 
     *kind* names the way its value is read (:mod:`firn.cli.values`). *commands* are the letters of the commands that it
-    has an effect on; any other command accepts and ignores it. *built* is True, False, or a tuple of the values that
-    work. *no*: a ``--no-`` form exists. *attribute* is the record's attribute, None if the option acts while parsing.
+    has an effect on; any other command accepts and ignores it. *built* is True, False, a tuple of the values that
+    work, or a function which tells that of a value. *no*: a ``--no-`` form exists. *attribute* is the record's
+    attribute, None if the option acts while parsing.
     """
 
     __slots__ = ("attribute", "built", "commands", "default", "firn_only", "kind", "long", "no", "short")
@@ -72,7 +73,7 @@ class Option:
         kind: str,
         commands: str,
         default: object,
-        built: bool | tuple[object, ...],
+        built: bool | tuple[object, ...] | Callable[[Any], bool],
         *,
         no: bool = False,
         attribute: str | None = "",
@@ -92,7 +93,15 @@ class Option:
         """Whether *value* asks for nothing that is not built."""
         if isinstance(self.built, bool):
             return self.built or value == self.default
-        return value in self.built
+        return self.built(value) if callable(self.built) else value in self.built
+
+
+_OF_CONTAINERS = tuple(f"{name}[" for name in ("mnt", "dev", "net", "pid", "veth", "macvlan", "netdev"))
+
+
+def _on_one_host(external: tuple[str, ...]) -> bool:
+    """Whether no entry of ``--external`` is about a container. Types that nobody knows have no effect, as in CRIU."""
+    return not any(text.startswith(_OF_CONTAINERS) for text in external)
 
 
 TABLE: tuple[Option, ...] = (
@@ -101,7 +110,7 @@ TABLE: tuple[Option, ...] = (
     Option("images-dir", "D", "text", "DPRSLCUWI", ".", True),
     Option("work-dir", "W", "text", _ALL, "", True),
     Option("log-file", "o", "text", _ALL, "", True),
-    Option("log-pid", "", "flag", "R", False, False, no=True),
+    Option("log-pid", "", "flag", "R", False, True, no=True),
     Option("verbosity", "v", "verbosity", _ALL, 2, True),
     Option("display-stats", "", "flag", "DPR", False, True, no=True),
     Option("pidfile", "", "text", "RSLV", "", True),
@@ -124,9 +133,9 @@ TABLE: tuple[Option, ...] = (
     Option("restore-sibling", "S", "flag", "R", False, True, no=True),
     Option("exec-cmd", "", "exec", "R", (), True),
     Option("timeout", "", "number", "DP", 10, True),
-    Option("freeze-cgroup", "", "text", "DP", "", False),
+    Option("freeze-cgroup", "", "text", "DP", "", True),
     Option("shell-job", "j", "flag", "DR", False, True, no=True),
-    Option("weak-sysctls", "", "flag", "R", False, False, no=True),
+    Option("weak-sysctls", "", "flag", "R", False, True, no=True),
     Option("mntns-compat-mode", "", "flag", "R", False, False, no=True),
     # Memory and images
     Option("track-mem", "", "flag", "DP", False, False, no=True),
@@ -146,15 +155,15 @@ TABLE: tuple[Option, ...] = (
     Option("tls-cert", "", "text", "DPSL", "", False),
     Option("tls-key", "", "text", "DPSL", "", False),
     Option("tls-no-cn-verify", "", "flag", "DPSL", False, False),
-    Option("cpu-cap", "", "cpu-cap", "DRI", CPU_FPU | CPU_INS, (CPU_FPU | CPU_INS, 0)),
+    Option("cpu-cap", "", "cpu-cap", "DRI", CPU_FPU | CPU_INS, True),
     Option("file-validation", "", "file-validation", "DR", "buildid", True),
     Option("skip-file-rwx-check", "", "flag", "R", False, True, no=True),
     Option("ghost-limit", "", "size", "D", 1 << 20, True),
     Option("ghost-fiemap", "", "flag", "D", True, True, no=True),
     Option("link-remap", "", "flag", "D", False, True, no=True),
-    Option("force-irmap", "", "flag", "DP", False, False, no=True),
-    Option("irmap-scan-path", "", "list", "DP", (), False),
-    Option("evasive-devices", "", "flag", "D", False, False, no=True),
+    Option("force-irmap", "", "flag", "DP", False, True, no=True),
+    Option("irmap-scan-path", "", "list", "DP", (), True),
+    Option("evasive-devices", "", "flag", "D", False, True, no=True),
     Option("allow-uprobes", "", "flag", "DR", False, False, no=True),
     Option("file-locks", "l", "flag", "D", False, True, no=True),
     # Sockets, network, terminals
@@ -165,12 +174,12 @@ TABLE: tuple[Option, ...] = (
     Option("ext-unix-sk", "x", "ext-unix-sk", "DR", False, True),
     Option("empty-ns", "", "empty-ns", "DR", False, False),
     Option("join-ns", "J", "join-ns", "R", (), False),
-    Option("veth-pair", "", "veth-pair", "R", (), False, attribute="external"),
+    Option("veth-pair", "", "veth-pair", "R", (), _on_one_host, attribute="external"),
     # Mounts, file systems, external resources
     Option("root", "r", "text", "R", "", False),
-    Option("external", "", "external", "DR", (), False),
-    Option("inherit-fd", "", "inherit-fd", "R", (), False),
-    Option("ext-mount-map", "M", "ext-mount-map", "DR", (), False, attribute="external"),
+    Option("external", "", "external", "DR", (), _on_one_host),
+    Option("inherit-fd", "", "inherit-fd", "R", (), True),
+    Option("ext-mount-map", "M", "ext-mount-map", "DR", (), _on_one_host, attribute="external"),
     Option("enable-external-sharing", "", "flag", "D", False, False),
     Option("enable-external-masters", "", "flag", "D", False, False),
     Option("skip-mnt", "", "list", "D", (), False),
@@ -200,6 +209,7 @@ _MORE: dict[str, dict[str, object]] = {
     "D": {"images_dir_fd": -1},
     "R": {"images_dir_fd": -1, "foreground_status": True},
     "C": {"images_dir_fd": -1, "criu_style": False},
+    "I": {"images_dir_fd": -1},
 }
 
 
@@ -323,7 +333,10 @@ class DumpOptions(_Transfer):
 
 
 class RestoreOptions(_Transfer):
-    """How to restore: with ``foreground_status`` an attached restore waits for the root task and gives its status."""
+    """How to restore: with ``foreground_status`` an attached restore waits for the root task and gives its status.
+
+    The descriptors of ``inherit_fd``, but for 0 to 2, are closed by a restore that succeeds.
+    """
 
     letter = "R"
     __slots__ = tuple(defaults("R"))
@@ -358,6 +371,15 @@ class CheckOptions(Options):
     criu_style: bool
 
 
+class CpuinfoOptions(Options):
+    """Where cpuinfo.img is, and what of it to compare."""
+
+    letter = "I"
+    __slots__ = tuple(defaults("I"))
+
+    cpu_cap: int
+
+
 def dump(options: DumpOptions, log: Log | None = None) -> dict[str, int]:
     """Checkpoint a process tree; the counters and times (microseconds) of the ``stats-dump`` image.
 
@@ -387,6 +409,22 @@ def restore(options: RestoreOptions, log: Log | None = None) -> RestoreResult:
     from firn.restore import orchestrator
 
     return orchestrator.restore(options, log or _own_log(options))
+
+
+def cpuinfo_dump(options: CpuinfoOptions) -> None:
+    """Write cpuinfo.img, which says what this processor can do."""
+    options.refuse_unbuilt()
+    from firn.dump.orchestrator import save_processor
+
+    save_processor(options)
+
+
+def cpuinfo_check(options: CpuinfoOptions) -> None:
+    """Compare cpuinfo.img with this processor; a :class:`firn.errors.FirnError` says what does not match."""
+    options.refuse_unbuilt()
+    from firn.restore.orchestrator import check_processor
+
+    check_processor(options)
 
 
 def check(options: CheckOptions, out: Callable[[str], object] = print, log: Log | None = None) -> int:

@@ -58,6 +58,9 @@ EVENTS = Mirror(
         ),
         "EPOLL_EVENT": ("struct epoll_event", "events data"),
         "EPOLL_SLOT": ("struct kcmp_epoll_slot", "efd tfd toff"),
+        "FANOTIFY_EVENT": (
+            "struct fanotify_event_metadata", "event_len vers reserved metadata_len mask fd pid"
+        ),
         "FILE_HANDLE": ("struct file_handle", "handle_bytes handle_type"),
     },
     newer={
@@ -66,7 +69,7 @@ EVENTS = Mirror(
         "INOTIFY_IOC_SETNEXTWD": ("include/uapi/linux/inotify.h, Linux 4.16", 1 << 30 | 4 << 16 | ord("I") << 8),
         "PIDFD_THREAD": ("include/uapi/linux/pidfd.h, Linux 6.9: O_EXCL", 0o200),
     },
-    own=_names("CLOCK_OF_ALARM"),
+    own=_names("CLOCK_OF_ALARM MAX_FANOTIFY_EVENT"),
 )  # fmt: skip
 
 FCNTL = Mirror(headers=("linux/fcntl.h", "linux/kcmp.h"))
@@ -109,7 +112,7 @@ POLL = Mirror(headers=("asm/poll.h",))
 PRCTL = Mirror(
     headers=("linux/prctl.h", "asm/prctl.h", "linux/securebits.h", "linux/capability.h", "linux/seccomp.h"),
     prefixes={
-        "": "PR_", "SECCOMP_": "", "ARCH_": "", "SECBIT_": "",
+        "": "PR_", "SECCOMP_": "", "ARCH_": "", "SECBIT_": "", "CAP_SYS_": "",
     },
     expressions={"CAP_VERSION_3": "_LINUX_CAPABILITY_VERSION_3"},
     structs={
@@ -194,6 +197,35 @@ TTY = Mirror(
     own=_names("PTMX DEV_TTY DEV_CONSOLE"),
 )
 
+TUN = Mirror(
+    headers=("sys/ioctl.h", "linux/if.h", "linux/if_tun.h", "linux/sockios.h", "linux/ethtool.h", "linux/rtnetlink.h"),
+    prefixes={"NETLINK": ""},
+    expressions={
+        "TUN_F_USO": "TUN_F_USO4 | TUN_F_USO6",
+        "IFF_SETTABLE": (
+            "IFF_UP | IFF_DEBUG | IFF_NOTRAILERS | IFF_NOARP | IFF_PROMISC | IFF_ALLMULTI | IFF_MULTICAST | IFF_PORTSEL"
+            " | IFF_AUTOMEDIA"
+        ),
+    },
+    structs={
+        "IFREQ_NUMBER": ("struct ifreq", "ifr_name ifr_ifindex -"),
+        "IFREQ_FLAGS": ("struct ifreq", "ifr_name ifr_flags -"),
+        "IFREQ_ADDRESS": ("struct ifreq", "ifr_name ifr_hwaddr.sa_family ifr_hwaddr.sa_data -"),
+        "IFREQ_POINTER": ("struct ifreq", "ifr_name ifr_data -"),
+        "FEATURES_BLOCK": ("struct ethtool_get_features_block", "available requested active never_changed"),
+        "IFADDRMSG": ("struct ifaddrmsg", "ifa_family ifa_prefixlen ifa_flags ifa_scope ifa_index"),
+        "RTMSG": (
+            "struct rtmsg",
+            "rtm_family rtm_dst_len rtm_src_len rtm_tos rtm_table rtm_protocol rtm_scope rtm_type rtm_flags",
+        ),
+    },
+    newer={
+        "TUN_F_USO": ("include/uapi/linux/if_tun.h, Linux 6.2", 0x60),
+        "TUNSETCARRIER": ("include/uapi/linux/if_tun.h, Linux 5.0", 0x400454E2),
+        "TUNGETDEVNETNS": ("include/uapi/linux/if_tun.h, Linux 5.2", 0x54E3),
+    },
+)
+
 _REGISTERS = (
     "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs "
     "gs"
@@ -225,7 +257,7 @@ X86_64 = Mirror(
 
 MIRRORS = {
     "events": EVENTS, "fcntl": FCNTL, "mman": MMAN, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED,
-    "signal": SIGNAL, "tty": TTY, "x86_64": X86_64,
+    "signal": SIGNAL, "tty": TTY, "tun": TUN, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

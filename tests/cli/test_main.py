@@ -125,7 +125,6 @@ def test_getopt_speaks_for_itself(run: Runner) -> None:
         (["service"], "command service is not built yet"),
         (["swrk", "3"], "command swrk is not built yet"),
         (["dedup"], "command dedup is not built yet"),
-        (["cpuinfo", "check"], "command cpuinfo is not built yet"),
     ],
 )
 def test_errors_without_usage(run: Runner, words: list[str], message: str) -> None:

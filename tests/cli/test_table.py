@@ -115,9 +115,9 @@ def test_what_is_not_built_is_refused_by_name(row: Option) -> None:
 
 
 def test_partly_built_values() -> None:
-    DumpOptions(cpu_cap=0).refuse_unbuilt()
-    with pytest.raises(NotBuilt, match="cpu-cap"):
-        DumpOptions(cpu_cap=15).refuse_unbuilt()
+    DumpOptions(external=["unix[3]", "zork[1]"]).refuse_unbuilt()
+    with pytest.raises(NotBuilt, match="external"):
+        DumpOptions(external=["unix[3]", "net[4]:key"]).refuse_unbuilt()
 
 
 def test_a_dump_needs_a_pid() -> None:

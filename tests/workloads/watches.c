@@ -204,11 +204,21 @@ static void unread_set(void)
 	NEED(!unlink("folder/unread"));
 }
 
+/* After a restore one event stands for all that were lost. */
 static int unread_check(void)
 {
+	static int told;
 	int waiting = 0;
-	CHECK(!ioctl(watcher, FIONREAD, &waiting) && waiting == 2 * (sizeof(struct inotify_event) + 16));
-	return 1;
+	CHECK(!ioctl(watcher, FIONREAD, &waiting));
+	if (!beat->phase) {
+		CHECK(waiting == 2 * (sizeof(struct inotify_event) + 16));
+		return 1;
+	}
+	if (!told) {
+		CHECK(waiting == sizeof(struct inotify_event) && comes(-1, IN_Q_OVERFLOW, ""));
+		told = 1;
+	}
+	return folder_check();
 }
 
 static void unread_harm(void)
@@ -258,6 +268,38 @@ static int told(uint64_t mask, const char *path)
 	int same = !fstat(event->fd, &one) && !stat(path, &other) && one.st_ino == other.st_ino;
 	close(event->fd);
 	return same;
+}
+
+static void lost_set(void)
+{
+	group(strcmp(mode_name, "lost") ? FAN_CLASS_NOTIF | FAN_REPORT_FID : FAN_CLASS_NOTIF);
+	touch("marked");
+	NEED(!fanotify_mark(watcher, FAN_MARK_ADD, FAN_CLOSE_WRITE, AT_FDCWD, "marked"));
+	touch("marked");
+}
+
+/* After a restore one event stands for all that were lost. */
+static int lost_check(void)
+{
+	static int is_told;
+	char buffer[4096] __attribute__((aligned(8)));
+	struct fanotify_event_metadata *event = (void *)buffer;
+	int waiting = 0;
+	CHECK(!ioctl(watcher, FIONREAD, &waiting));
+	if (!beat->phase) {
+		CHECK(waiting == FAN_EVENT_METADATA_LEN);
+		return 1;
+	}
+	if (!is_told) {
+		CHECK(waiting == FAN_EVENT_METADATA_LEN && read(watcher, buffer, sizeof buffer) > 0);
+		CHECK(event->mask == FAN_Q_OVERFLOW && event->fd == FAN_NOFD);
+		is_told = 1;
+	}
+	CHECK(read(watcher, buffer, sizeof buffer) < 0 && errno == EAGAIN);
+	touch("marked");
+	CHECK(read(watcher, buffer, sizeof buffer) > 0 && event->mask == FAN_CLOSE_WRITE);
+	CHECK(event->fd < 0 || !close(event->fd));
+	return 1;
 }
 
 static void marks_set(void)
@@ -344,6 +386,8 @@ WORKLOAD(
 	{"link", link_set, link_check, forget_harm},
 	{"odd", odd_set, odd_check, forget_harm},
 	{"unread", unread_set, unread_check, unread_harm},
+	{"lost", lost_set, lost_check, unread_harm},
+	{"lost-fid", lost_set, lost_check, unread_harm},
 	{"marks", marks_set, marks_check, marks_harm},
 	{"mount", mount_set, mount_check, mount_harm},
 	{"whole", whole_set, open_check, open_harm},

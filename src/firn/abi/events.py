@@ -35,12 +35,15 @@ EPOLL_SLOT = struct.Struct("<III")
 
 IN_USER_MASK = 0xFFF | 0x04000000 | 0x80000000
 """IN_ALL_EVENTS, IN_EXCL_UNLINK, IN_ONESHOT: what a watch keeps of its mask."""
+IN_MODIFY, IN_ATTRIB = 2, 4
 IN_DONT_FOLLOW = 0x02000000
 INOTIFY_IOC_SETNEXTWD = 0x40044900
 
 FAN_CLOEXEC = 1
 FAN_NONBLOCK = 2
-FAN_MARK_ADD = 0x01
+FAN_UNLIMITED_QUEUE, FAN_REPORT_PIDFD = 0x10, 0x80
+FAN_CLOSE_WRITE, FAN_EVENT_ON_CHILD = 0x8, 0x08000000
+FAN_MARK_ADD, FAN_MARK_REMOVE = 0x01, 0x02
 FAN_MARK_DONT_FOLLOW = 0x04
 FAN_MARK_MOUNT = 0x10
 FAN_MARK_IGNORED_MASK = 0x20
@@ -50,6 +53,10 @@ FAN_MARK_IGNORE = 0x400
 FAN_PERMISSION = 0x10000 | 0x20000 | 0x40000 | 0x100000
 """FAN_OPEN_PERM, FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_PRE_ACCESS."""
 
+FANOTIFY_EVENT = struct.Struct("<IBBHQii")
+"""struct fanotify_event_metadata: event_len, vers, reserved, metadata_len, mask, fd, pid."""
+MAX_FANOTIFY_EVENT = 4096
+"""Bytes that are enough for any event with all its information records (fanotify(7))."""
 FILE_HANDLE = struct.Struct("<Ii")
 """The head of struct file_handle: handle_bytes, handle_type."""
 MAX_HANDLE = 128

@@ -22,7 +22,7 @@ TERMIOS = struct.Struct("<IIIIB19sII")
 the speeds (the first 36 bytes) it is struct termios."""
 TERMIOS_SIZE = 36
 CHARACTERS = 19
-VMIN, VEOF, VEOL, VLNEXT, VEOL2 = 6, 4, 11, 15, 16
+VMIN, VEOF, VSTOP, VEOL, VLNEXT, VEOL2 = 6, 4, 9, 11, 15, 16
 ICANON, IEXTEN, EXTPROC = 0o2, 0o100000, 0o200000
 CBAUD, BOTHER = 0o10017, 0o10000
 WINSIZE = struct.Struct("<HHHH")

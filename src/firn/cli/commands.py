@@ -18,6 +18,7 @@ _RECORDS: dict[str, type[api.Options]] = {
     "dump": api.DumpOptions,
     "restore": api.RestoreOptions,
     "check": api.CheckOptions,
+    "cpuinfo": api.CpuinfoOptions,
 }
 
 _FIRN_ONLY = ("inspect",)
@@ -79,6 +80,8 @@ def run(request: Request) -> int:
         return _restore(request, options)
     if command == "check" and isinstance(options, api.CheckOptions):
         return api.check(options, lambda line: out(f"{line}\n"), request.log)
+    if isinstance(options, api.CpuinfoOptions):
+        return _cpuinfo(request, options)
     return _retired(request, command)
 
 
@@ -209,6 +212,18 @@ def _restore(request: Request, options: api.RestoreOptions) -> int:
         return _become(options.exec_cmd)
     if options.foreground_status and result.exit_status is not None:
         return result.exit_status
+    return 0
+
+
+def _cpuinfo(request: Request, options: api.CpuinfoOptions) -> int:
+    if request.words[1] == "check":
+        api.cpuinfo_check(options)
+        return 0
+    try:
+        api.cpuinfo_dump(options)
+    except (FirnError, OSError) as error:
+        request.log.error(str(error))
+        return 255
     return 0
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from firn.dump.orchestrator import Dump
     from firn.dump.tree import FrozenTree, Zombie
+    from firn.log import Log
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
@@ -34,14 +35,14 @@ _KCMP = (
 class Collected:
     """Everything that a dump has collected; ``tasks`` as in the frozen tree."""
 
-    def __init__(self, tree: FrozenTree, options: Any, obstacles: list[Obstacle]) -> None:
+    def __init__(self, tree: FrozenTree, options: Any, obstacles: list[Obstacle], log: Log) -> None:
         self.obstacles = obstacles
         self.table = FileTable()
         self.objects = MemoryObjects()
-        self.finder = PathFinder(self.table, obstacles, options.ghost_limit, options.link_remap)
+        self.finder = PathFinder(self.table, obstacles, options)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
-        self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids())
+        self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
         self.pstree: list[dict[str, Any]] = []
@@ -66,7 +67,7 @@ class Collected:
 def collect(dump: Dump) -> Collected:
     """Collect the frozen tree of *dump*; what cannot be saved is in the obstacles of the result."""
     tree = dump.tree
-    got = Collected(tree, dump.options, dump.obstacles)
+    got = Collected(tree, dump.options, dump.obstacles, dump.log)
     try:
         _check_borders(tree, got, dump.options.shell_job)
         for mine in got.tasks:
@@ -75,6 +76,7 @@ def collect(dump: Dump) -> Collected:
                 maps = None  # reading the flags again costs little here, and is exact
             one.look(got, mine, maps)
         _collect_descriptors(tree, got)
+        _check_terminals(got, dump)
         if got.obstacles:
             return got
         for first in range(0, len(got.tasks), _AT_ONCE):
@@ -140,6 +142,23 @@ def _check_sessions(tree: FrozenTree, got: Collected) -> None:
                     f"process {pid}", f"belongs to session {stat.session}, whose leader is gone", "not supported yet"
                 )
             )
+
+
+def _check_terminals(got: Collected, dump: Dump) -> None:
+    """A session of the tree can take its terminal again only by a descriptor. (One from outside is the caller's, who
+    has a terminal of his own.)"""
+    sessions = {mine.stat.session: mine for mine in reversed(got.tasks)}
+    for session, mine in sessions.items():
+        device = mine.stat.tty
+        if not device or session not in dump.tree.pids() or got.collector.leads_to(device):
+            continue
+        name = f"{os.major(device)}:{os.minor(device)}"
+        reason = f"has the controlling terminal {name}, to which no descriptor of session {session} leads"
+        if dump.options.shell_job:
+            dump.log.warn(f"process {mine.pid} {reason}: it comes back without")
+        else:
+            help = "keep it open, or use --shell-job (-j): then it comes back without"
+            got.obstacles.append(Obstacle(f"process {mine.pid}", reason, help))
 
 
 def _same(pid: int, other: int, what: int) -> bool:

@@ -25,10 +25,10 @@ from firn.abi.libc import address_of, syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
 from firn.dump.tree import FrozenTree, freeze, walk
-from firn.errors import FirnError, Obstacle, Refused, TargetError
+from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, restart
+from firn.resources import base, cpu, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -39,11 +39,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from firn.api import DumpOptions
+    from firn.api import CpuinfoOptions, DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
+    from firn.tracee.freezer import Freezer
 
 
+_CPU_IMAGE = 8
+"""The bit of --cpu-cap that asks for cpuinfo.img."""
 _RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
 
 
@@ -64,6 +67,7 @@ class Dump:
         self.snapshots: list[Snapshot] = []
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
         self.first_pages = -1
+        self.freezer: Freezer | None = None
         self.pidfd = -1
         self.frozen_at = 0
 
@@ -79,6 +83,12 @@ class Dump:
     def prepare(self) -> None:
         """Everything that can be done before the target is disturbed."""
         seize.check_target(self.pid)
+        if self.options.freeze_cgroup:
+            from firn.tracee.freezer import Freezer
+
+            self.freezer = Freezer(self.options.freeze_cgroup)
+            if self.freezer.was_frozen and self.options.fork_snapshot:
+                raise UsageError("--fork-snapshot needs a control group that is not frozen: the copies are in it")
         features.pagemap_scan()
         xsave_layout()
         self.images.clear_old()
@@ -110,7 +120,11 @@ class Dump:
         self.log.info(f"freezing the tree of process {self.pid}")
         started = time.monotonic_ns()
         with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
-            self.tree = freeze(self.pid, self.obstacles)
+            held = self.freezer.hold(self.options.timeout) if self.freezer is not None else set()
+            self.tree = freeze(self.pid, self.obstacles, held)
+            if self.freezer is not None:
+                for pid in self.freezer.take_strangers(self.tree.pids(), held):
+                    self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):
@@ -152,8 +166,30 @@ class Dump:
 
     def release(self) -> None:
         """Let the target run on."""
-        self.tree.release()
+        self._release_tree()
         self._thawed()
+
+    def _release_tree(self) -> None:
+        """Let the tree go, and what its control group holds besides."""
+        if self.freezer is None:
+            self.tree.release()
+            return
+        try:
+            if self.freezer.was_frozen and self._can_freeze():
+                self.freezer.freeze_again()
+            self.tree.release()
+        finally:
+            self.freezer.let_go()
+            self.freezer.freeze_again()
+
+    def _can_freeze(self) -> bool:
+        """Whether no task needs to run for us any more."""
+        try:
+            for task in self.tree.tasks:
+                task.restore_state()
+        except (OSError, FirnError):
+            return False  # what it was is told when it is released
+        return True
 
     def _thawed(self) -> None:
         self.stats["frozen_time"] = (time.monotonic_ns() - self.frozen_at) // 1000
@@ -166,6 +202,8 @@ class Dump:
             areas.refresh_flags(mine.areas, procfs.smaps(snapshot.pid))
             snapshot.end()
         save_records(self.images, self.collected, self.log)
+        if self.options.cpu_cap & _CPU_IMAGE:
+            cpu.save(self.images)
 
     def commit(self) -> None:
         """Make the directory a checkpoint."""
@@ -182,12 +220,14 @@ class Dump:
             self.release()
             return
         self.tree.kill()
+        if self.freezer is not None:
+            self.freezer.let_go()
         self._thawed()
 
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
         try:
-            self.tree.release()
+            self._release_tree()
         finally:
             for snapshot in self.snapshots:
                 snapshot.end()
@@ -246,6 +286,15 @@ def _save_stats(work: Dump) -> None:
 def dump(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]:
     """The entry for :mod:`firn.api`."""
     return run(options, log, post_dump)
+
+
+def save_processor(options: CpuinfoOptions) -> None:
+    """Write cpuinfo.img and nothing else."""
+    images = ImageDir.open(options.images_dir, create_files=True)
+    try:
+        cpu.save(images)
+    finally:
+        images.close()
 
 
 def _raise_fd_limit() -> None:

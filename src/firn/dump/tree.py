@@ -16,7 +16,7 @@ from firn.tracee import seize
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 
 class Zombie:
@@ -87,13 +87,16 @@ def walk(root: int) -> Iterator[int]:
             continue
 
 
-def freeze(root: int, obstacles: list[Obstacle]) -> FrozenTree:
-    """Freeze *root* and all its descendants. Raises TargetError if one of them cannot be traced; then all run on."""
+def freeze(root: int, obstacles: list[Obstacle], held: Container[int] = ()) -> FrozenTree:
+    """Freeze *root* and all its descendants. Raises TargetError if one of them cannot be traced; then all run on.
+
+    Threads in *held* are seized already.
+    """
     tree = FrozenTree()
     try:
-        tree.tasks.append(seize.freeze(root))
+        tree.tasks.append(seize.freeze(root, held))
         tree.parents[root] = 0
-        while _freeze_newcomers(tree, obstacles):
+        while _freeze_newcomers(tree, obstacles, held):
             pass
     except BaseException:
         tree.release()
@@ -101,7 +104,7 @@ def freeze(root: int, obstacles: list[Obstacle]) -> FrozenTree:
     return tree
 
 
-def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle]) -> bool:
+def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle], held: Container[int]) -> bool:
     """One pass over the children of all frozen processes; whether there was a new one."""
     found = False
     for task in list(tree.tasks):
@@ -120,7 +123,7 @@ def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle]) -> bool:
                 tree.zombies.append(Zombie(stat))
                 continue
             try:
-                tree.tasks.append(seize.freeze(child))
+                tree.tasks.append(seize.freeze(child, held))
             except TargetError:
                 if _is_running(child):
                     raise

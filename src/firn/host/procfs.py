@@ -44,6 +44,8 @@ class Stat:
     ppid = property(lambda self: int(self.fields[1]))
     pgrp = property(lambda self: int(self.fields[2]))
     session = property(lambda self: int(self.fields[3]))
+    tty = property(lambda self: int(self.fields[4]))
+    """Device number of the controlling terminal, 0 for none."""
     flags = property(lambda self: int(self.fields[6]))
     num_threads = property(lambda self: int(self.fields[17]))
     start_time = property(lambda self: int(self.fields[19]))

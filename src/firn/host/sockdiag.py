@@ -53,7 +53,7 @@ class UnixSocket:
         self.name = b""
         self.peer = self.received = self.sent = self.shutdown = 0
         self.waiting: tuple[int, ...] = ()
-        for kind, data in _attributes(payload, UNIX_DIAG_MSG.size):
+        for kind, data in attributes(payload, UNIX_DIAG_MSG.size):
             if kind == NAME:
                 self.name = data
             elif kind == PEER:
@@ -70,7 +70,7 @@ def unix_sockets() -> dict[int, UnixSocket]:
     """All unix sockets by inode. Raises :class:`OSError` if the kernel does not answer."""
     show = SHOW_NAME | SHOW_VFS | SHOW_PEER | SHOW_ICONS | SHOW_RQLEN
     request = UNIX_DIAG_REQ.pack(AF_UNIX, 0, 0, 0xFFFFFFFF, 0, show, 0, 0)
-    return {socket.inode: socket for socket in map(UnixSocket, _list("unix", request)) if socket.inode}
+    return {socket.inode: socket for socket in map(UnixSocket, listing("unix sockets", request)) if socket.inode}
 
 
 class PacketSocket:
@@ -91,7 +91,7 @@ class PacketSocket:
         self.rx_ring: tuple[int, ...] = ()
         self.tx_ring: tuple[int, ...] = ()
         self.fanout: int | None = None
-        for kind, data in _attributes(payload, PACKET_DIAG_MSG.size):
+        for kind, data in attributes(payload, PACKET_DIAG_MSG.size):
             if kind == PACKET_INFO:
                 info = PACKET_DIAG_INFO.unpack(data)
                 self.index, self.version, self.reserve, self.copy_thresh, self.timestamp, self.flags = info
@@ -111,7 +111,7 @@ class PacketSocket:
 def packet_sockets() -> dict[int, PacketSocket]:
     """All packet sockets by inode. Raises :class:`OSError` if the kernel does not answer."""
     request = PACKET_DIAG_REQ.pack(AF_PACKET, 0, 0, 0, PACKET_SHOW, 0, 0)
-    return {socket.inode: socket for socket in map(PacketSocket, _list("packet", request))}
+    return {socket.inode: socket for socket in map(PacketSocket, listing("packet sockets", request))}
 
 
 def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
@@ -121,9 +121,9 @@ def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
     """
     request = INET_DIAG_REQ.pack(family, protocol, 1 << INET_SHUTDOWN - 1, 0xFFFFFFFF)
     found: dict[int, int] = {}
-    for payload in _list("internet", request):
+    for payload in listing("internet sockets", request):
         inode = INET_DIAG_MSG.unpack_from(payload)[-1]
-        for kind, data in _attributes(payload, INET_DIAG_MSG.size):
+        for kind, data in attributes(payload, INET_DIAG_MSG.size):
             if kind == INET_SHUTDOWN and data[0]:
                 found[inode] = data[0]
     return found
@@ -139,17 +139,24 @@ def tcp_signed(family: int) -> set[int]:
     request = INET_DIAG_REQ.pack(family, _TCP, 1 << _INET_INFO - 1, 1 << LISTEN)
     return {
         INET_DIAG_MSG.unpack_from(payload)[-1]
-        for payload in _list("TCP", request)
-        if any(kind == INET_MD5SIG for kind, _ in _attributes(payload, INET_DIAG_MSG.size))
+        for payload in listing("TCP sockets", request)
+        if any(kind == INET_MD5SIG for kind, _ in attributes(payload, INET_DIAG_MSG.size))
     }
 
 
-def _list(what: str, request: bytes) -> list[bytes]:
-    """The answers to a request for all sockets, asked again while changes disturb it."""
+def listing(
+    what: str, request: bytes, kind: int = SOCK_DIAG_BY_FAMILY, protocol: int = NETLINK_SOCK_DIAG
+) -> list[bytes]:
+    """The answers to a request for all *what*, asked again while changes disturb it. Raises :class:`OSError`."""
+    return ask(what, request, kind, NLM_F_REQUEST | NLM_F_DUMP, protocol)
+
+
+def ask(what: str, request: bytes, kind: int, flags: int, protocol: int) -> list[bytes]:
+    """The payloads of the answers to one netlink(7) message about *what*. Raises :class:`OSError`."""
     import _socket
 
-    head = NLMSGHDR.pack(NLMSGHDR.size + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
-    channel = _socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
+    head = NLMSGHDR.pack(NLMSGHDR.size + len(request), kind, flags, 1, 0)
+    channel = _socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol)
     try:
         for _ in range(_TRIES):
             channel.send(head + request)
@@ -174,13 +181,14 @@ def _receive(channel: object, what: str, found: list[bytes]) -> bool:
             if kind in (NLMSG_ERROR, NLMSG_DONE):
                 code = -int.from_bytes(payload[:4], "little", signed=True) if payload else 0
                 if code:
-                    raise OSError(code, f"list of {what} sockets: {os.strerror(code)}")
+                    raise OSError(code, f"{what}: {os.strerror(code)}")
                 return disturbed
             found.append(payload)
             at += size + 3 & ~3
 
 
-def _attributes(payload: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+def attributes(payload: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    """The netlink attributes of a message from offset *at* on: (kind, data)."""
     while at + 4 <= len(payload):
         size, kind = struct.unpack_from("<HH", payload, at)
         if size < 4:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.images.store import ImageDir
+    from firn.resources.files.external import Inherited
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -40,6 +41,7 @@ _LINKS = (
     ("pipe:[", PIPE), ("socket:[", SOCKET), ("anon_inode:[eventfd]", EVENTFD), ("anon_inode:[eventpoll]", EVENTPOLL),
     ("anon_inode:[signalfd]", SIGNALFD), ("anon_inode:[timerfd]", TIMERFD), ("anon_inode:inotify", INOTIFY),
     ("anon_inode:[fanotify]", FANOTIFY), ("anon_inode:[pidfd]", PIDFD), ("pidfd:[", PIDFD),
+    *((f"{name}:[", NS) for name in ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")),
 )  # fmt: skip
 
 _BUILT: dict[int, tuple[str, str]] = {
@@ -57,6 +59,8 @@ _BUILT: dict[int, tuple[str, str]] = {
     TIMERFD: ("firn.resources.files.events", "TimerFd"),
     TTY: ("firn.resources.ttys", "Ttys"),
     PIDFD: ("firn.resources.files.pidfd", "PidFd"),
+    NS: ("firn.resources.namespaces", "NamespaceFiles"),
+    TUNF: ("firn.resources.files.tun", "Tun"),
 }
 """Type -> (module, class). A row is added when a kind is built."""
 
@@ -105,9 +109,9 @@ class Open:
 class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
-    ``owner`` gives the fown_entry of a description."""
+    ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold."""
 
-    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids")
+    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class DumpContext:
         owner: Callable[[Open], dict[str, int]],
         add_path: Callable[[str, str, os.stat_result, dict[str, Any]], int],
         add_open: Callable[[Open], tuple[int, int] | None],
+        warn: Callable[[str], object] = str,
     ) -> None:
         self.obstacles = obstacles
         self.options = options
@@ -124,6 +129,7 @@ class DumpContext:
         self.owner = owner
         self.add_path = add_path
         self.add_open = add_open
+        self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "") -> None:
         """Note that *open* cannot be saved."""
@@ -133,9 +139,10 @@ class DumpContext:
 class RestoreContext:
     """What a kind may use while it restores: ``message(type, id)`` and ``open(type, id)`` of other files (``open``
     gives our own descriptor of it), the images, the options, and all pids of the checkpoint. ``files`` are all file
-    entries by (type, id)."""
+    entries by (type, id); ``inherited`` what ``--inherit-fd`` supplies; ``warn`` tells the log what does not come
+    back."""
 
-    __slots__ = ("files", "images", "message", "open", "options", "pids")
+    __slots__ = ("files", "images", "inherited", "message", "open", "options", "pids", "warn")
 
     def __init__(
         self,
@@ -145,6 +152,8 @@ class RestoreContext:
         files: dict[tuple[int, int], dict[str, Any]],
         message: Callable[[int, int], dict[str, Any]],
         open: Callable[[int, int], int],
+        inherited: Inherited,
+        warn: Callable[[str], object] = str,
     ) -> None:
         self.images = images
         self.options = options
@@ -152,6 +161,8 @@ class RestoreContext:
         self.files = files
         self.message = message
         self.open = open
+        self.inherited = inherited
+        self.warn = warn
 
 
 class Kind:
@@ -163,6 +174,10 @@ class Kind:
 
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
+
+    def leads_to(self, device: int) -> bool:
+        """Whether a collected description leads to the terminal *device*, as a controlling one."""
+        return False
 
     def save(self, images: ImageDir) -> None:
         """Write images of this kind's own; the processes may be running again."""
@@ -192,6 +207,8 @@ def type_of(link: str, st: os.stat_result) -> int | None:
             return kind
     if stat.S_ISFIFO(st.st_mode):
         return FIFO
+    if stat.S_ISCHR(st.st_mode) and st.st_rdev == os.makedev(10, 200):
+        return TUNF
     if stat.S_ISCHR(st.st_mode) and (os.major(st.st_rdev) in (4, 5) or 136 <= os.major(st.st_rdev) <= 143):
         return TTY
     return None

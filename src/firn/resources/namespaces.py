@@ -1,8 +1,12 @@
-"""Namespaces, as far as one host goes (images: task_kobj_ids_entry, timens-N.img).
+"""Namespaces, as far as one host goes (images: task_kobj_ids_entry, timens-N.img, NS entries).
 
 State owned: which namespaces a task is in, compared with ours. Kernel: /proc/PID/ns links. A time namespace of its own
 is what every restored process has (see :mod:`firn.restore.clocks`); its clocks are saved as it sees them. Tasks in any
 other namespace than ours are refused until these are supported.
+
+Open namespace files (/proc/PID/ns/NAME) lead to one of ours or to the tree's, and are opened again in the same place.
+What goes wrong: a file of any other namespace, which may not exist any more. (One that is mounted somewhere, as
+ip-netns(8) does, has a path and is an ordinary file by that.)
 """
 
 from __future__ import annotations
@@ -10,15 +14,27 @@ from __future__ import annotations
 import os
 import time
 
-from firn.errors import Obstacle
+from firn.abi import fcntl as fc
+from firn.abi import sched
+from firn.errors import ImageError, Obstacle
 from firn.host import procfs
+from firn.resources.base import Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from firn.images.store import ImageDir
+    from firn.resources.base import DumpContext, Open, RestoreContext
 
 KINDS = ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")
 """In the order in which ids are given out; ours come first, from 1."""
+
+_FLAGS = {
+    "pid": sched.CLONE_NEWPID, "net": sched.CLONE_NEWNET, "ipc": sched.CLONE_NEWIPC, "uts": sched.CLONE_NEWUTS,
+    "time": sched.CLONE_NEWTIME, "mnt": sched.CLONE_NEWNS, "user": sched.CLONE_NEWUSER,
+    "cgroup": sched.CLONE_NEWCGROUP,
+}  # fmt: skip
 
 
 def links(pid: int | str) -> dict[str, str]:
@@ -90,3 +106,47 @@ def _relative_offsets(pid: int) -> tuple[int, int]:
     """What to add to our clocks to get those of *pid*."""
     theirs, ours = clock_offsets(pid), clock_offsets("self")
     return theirs[0] - ours[0], theirs[1] - ours[1]
+
+
+class NamespaceFiles(Kind):
+    """Open files of namespaces, by the ids that the namespaces have in a checkpoint."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, str]] = {}
+        self._ids: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
+        """The ns_file_entry."""
+        if not self._known:
+            tree = Namespaces(context.pids[:1], [])
+            self._known = {link: (number, kind) for number, (kind, link) in enumerate(tree.own.items(), 1)}
+            own_clock = links(context.pids[0]).get("time", "")
+            self._known.setdefault(own_clock, (tree.task_ids.get("time_ns_id", 0), "time"))
+        if open.link not in self._known:
+            context.refuse(open, f"is the namespace {open.link}, in which neither firn nor the tree is", "close it")
+            return None
+        number, kind = self._known[open.link]
+        return {"ns_id": number, "ns_cflag": _FLAGS[kind], "flags": open.flags}
+
+    def _of_root(self, message: dict[str, Any], context: RestoreContext) -> tuple[str, bool]:
+        """(kind of the namespace, whether it is the restored root's). Only the time namespace can be another than
+        ours."""
+        if self._ids is None:
+            images = context.images
+            self._ids = images.read_one("INVENTORY").get("root_ids", {}), images.read_one("IDS", context.pids[0])
+        own, root = self._ids
+        kind = next((kind for kind, flag in _FLAGS.items() if flag == message["ns_cflag"]), "")
+        ids = [ids.get(f"{kind}_ns_id", 0) for ids in (root, own)]
+        if not message["ns_id"] or message["ns_id"] not in ids:
+            raise ImageError(f"files image: there is no {kind or 'such'} namespace {message['ns_id']}")
+        return kind, kind == "time" and message["ns_id"] == ids[0]
+
+    def is_late(self, message: dict[str, Any], context: RestoreContext) -> bool:
+        """Whether the root task must exist."""
+        return self._of_root(message, context)[1]
+
+    def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
+        """The file of the same namespace."""
+        kind, of_root = self._of_root(message, context)
+        flags = message["flags"] & (fc.O_ACCMODE | fc.O_PATH | fc.O_NONBLOCK)
+        return os.open(f"/proc/{context.pids[0] if of_root else 'self'}/ns/{kind}", flags | fc.O_CLOEXEC)

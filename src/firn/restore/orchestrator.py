@@ -23,7 +23,7 @@ from firn.abi import signal as sig
 from firn.errors import FirnError, RestoreError
 from firn.host import features
 from firn.images.store import ImageDir
-from firn.resources import cgroups, creds
+from firn.resources import cgroups, cpu, creds
 from firn.resources.files.reopen import Opener
 from firn.resources.process import fit_limits
 from firn.resources.threads import xstate
@@ -35,8 +35,13 @@ from firn.scripts import run_scripts, write_pidfile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from firn.api import RestoreOptions
+    from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
+    from firn.restore.tasks import RestoredTask
+
+
+_CPU_IMAGE = 8
+"""The bit of --cpu-cap that asks for cpuinfo.img."""
 
 
 class Result:
@@ -82,6 +87,8 @@ class Restore:
     def check(self) -> None:
         """Refuse what cannot come back here."""
         checkpoint, root = self.checkpoint, self.checkpoint.root
+        if self.options.cpu_cap & _CPU_IMAGE:
+            cpu.check(self.images, self.options.cpu_cap)
         if checkpoint.inventory.get("tcp_close") and not self.options.tcp_close:
             raise RestoreError("connections were dumped to come back closed", "Need to set the --tcp-close options.")
         birth.check_pids(checkpoint.tids())
@@ -91,7 +98,7 @@ class Restore:
             fit_limits(process.pid, process.tc, self.log)
             for tid, core in zip(process.tids, process.cores, strict=True):
                 creds.check(core["thread_core"]["creds"], own, last)
-                xstate.check(tid, core["thread_info"], self.options.cpu_cap == 0, self.log)
+                xstate.check(tid, core["thread_info"], not self.options.cpu_cap & cpu.FPU, self.log)
         if root.sid != root.pid and root.sid and not self.options.shell_job:
             raise RestoreError(
                 f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)"
@@ -107,11 +114,15 @@ class Restore:
         checkpoint = self.checkpoint
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
-            [process.pid for process in checkpoint.processes], self.options,
+            [process.pid for process in checkpoint.processes], self.options, self.log.warn,
+            lambda pid: birth.spawn(pid, False),
         )  # fmt: skip
         self.family = Family(checkpoint, self.opener, self.options)
-        self.family.open_files()
-        self.opener.remove_temporary()
+        try:
+            self.family.open_files()
+            self.opener.remove_temporary()
+        finally:
+            birth.kill([[pid] for pid in self.opener.stand_ins])
 
     def birth(self) -> None:
         """Make the root task."""
@@ -161,7 +172,20 @@ class Restore:
         assert self.opener is not None
         if self.options.pidfile:
             write_pidfile(os.path.join(self.options.work_dir, self.options.pidfile), self.checkpoint.root.pid)
+        if self.options.log_pid and self.options.log_file not in ("", "-"):
+            for task in self._family().tasks:
+                self._log_task(task)
         self.opener.succeeded()
+
+    def _log_task(self, task: RestoredTask) -> None:
+        """One file for each task, as callers of CRIU expect. The tasks themselves have nothing to say."""
+        path = os.path.join(self.options.work_dir, f"{self.options.log_file}.{task.pid}")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            text = f"{task.pid:6}: restored with {len(task.threads)} threads, {len(task.descriptors)} descriptors\n"
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
 
     def resume(self) -> None:
         """Let the tree go, children first: a parent that runs finds all of them."""
@@ -171,6 +195,7 @@ class Restore:
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         if self.opener is not None:
             self.opener.close()
+            self.opener.inherited.done()
         for task in reversed(tasks):
             task.let_go(self.options.leave_stopped)
         self.born = False
@@ -228,6 +253,15 @@ def _save_stats(work: Restore) -> None:
         )
     except (OSError, FirnError) as error:
         work.log.warn(f"stats-restore cannot be written: {error}")
+
+
+def check_processor(options: CpuinfoOptions) -> None:
+    """Compare cpuinfo.img with this processor; nothing to compare means everything."""
+    images = ImageDir.open(options.images_dir)
+    try:
+        cpu.check(images, options.cpu_cap & ~_CPU_IMAGE or cpu.FPU | cpu.CPU | cpu.INS)
+    finally:
+        images.close()
 
 
 def wait(pid: int) -> int:

@@ -26,6 +26,10 @@ from firn.host import procfs
 from firn.tracee import memory, ptrace
 from firn.tracee.program import Program, Runner, Scratch, await_stopped
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container
+
 THREAD_AREA = 2048
 """Room for the program of one thread among many."""
 _TOP = (1 << 47) - mman.PAGE
@@ -345,7 +349,7 @@ def kernel_restart(regs: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(r)
 
 
-def _seize(pid: int, tid: int) -> bool:
+def ask_to_stop(pid: int, tid: int) -> bool:
     """Seize one thread and ask it to stop; False if it died meanwhile."""
     try:
         ptrace.request("seize", pt.SEIZE, tid, 0, pt.O_TRACESYSGOOD)
@@ -401,8 +405,8 @@ def check_target(pid: int) -> procfs.Stat:
     return stat
 
 
-def freeze(pid: int) -> Task:
-    """Freeze all threads of process *pid*, also those that are born meanwhile."""
+def freeze(pid: int, held: Container[int] = ()) -> Task:
+    """Freeze all threads of process *pid*, also those that are born meanwhile; *held* threads are asked already."""
     task = Task(pid)
     known: set[int] = set()
     try:
@@ -413,7 +417,7 @@ def freeze(pid: int) -> Task:
             known.update(fresh)
             seized = len(task.threads)
             for tid in fresh:
-                if _seize(pid, tid):
+                if tid in held or ask_to_stop(pid, tid):
                     task.threads.append(Thread(tid))
             for thread in task.threads[seized:]:
                 if not _await_freeze(task, thread.tid):

@@ -19,6 +19,12 @@ EXTENSIONS = {
     "sk_opts_entry": "1000 firn firn_sk_opts?",
     "sk_packet_entry": "1000 firn firn_sk_packet?",
     "unix_sk_entry": "1000 firn firn_unix?",
+    "inotify_file_entry": "1000 firn firn_watcher?",
+    "fanotify_file_entry": "1000 firn firn_watcher?",
+    "pipe_data_entry": "1000 firn firn_pipe?",
+    "tty_info_entry": "1000 firn firn_tty?",
+    "tunfile_entry": "1000 firn firn_tun?",
+    "reg_file_entry": "1000 firn firn_reg?",
 }
 """Fields that are added to CRIU's messages."""
 
@@ -97,6 +103,38 @@ MESSAGES = {
         2 uid u32?
         3 gid u32?
         4 groups bytes?
+    """,
+    "firn_pipe": """
+        1 outside str?
+    """,
+    "firn_reg": """
+        1 rdev u64?
+    """,
+    "firn_watcher": """
+        1 overflow bool?
+    """,
+    "firn_tun": """
+        1 flags u32? hex
+        2 index u32?
+        3 state u32? hex
+        4 carrier bool?
+        5 alias str?
+        6 bridge str?
+        7 link u32?
+        8 mac bytes?
+        9 mtu u32?
+        10 queue u32?
+        11 owner u32?
+        12 group u32?
+        13 sndbuf u32?
+        14 header u32?
+        15 little_endian bool?
+        16 offload u32? hex
+        17 addresses bytes*
+        18 routes bytes*
+    """,
+    "firn_tty": """
+        1 stopped u32?
     """,
     "firn_option": """
         1 level u32?

@@ -21,18 +21,25 @@ from firn.errors import Obstacle
 from firn.host import procfs
 from firn.resources import base
 from firn.resources.files import locks
+from firn.resources.files.external import ExternalFiles
 from firn.resources.files.memfd import MemoryObjects
-from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
+from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder, process_of
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.images.store import ImageDir
 
-CHARACTER_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9, 11))
-"""null, zero, full, random, urandom, kmsg (Documentation/admin-guide/devices.txt): opening them again is the same."""
+_MEMORY, _MISC, _MSR, _CPUID, _LOOP = 1, 10, 202, 203, 7
+_POSITIONED = ((_MEMORY, 1), (_MEMORY, 4))
+"""mem, port."""
+_STATELESS = (
+    *((_MEMORY, minor) for minor in (3, 5, 7, 8, 9, 11)), *((_MISC, minor) for minor in (183, 234, 235, 237)),
+)  # fmt: skip
+"""null, zero, full, random, urandom, kmsg; hwrng, btrfs-control, autofs, loop-control."""
 
 KINDS = (
     ("anon_inode:[userfaultfd]", "is a userfaultfd", "its faults are served by a process outside; close it"),
@@ -41,9 +48,26 @@ KINDS = (
     ("anon_inode:seccomp notify", "is a seccomp notifier", "close it before the dump"),
     ("anon_inode:bpf", "is a BPF object", "close it before the dump"),
     ("anon_inode:", "is a kernel object that cannot be opened again", "close it before the dump"),
-    ("mnt:[", "is a namespace", "namespace files are not supported yet; close it"),
-    ("net:[", "is a namespace", "namespace files are not supported yet; close it"),
 )
+
+
+def _is_plain_device(st: os.stat_result) -> bool:
+    """Whether opening the device again is the same, but for the position: its driver keeps nothing for each opener.
+    (Documentation/admin-guide/devices.txt; msr and cpuid have one device for each processor.)"""
+    device = os.major(st.st_rdev), os.minor(st.st_rdev)
+    if stat.S_ISCHR(st.st_mode):
+        return device in _STATELESS or device in _POSITIONED or device[0] in (_MSR, _CPUID)
+    return stat.S_ISBLK(st.st_mode) and not _goes_with_its_opener(device)
+
+
+def _goes_with_its_opener(device: tuple[int, int]) -> bool:
+    """Whether it is a loop device that is taken down when nobody has it open any more (LO_FLAGS_AUTOCLEAR)."""
+    if device[0] != _LOOP:
+        return False
+    try:
+        return procfs.read(f"/sys/dev/block/{device[0]}:{device[1]}/loop/autoclear").strip() != b"0"
+    except FileNotFoundError:
+        return False  # no file behind it
 
 
 def _why_refused(open: base.Open) -> tuple[str, str]:
@@ -59,10 +83,13 @@ def _why_refused(open: base.Open) -> tuple[str, str]:
         major, minor = os.major(st.st_rdev), os.minor(st.st_rdev)
         if major in (4, 5) or 136 <= major <= 143 or link.startswith(("/dev/tty", "/dev/pts/", "/dev/ptmx")):
             return f"is a terminal ({link})", "terminals are not supported yet; redirect it to a file or /dev/null"
-        return f"is the character device {major}:{minor} ({link}), whose state only its driver knows", "close it"
+        return f"is the character device {major}:{minor} ({link}), whose state only its driver knows", _DEVICE_HELP
     if stat.S_ISBLK(st.st_mode):
-        return f"is the block device {link}", "close it before the dump"
+        return f"is the loop device {link}, which is taken down when it is closed (autoclear)", _DEVICE_HELP
     return f"is of a kind that firn does not know ({link})", "close it before the dump"
+
+
+_DEVICE_HELP = "close it, or have the caller of the restore supply it: --external file[MNT_ID:INODE]"
 
 
 class Descriptor:
@@ -121,6 +148,7 @@ class Collector:
         obstacles: list[Obstacle],
         options: Any,
         pids: list[int],
+        warn: Callable[[str], object],
     ) -> None:
         self.table = table
         self.finder = finder
@@ -129,7 +157,8 @@ class Collector:
         self.descriptions = Descriptions()
         self.kinds: dict[int, base.Kind] = {}
         self.locks = locks.Locks(pids)
-        self.context = base.DumpContext(obstacles, options, pids, self._owner, self._add_path, self.add)
+        self.context = base.DumpContext(obstacles, options, pids, self._owner, self._add_path, self.add, warn)
+        self.external = ExternalFiles(options.external)
         self._types: dict[int, int] = {}
 
     def collect(self, pid: int, pidfd: int) -> list[Descriptor]:
@@ -151,6 +180,10 @@ class Collector:
         for kind in list(self.kinds.values()):
             kind.finish(self.context)
         self.locks.finish(self.obstacles, self.context.options.file_locks)
+
+    def leads_to(self, device: int) -> bool:
+        """Whether any description leads to the terminal *device* (a device number)."""
+        return any(kind.leads_to(device) for kind in self.kinds.values())
 
     def save(self, images: ImageDir) -> None:
         """Write the kinds' own images."""
@@ -181,19 +214,28 @@ class Collector:
             return None
         message: dict[str, Any] = {"flags": open.flags, "pos": open.position}
         o_path = open.flags & fc.O_PATH
+        external = self.external.key(open.path, open.stat) if link.startswith("/") else ""
+        if external:
+            message |= {"fown": self._owner(open), "name": external, "ext": True}
+            return self.table.add(base.REG, message), base.REG
         if link.startswith("/memfd:") and stat.S_ISREG(mode):
             if o_path:
                 self.context.refuse(open, "is an O_PATH descriptor of a memfd", "close it before the dump")
                 return None
             message |= {"fown": self._owner(open), "inode_id": self.objects.inode(open.path, open.stat)}
             return self.table.add(base.MEMFD, message), base.MEMFD
-        device = stat.S_ISCHR(mode) and open.stat.st_rdev in CHARACTER_DEVICES
+        device = _is_plain_device(open.stat)
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or device
         if link.startswith("/") and (plain or o_path):
             if not o_path:
                 message["fown"] = self._owner(open)
-            if stat.S_ISCHR(mode):
+            if stat.S_ISCHR(mode) and (os.major(open.stat.st_rdev), os.minor(open.stat.st_rdev)) in _STATELESS:
                 message["pos"] = NO_SEEK
+            if device:
+                message["firn"] = {"rdev": open.stat.st_rdev}
+            other = process_of(link)
+            if other and other not in self.context.pids and os.path.exists(f"/proc/{other}"):
+                self.context.warn(f"{open.what} is {link}, of a process outside: the restore opens what is there then")
             return self.finder.add(open.what, open.path, message, open.stat, None), base.REG
         return self._special(open)
 

@@ -102,19 +102,27 @@ class Finder:
     def find(self, pid: int, device: int, inode: int, entry: dict[str, Any]) -> str | None:
         """The path of *inode* on *device* (kernel encoding), which process *pid* watches; "" if it has none but the
         checkpoint keeps it as an unlinked file; None if nothing is found."""
-        fd = open_handle(device, entry, self.mounts)
-        if fd >= 0:
-            try:
-                found = self._path_of(fd)
-            finally:
-                os.close(fd)
+        if not self.context.options.force_irmap:
+            found = self._by_handle(device, entry)
             if found is not None:
                 return found
         for path in self._likely(pid, device):
             st = _lstat(path)
             if st is not None and st.st_ino == inode and kernel_dev(st.st_dev) == device:
                 return path
-        return self._search(pid, device, inode)
+        found = self._search(pid, device, inode)
+        # Whatever was asked for, an unlinked file has no other way.
+        return self._by_handle(device, entry) if found is None and self.context.options.force_irmap else found
+
+    def _by_handle(self, device: int, entry: dict[str, Any]) -> str | None:
+        """The path that the kernel gives the inode of the file handle, as in :meth:`find`."""
+        fd = open_handle(device, entry, self.mounts)
+        if fd < 0:
+            return None
+        try:
+            return self._path_of(fd)
+        finally:
+            os.close(fd)
 
     def _path_of(self, fd: int) -> str | None:
         link = f"/proc/self/fd/{fd}"

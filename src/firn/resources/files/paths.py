@@ -5,7 +5,7 @@ State owned: the name under which a restore finds the file, and the contents of 
 the magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (deleted)`` when its directory entry is gone,
 but a file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to
 another file (replaced), or the file lives on under another hard link only: then a link of our own is needed
-(``--link-remap``).
+(``--link-remap``). A file of /proc whose process is dead is opened again while a helper has that process's pid.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class Ghost:
 class PathFinder:
     """Names files for a checkpoint and collects what has to be kept of the nameless ones."""
 
-    def __init__(self, table: FileTable, obstacles: list[Obstacle], ghost_limit: int, link_remap: bool) -> None:
+    def __init__(self, table: FileTable, obstacles: list[Obstacle], options: Any) -> None:
         self.table = table
         self.obstacles = obstacles
-        self.ghost_limit = ghost_limit
-        self.link_remap = link_remap
+        self.ghost_limit: int = options.ghost_limit
+        self.link_remap: bool = options.link_remap
+        self.evasive_devices: bool = options.evasive_devices
         self.ghosts: dict[tuple[int, int], Ghost] = {}
         self.links: dict[tuple[int, int], tuple[str, int]] = {}
         self.made_links: list[str] = []
@@ -82,19 +83,26 @@ class PathFinder:
                 continue
             if (there.st_dev, there.st_ino) == (st.st_dev, st.st_ino):
                 return name, True
+            if self.evasive_devices and st.st_rdev and _same_device(there, st):
+                return name, True
         return (target[: -len(DELETED)] if target.endswith(DELETED) else target), False
 
     def _remap(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
+        dead = process_of(name) if _is_procfs(st) else 0
         if not name.startswith("/"):
             self.obstacles.append(Obstacle(what, f"the path {name!r} leads out of its root"))
+        elif dead:
+            # The descriptor keeps the file's place, so another one there is that of a later process.
+            self.remaps.append({"orig_id": number, "remap_id": dead, "remap_type": PROCFS})
         elif stat.S_ISREG(st.st_mode) and st.st_nlink > 0:
             self._keep_link(what, link, name, st, number)
         elif stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or stat.S_ISFIFO(st.st_mode):
             self._keep_ghost(what, link, name, st, number)
         else:
-            self.obstacles.append(
-                Obstacle(what, f"{name} leads to another file now", "restore its name, or close it before the dump")
-            )
+            help = "restore its name, or close it before the dump"
+            if st.st_rdev:
+                help += "; --evasive-devices accepts another node of the same device"
+            self.obstacles.append(Obstacle(what, f"{name} leads to another file now", help))
 
     def _keep_ghost(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
         key = (st.st_dev, st.st_ino)
@@ -180,6 +188,21 @@ def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
         for start, length in extents(ghost.fd, st.st_size):
             writer.add({"len": length, "off": start}, "ghost_chunk_entry")
             writer.payload((ghost.fd, start, length))
+
+
+def process_of(name: str) -> int:
+    """The process that the path *name* in /proc belongs to, 0 for none."""
+    words = name.split("/")
+    return int(words[2]) if words[:2] == ["", "proc"] and len(words) > 2 and words[2].isdecimal() else 0
+
+
+def _is_procfs(st: os.stat_result) -> bool:
+    return st.st_dev == os.stat("/proc").st_dev
+
+
+def _same_device(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two nodes are of one device."""
+    return (one.st_rdev, stat.S_IFMT(one.st_mode)) == (other.st_rdev, stat.S_IFMT(other.st_mode))
 
 
 def _link_to(link: str, path: str) -> None:

@@ -3,8 +3,12 @@
 State owned: which ends exist, their flags, the capacity, and the bytes inside, with the boundaries of packets
 (O_DIRECT, pipe(7)). Kernel: tee(2) from a copy of a read end into a pipe of ours, which leaves the bytes where they
 are; poll(2) tells whether the other end is open anywhere. They come back as pipe(2), or by opening the FIFO's name for
-reading and writing, which never blocks, before each end is opened as it was. What goes wrong: an end that only a
-process outside holds.
+reading and writing, which never blocks, before each end is opened as it was.
+
+What goes wrong: an end that only a process outside holds. It is saved all the same, as CRIU's callers expect: either
+the caller of the restore supplies the pipe (``--inherit-fd fd[N]:pipe:[INODE]``), with what is in it then, or it comes
+back without that end. The log tells both times. What is in a pipe for a reader outside is that reader's, and not saved.
+A FIFO is opened by its name, so its other end is the one outside, if that is still there.
 
 Contents are one record per pipe, as CRIU writes them, unless there are packets (which CRIU refuses): then the record
 with the size has the bytes before the first packet, each further record without a size is a packet, and each further
@@ -44,7 +48,6 @@ _DATA = {PIPE: "PIPES_DATA", FIFO: "FIFO_DATA"}
 _FIONREAD = 0x541B
 _EVERYTHING = 0x7FFFFFFF
 _NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | fc.O_DIRECT | fc.FASYNC
-_OUTSIDE_HELP = "dump that process too, or close the descriptor"
 
 
 def sides(flags: int) -> int:
@@ -142,15 +145,17 @@ class Contents:
 
 
 class _Pipe:
-    """A pipe or FIFO of the frozen processes: ``known`` are the sides they hold; ``lonely``: nobody has the other."""
+    """A pipe or FIFO of the frozen processes: ``known`` are the sides they hold; ``lonely``: nobody has the other;
+    ``outside``: who has it, if only processes outside do."""
 
-    __slots__ = ("ends", "id", "known", "lonely", "parts", "size")
+    __slots__ = ("ends", "id", "known", "lonely", "outside", "parts", "size")
 
     def __init__(self, number: int, size: int) -> None:
         self.id = number
         self.size = size
         self.known = 0
         self.lonely = False
+        self.outside = ""
         self.ends: list[Open] = []
         self.parts: list[Part] | None = None
 
@@ -161,6 +166,8 @@ class _Piped(Kind):
     type = 0
     unseen = ""
     """Who has the other side if no process shows it; empty if nobody needs to have it."""
+    outside_help = ""
+    """What becomes of an end outside; the place is for the inode number."""
 
     def __init__(self) -> None:
         self.pipes: dict[tuple[int, int], _Pipe] = {}
@@ -199,21 +206,20 @@ class _Piped(Kind):
         """Look for ends outside, and into pipes that nobody can read."""
         for (device, inode), pipe in self.pipes.items():
             missing = (READ | WRITE) & ~pipe.known
-            if missing and not pipe.lonely and self._refuse_outside(device, inode, pipe, missing, context):
-                continue
-            if pipe.parts is None:
+            if missing and not pipe.lonely:
+                self._note_outside(device, inode, pipe, missing, context)
+            if pipe.parts is None and not pipe.outside:
                 self._read_write_only(pipe)
 
-    def _refuse_outside(self, device: int, inode: int, pipe: _Pipe, missing: int, context: DumpContext) -> bool:
-        """Whether the pipe was refused because somebody outside the tree has the *missing* side."""
+    def _note_outside(self, device: int, inode: int, pipe: _Pipe, missing: int, context: DumpContext) -> None:
+        """Find out who outside the tree has the *missing* side."""
         found = holders.find(device, inode, {os.getpid(), *context.pids})
-        who = "; ".join(str(holder) for holder in found if sides(holder.mode) & missing) or self.unseen
-        if not who:
-            return False
-        reason = f"is the {_SIDES[pipe.known]} end of a pipe whose {_SIDES[missing]} end is outside the tree: {who}"
-        for open in pipe.ends:
-            context.refuse(open, reason, _OUTSIDE_HELP)
-        return True
+        pipe.outside = "; ".join(str(holder) for holder in found if sides(holder.mode) & missing) or self.unseen
+        if pipe.outside:
+            context.warn(
+                f"{pipe.ends[0].what} is the {_SIDES[pipe.known]} end of a pipe whose {_SIDES[missing]} end is outside"
+                f" the tree: {pipe.outside}; {self.outside_help.format(inode)}"
+            )
 
     def _read_write_only(self, pipe: _Pipe) -> None:
         """A reader can still come through /proc, so the bytes are kept."""
@@ -233,7 +239,9 @@ class _Piped(Kind):
                 if not parts or parts[0][1]:
                     parts = [(b"", False), *parts]
                 for data, packet in parts:
-                    entry = {"pipe_id": pipe.id, "bytes": len(data)}
+                    entry: dict[str, Any] = {"pipe_id": pipe.id, "bytes": len(data)}
+                    if pipe.outside:
+                        entry["firn"] = {"outside": pipe.outside}
                     writer.add(entry if packet else {**entry, "size": pipe.size})
                     writer.payload(data)
 
@@ -243,13 +251,17 @@ class _Piped(Kind):
 
     # -- restore -----------------------------------------------------------------------------------------------------
 
-    def _fill(self, number: int, fd: int, context: RestoreContext) -> None:
-        """Give pipe *number* its capacity and contents, through *fd*; only once, and its flags are lost."""
+    def _take_records(self, number: int, context: RestoreContext) -> Records:
+        """What the images hold of pipe *number*, the first time; then nothing."""
         if self._records is None:
             self._records = {}
             for entry, payload in context.images.read_with_payload(_DATA[self.type]):
                 self._records.setdefault(entry["pipe_id"], []).append((entry, payload))
-        records = self._records.pop(number, [])
+        return self._records.pop(number, [])
+
+    @staticmethod
+    def _fill(number: int, fd: int, records: Records, context: RestoreContext) -> None:
+        """Give pipe *number* its capacity and contents, through *fd*, whose flags are lost."""
         if not records:
             return
         size = max(records[0][0].get("size", 0), max(entry["bytes"] for entry, _ in records))
@@ -336,6 +348,7 @@ class Pipes(_Piped):
 
     type = PIPE
     unseen = "nobody in sight (it is on its way through a socket)"
+    outside_help = "the restore needs --inherit-fd fd[N]:pipe:[{}], or the pipe comes back without it"
 
     def __init__(self) -> None:
         super().__init__()
@@ -357,7 +370,14 @@ class Pipes(_Piped):
         made = self.made.get(pipe_id)
         if made is None:
             made = self.made[pipe_id] = _Made(self._ends(context)[pipe_id])
-            self._fill(pipe_id, made.free[WRITE], context)
+            records = self._take_records(pipe_id, context)
+            self._fill(pipe_id, made.free[WRITE], records, context)
+            outside = records[0][0].get("firn", {}).get("outside") if records else ""
+            if outside:
+                context.warn(
+                    f"pipe:[{pipe_id}] comes back without its other end, which was outside at the dump: {outside};"
+                    f" --inherit-fd fd[N]:pipe:[{pipe_id}] would supply it"
+                )
         fd = made.free.pop(sides(flags), -1) if not flags & O_LARGEFILE else -1
         if fd < 0:
             fd = os.open(made.path, flags & ~_NOT_FOR_OPEN | fc.O_CLOEXEC)
@@ -388,6 +408,7 @@ class Fifos(_Piped):
     """The ends of FIFOs: their path, flags and owner are in a REG entry of their own."""
 
     type = FIFO
+    outside_help = "the restore opens it by its name again"
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The fifo_entry."""
@@ -412,8 +433,7 @@ class Fifos(_Piped):
         path = os.readlink(f"/proc/self/fd/{both}")
         if not stat.S_ISFIFO(os.fstat(both).st_mode):
             raise RestoreError(f"{path} is not a FIFO any more", "put it back")
-        self._check_unused(both, message["pipe_id"], path)
-        self._fill(message["pipe_id"], both, context)
+        self._refill(message["pipe_id"], both, path, context)
         fd = os.open(path, flags & ~_NOT_FOR_OPEN | fc.O_CLOEXEC)
         _set_flags(fd, flags, owner)
         # Only this end may stay open, and the other descriptor is the opener's.
@@ -422,7 +442,13 @@ class Fifos(_Piped):
         message |= {"fown": owner, "flags": flags}
         return fd
 
-    def _check_unused(self, fd: int, number: int, path: str) -> None:
-        if number not in self.filled and _queued(fd):
-            raise RestoreError(f"the FIFO {path} holds data of a process that has it open", "end that process")
+    def _refill(self, number: int, fd: int, path: str, context: RestoreContext) -> None:
+        """Fill the FIFO once. What a process outside, which has the other end, still keeps in it is left there."""
+        if number in self.filled:
+            return
         self.filled.add(number)
+        records = self._take_records(number, context)
+        if not _queued(fd):
+            self._fill(number, fd, records, context)
+        elif not (records and records[0][0].get("firn", {}).get("outside")):
+            raise RestoreError(f"the FIFO {path} holds data of a process that has it open", "end that process")

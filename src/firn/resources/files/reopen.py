@@ -2,7 +2,8 @@
 
 Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
 one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
-Unlinked files are made under their old name, opened, and unlinked again; hard links that a dump left (link_remap) are
+Unlinked files are made under their old name, opened, and unlinked again; files of dead processes are opened while a
+helper stands in for the process; hard links that a dump left (link_remap) are
 taken away when the restore has succeeded.
 """
 
@@ -16,12 +17,13 @@ from firn.abi import fcntl as fc
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.resources import base
 from firn.resources.base import FIELD, MEMFD, REG
-from firn.resources.files import memfd
+from firn.resources.files import external, memfd
 from firn.resources.files.buildid import read_build_id, to_words
-from firn.resources.files.paths import GHOST, LINKED, NO_SEEK
+from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS, process_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from firn.api import RestoreOptions
@@ -51,6 +53,8 @@ class Opener:
         memfds: dict[int, dict[str, Any]],
         pids: list[int],
         options: RestoreOptions,
+        warn: Callable[[str], object],
+        stand_in: Callable[[int], object],
     ) -> None:
         self.images = images
         self.files = files
@@ -60,10 +64,15 @@ class Opener:
         self.validation = options.file_validation
         self.check_mode = not options.skip_file_rwx_check
         self.kinds: dict[int, base.Kind] = {}
-        self.context = base.RestoreContext(images, options, pids, files, self.message, self.open)
+        self.inherited = external.Inherited(options.inherit_fd)
+        self.context = base.RestoreContext(
+            images, options, pids, files, self.message, self.open, self.inherited, warn
+        )
         self.fds: dict[tuple[int, int, int], int] = {}
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
+        self.stand_in = stand_in
+        self.stand_ins: set[int] = set()
         self._ghosts: dict[int, str] = {}
         self._temporary: list[tuple[str, bool]] = []
 
@@ -93,11 +102,13 @@ class Opener:
 
     def is_late(self, kind: int, number: int) -> bool:
         """Whether the file can only be opened when the restored task exists."""
-        if kind == MEMFD:
+        if kind == MEMFD or self._inherit_key(kind, number):
             return False
         if kind != REG:
             message = self.message(kind, number)
             return self.kind(kind).is_late(message, self.context)
+        if self.remaps.get(number, {}).get("remap_type") == PROCFS:
+            return False
         name = self.message(kind, number)["name"]
         return name.startswith(self.own_proc) or name + "/" in self.own_proc
 
@@ -109,7 +120,10 @@ class Opener:
             message = self.message(kind, number)
             if mode != AS_RECORDED:
                 message = {**message, "flags": message["flags"] & ~fc.O_ACCMODE | mode & fc.O_ACCMODE, "pos": 0}
-            if kind == MEMFD:
+            inherited = self._inherit_key(kind, number) if mode == AS_RECORDED else ""
+            if inherited:
+                self.fds[key] = self.inherited.open(inherited, kind, message)
+            elif kind == MEMFD:
                 self.fds[key] = self._open_memfd(message)
             elif kind == REG:
                 self.fds[key] = self._open_reg(number, message)
@@ -117,10 +131,21 @@ class Opener:
                 self.fds[key] = self.kind(kind).open(number, message, self.context)
         return self.fds[key]
 
+    def _inherit_key(self, kind: int, number: int) -> str:
+        """The key under which file *number* is inherited; empty if it is not."""
+        if not self.inherited:
+            return ""
+        message = self.message(kind, number)
+        memory = self.memfds.get(message["inode_id"], {}).get("name", "") if kind == MEMFD else ""
+        key = external.inherit_key(kind, message, memory)
+        return key if key in self.inherited else ""
+
     # -- regular files -----------------------------------------------------------------------------------------------
 
     def _open_reg(self, number: int, message: dict[str, Any]) -> int:
         name = message["name"]
+        if external.is_external(message):
+            raise external.not_supplied(message)
         if not name.startswith("/") or "\0" in name:
             raise ImageError(f"files image: file {number} has no absolute name ({name!r})")
         remap = self.remaps.get(number)
@@ -160,6 +185,10 @@ class Opener:
                     f"{name} was changed since the dump: mode {there:o} instead of {wanted:o}",
                     "put the file back, or use --skip-file-rwx-check if only its permissions differ",
                 )
+        device = message.get("firn", {}).get("rdev", st.st_rdev)
+        if st.st_rdev != device:
+            numbers = [f"{os.major(each)}:{os.minor(each)}" for each in (st.st_rdev, device)]
+            raise RestoreError(f"{name} is the device {numbers[0]} now, instead of {numbers[1]}", "put it back")
         if "size" not in message or not stat.S_ISREG(st.st_mode) or name.startswith("/proc/"):
             return
         if message["flags"] & fc.O_ACCMODE == fc.O_WRONLY and message["flags"] & fc.O_APPEND:
@@ -201,7 +230,12 @@ class Opener:
                 raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
             self._temporary.append((name, False))
             return True
-        raise NotBuilt(f"{name} belongs to a dead process, which is not supported yet")
+        if kind != PROCFS or process_of(name) != target:
+            raise ImageError(f"remap-fpath.img: {name} cannot be of process {target}")
+        if target not in self.stand_ins:
+            self.stand_in(target)
+            self.stand_ins.add(target)
+        return False
 
     def _make_parents(self, name: str) -> None:
         """Directories on the way that are gone too; taken away again with the file."""
@@ -235,7 +269,7 @@ class Opener:
         return path
 
     def remove_temporary(self) -> None:
-        """Unlink what was made only to be opened."""
+        """Unlink what was made only to be opened. (Who made the stand-ins of dead processes ends them.)"""
         while self._temporary:
             path, directory = self._temporary.pop()
             try:
@@ -261,7 +295,12 @@ class Opener:
             entry = self.memfds.get(inode_id)
             if entry is None:
                 raise ImageError(f"memfd.img has no inode {inode_id}")
-            found = self.objects[inode_id] = memfd.restore(entry, self.images)
+            key = f"/memfd:{entry['name']}"
+            if key in self.inherited:
+                found = memfd.RestoredObject({**entry, "seals": memfd.F_SEAL_SEAL}, self.inherited.take(key))
+            else:
+                found = memfd.restore(entry, self.images)
+            self.objects[inode_id] = found
         return found
 
     def _open_memfd(self, message: dict[str, Any]) -> int:

@@ -31,8 +31,8 @@ class FileTable:
         return self._by_key.get(key)
 
     def add(self, kind: int, message: dict[str, Any], key: object = None) -> int:
-        """Add a file of *kind*; *message* gets its id. Returns the id."""
-        number = self.new_id()
+        """Add a file of *kind*; *message* gets its id, unless it shares that of another kind. Returns the id."""
+        number = message["id"] if "id" in message else self.new_id()
         self.entries.append({"type": kind, "id": number, FIELD[kind]: {"id": number, **message}})
         if key is not None:
             self._by_key[key] = number

@@ -4,8 +4,9 @@ State owned: the watches of an instance, each with its inode, events and (inotif
 Kernel: the ``inotify`` and ``fanotify`` lines of fdinfo. Watches are set again by the controller when the files of the
 checkpoint are in place, so that making those is not reported; inotify's numbers are chosen (INOTIFY_IOC_SETNEXTWD).
 
-What goes wrong: queued events can be read only by taking them away, and cannot be put back: an instance that has some
-is refused. The number that a later inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
+What goes wrong: queued events cannot be put back. An instance that had some comes back with the event in their place
+that says that events were lost, so its reader has to look at the files again (:mod:`firn.resources.files.overflow`).
+The number that a later inotify_add_watch(2) gets may have been in use before, by a watch that was removed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from firn.abi.libc import address_of, syscall
 from firn.errors import ImageError, KernelError, RestoreError
 from firn.host import procfs
 from firn.resources.base import Kind
+from firn.resources.files import overflow
 from firn.resources.files.events import set_status
 from firn.resources.files.handles import Finder, Mount, Places, mounts, to_entry
 
@@ -32,14 +34,13 @@ _INODE, _MOUNT = 1, 2
 """mark_type of fanotify_mark_entry."""
 
 
-def _has_events(open: Open, context: DumpContext, what: str) -> bool:
-    """Whether events wait to be read; the instance is refused then."""
-    size = bytearray(4)
-    syscall(f"FIONREAD of {open.what}", nr.ioctl, open.copy(), ev.FIONREAD, address_of(size))
-    count = int.from_bytes(size, "little")
+def _note_unread(open: Open, what: str, event: str, context: DumpContext) -> bool:
+    """Whether events wait to be read; the log is told what becomes of them."""
+    count = overflow.unread(open.copy())
     if count:
-        reason = f"is {what} with {count} bytes of unread events, which would be lost"
-        context.refuse(open, reason, "have it read them first, or try again")
+        context.warn(
+            f"{open.what} is a {what} with {count} bytes of unread events: it comes back with {event} in their place"
+        )
     return bool(count)
 
 
@@ -99,12 +100,13 @@ class Inotify(_Watcher):
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The message; its watches are filled in by :meth:`finish`."""
-        if _has_events(open, context, "an inotify instance"):
-            return None
         watches: list[dict[str, Any]] = []
+        message = {"flags": open.flags, "fown": context.owner(open), "wd": watches}
+        if _note_unread(open, "inotify instance", "IN_Q_OVERFLOW", context):
+            message["firn"] = {"overflow": True}
         lines = sorted(_lines(open, "inotify"), key=lambda item: int(item["wd"], 16))
         self._instances.append((open, lines, watches))
-        return {"flags": open.flags, "fown": context.owner(open), "wd": watches}
+        return message
 
     def _entry(self, open: Open, item: dict[str, str], finder: Finder) -> dict[str, Any] | None:
         handle = self._handle(open, item, finder)
@@ -126,6 +128,8 @@ class Inotify(_Watcher):
         """An instance with the watches."""
         fd = syscall(f"inotify_init1 {number}", nr.inotify_init1, fc.O_CLOEXEC)
         set_status(fd, message["flags"])
+        if message.get("firn", {}).get("overflow") and not overflow.inotify(fd):
+            context.warn(f"inotify {number} had unread events, which are lost, and cannot be told so")
         for watch in message.get("wd", []):
             self._add(fd, f"inotify {number}, watch {watch['wd']}", watch, context)
         return fd
@@ -158,10 +162,15 @@ class Fanotify(_Watcher):
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The message; its marks are filled in by :meth:`finish`."""
-        if _has_events(open, context, "a fanotify group"):
-            return None
         lines = _lines(open, "fanotify")
         group, lines = lines[0], lines[1:]
+        lost = bool(overflow.unread(open.copy()))
+        if lost and int(group["flags"], 16) & (ev.FAN_UNLIMITED_QUEUE | ev.FAN_REPORT_PIDFD):
+            reason = "is a fanotify group with unread events, whose loss it cannot be told"
+            context.refuse(open, reason, "have it read them first, or try again")
+            return None
+        if lost:
+            _note_unread(open, "fanotify group", "FAN_Q_OVERFLOW", context)
         for item in lines:
             if "ino" not in item and "mnt_id" not in item:
                 what = "a whole file system" if "sdev" in item else "a namespace"
@@ -175,7 +184,7 @@ class Fanotify(_Watcher):
         self._instances.append((open, lines, marks))
         return {
             "flags": open.flags, "fown": context.owner(open), "faflags": int(group["flags"], 16),
-            "evflags": int(group["event-flags"], 16), "mark": marks,
+            "evflags": int(group["event-flags"], 16), "mark": marks, **({"firn": {"overflow": True}} if lost else {}),
         }  # fmt: skip
 
     def _entry(self, open: Open, item: dict[str, str], finder: Finder) -> dict[str, Any] | None:
@@ -208,6 +217,8 @@ class Fanotify(_Watcher):
         """A group with the marks."""
         flags = message["faflags"] & ~ev.FAN_NONBLOCK | ev.FAN_CLOEXEC
         fd = syscall(f"fanotify_init {number}", nr.fanotify_init, flags, message["evflags"])
+        if message.get("firn", {}).get("overflow") and not overflow.fanotify(fd):
+            context.warn(f"fanotify {number} had unread events, which are lost, and cannot be told so")
         set_status(fd, message["flags"])
         for mark in message.get("mark", []):
             self._add(fd, f"fanotify {number}", mark, context)

@@ -112,7 +112,9 @@ class InetRebuild:
     def __init__(self, context: RestoreContext) -> None:
         self.options = context.options
         self.made = {
-            number: Made(number, entry["isk"]) for (kind, number), entry in context.files.items() if kind == INETSK
+            number: Made(number, entry["isk"])
+            for (kind, number), entry in context.files.items()
+            if kind == INETSK and not context.inherited.supplies(kind, entry["isk"])
         }
         self._keys = [made.key for made in self.made.values() if made.bound]
 

@@ -94,7 +94,9 @@ class Rebuild:
     def __init__(self, context: RestoreContext) -> None:
         self.context = context
         self.made = {
-            number: Made(number, entry["usk"]) for (kind, number), entry in context.files.items() if kind == UNIXSK
+            number: Made(number, entry["usk"])
+            for (kind, number), entry in context.files.items()
+            if kind == UNIXSK and not context.inherited.supplies(kind, entry["usk"])
         }
         self.by_inode = {made.inode: made for made in self.made.values()}
         self.listeners = {(made.name, made.type): made for made in self.made.values() if made.listens}
@@ -328,7 +330,7 @@ class Rebuild:
         kind = self.types.get(number)
         if kind is None:
             raise ImageError(f"sk-queues.img: file {number} is not there")
-        return self.made[number].get().fileno() if kind == UNIXSK else self.context.open(kind, number)
+        return self.made[number].get().fileno() if number in self.made else self.context.open(kind, number)
 
     def _sender(self, made: Made) -> tuple[_socket.socket, str | bytes]:
         """Who sends what is in the queue, and the address if that is needed."""

@@ -2,11 +2,12 @@
 
 State owned: which pseudoterminal, console or line a description leads to; settings, locked settings, window size,
 lock, packet and exclusive mode, the session it controls and its foreground group; of pseudoterminals what is queued
-both ways. Kernel: ioctl_tty(2) on a copy of the description; the session from /proc/PID/stat, because only its members
-may ask a slave for it. Pseudoterminals come back in the controller under their old number, see
-:mod:`firn.resources.ttys.rebuild`; sessions get them in their leaders. What goes wrong: a slave's master is outside
-(``--shell-job``, ``--external``); slaves that others hold; queues can only be looked at by taking them out
-(:mod:`firn.resources.ttys.queues`); what was typed, unechoed, for a slave that was never open cannot be seen at all.
+both ways, and whether output is stopped. Kernel: ioctl_tty(2) on a copy of the description; the session from
+/proc/PID/stat, because only its members may ask a slave for it. Pseudoterminals come back in the controller under
+their old number, see :mod:`firn.resources.ttys.rebuild`; sessions get them in their leaders. What goes wrong: a slave's
+master is outside (``--shell-job``, ``--external``); slaves that others hold; queues can only be looked at by taking
+them out (:mod:`firn.resources.ttys.queues`); what was typed, unechoed, for a slave that was never open cannot be seen
+at all.
 
 Images are as CRIU writes them, with these additions: data is recorded for a slave that nobody has open, and then also
 if it is empty (the master knows that it was open once); lines that newlines do not tell are records of their own.
@@ -63,6 +64,7 @@ class Ttys(Kind):
         self.infos: dict[int, dict[str, Any]] = {}
         self.ptys: dict[int, _Pty] = {}
         self._keys: dict[tuple[int, int, int], int] = {}
+        self._devices: set[int] = set()
         self._controlling: list[tuple[Open, dict[str, Any], int]] = []
         self._sessions: dict[int, tuple[int, int]] | None = None
         self._rebuild: Rebuild | None = None
@@ -142,7 +144,9 @@ class Ttys(Kind):
         key = (kind, open.stat.st_rdev, open.stat.st_dev)
         if key not in self._keys:
             info = self._info(open, kind, index, False, key)
-            info["sid"], info["pgrp"] = self._session(_number(open.copy(), tty.TIOCGDEV), context)
+            device = _number(open.copy(), tty.TIOCGDEV)
+            self._devices.add(device)
+            info["sid"], info["pgrp"] = self._session(device, context)
             if not self._add_settings(open, info, context):
                 return None
         return self._keys[key]
@@ -236,10 +240,15 @@ class Ttys(Kind):
         if key not in self._keys:
             info = self._info(open, CTTY, _CTTY_INDEX, False, key)
             info["sid"], info["pgrp"] = session, group
+            self._devices.add(device)
             if not self._add_settings(open, info, context):
                 return None
             self._controlling.append((open, info, device))
         return self._keys[key]
+
+    def leads_to(self, device: int) -> bool:
+        """Whether the terminal can be taken again as a controlling one."""
+        return device in self._devices or (os.major(device) == tty.SLAVE_MAJOR and os.minor(device) in self.ptys)
 
     def finish(self, context: DumpContext) -> None:
         """Look for masters and slaves outside; if all is well, at what is queued."""
@@ -308,15 +317,10 @@ class Ttys(Kind):
         finally:
             os.close(peer)
 
-    @staticmethod
-    def _look_into(pty: _Pty, queues: Queues, open: Open, context: DumpContext) -> None:
-        stopped = queues.is_stopped()
-        if not stopped:
-            found = queues.look()
-            stopped = queues.stopped
-        if stopped:
-            context.refuse(open, "is the master of a terminal whose output is stopped", "let it go on (Ctrl-Q)")
-            return
+    def _look_into(self, pty: _Pty, queues: Queues, open: Open, context: DumpContext) -> None:
+        found = queues.look()
+        if queues.stopped:
+            self.infos[self._keys[PTY, pty.index, 1]]["firn"] = {"stopped": queues.stopped}
         iflag, _, _, lflag, *_ = get_termios(pty.master)
         plain = not queues.canonical and not iflag and not lflag & _ECHO_AND_SIGNALS
         if sum(map(len, found.typed)) > tty.N_TTY_BUFFER and not plain:

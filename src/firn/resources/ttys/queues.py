@@ -8,6 +8,9 @@ nothing: those of ``_literal``. Kernel: drivers/tty/n_tty.c, pty.c; termios(3) a
 The slave's queue is a list of runs of bytes. Without canonical mode, or if only newlines end its lines, it is one run.
 Otherwise each run is a line, and the last one is a line that is not finished, perhaps empty; a line that ends neither
 in a newline nor in an end-of-line character was ended by the end-of-file character.
+
+Output may be stopped, by the stop character (Ctrl-S) or by tcflow(3), and only what stopped it can start it again.
+Nothing can be put back then, so it is started while queues are looked at, and stopped again in the same way.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 16
 _END_OF_FILE, _QUOTE = 4, 22
 _NEWLINE = 10
+BY_FLOW, BY_KEY = 1, 2
+"""Who stopped output: tcflow(3), the stop character."""
 _TRIES = 200
 _PIECE = 256
 """What the kernel's buffers for bytes on their way hold: in such pieces as many fit as ever did."""
@@ -102,7 +107,7 @@ class Contents:
 
 class Queues:
     """The queues of the pseudoterminal of *master*. ``peer`` is a non-blocking descriptor of the slave, -1: leave the
-    slave alone, its queue can be filled only. ``stopped``: :meth:`look` found printing stopped and started it."""
+    slave alone, its queue can be filled only. ``stopped``: how :meth:`look` found output stopped (0: it was not)."""
 
     def __init__(self, master: int, peer: int) -> None:
         self.master = master
@@ -110,7 +115,7 @@ class Queues:
         self.raw = tty.TERMIOS.pack(*get_termios(master))
         _, _, _, self.lflag, _, self.characters, _, _ = tty.TERMIOS.unpack(self.raw)
         self.canonical = is_canonical(self.lflag)
-        self.stopped = False
+        self.stopped = 0
 
     def look(self) -> Contents:
         """What is queued; it is queued again when this returns or fails."""
@@ -122,14 +127,19 @@ class Queues:
                 fcntl.ioctl(self.master, tty.TIOCPKT, bytes(4))
             if any(locked):
                 fcntl.ioctl(self.master, tty.TIOCSLCKTRMIOS, bytes(tty.TERMIOS_SIZE))
-            self._take_typed(found)
+            if self._seems_stopped():
+                self.stopped = self._start()
+            # Other settings would start what a key has stopped, so these come first.
             self._take_printed(found)
+            self._take_typed(found)
         finally:
             try:
                 if found:
                     self.fill(found)
             finally:
                 set_termios(self.master, self.raw)
+                if self.stopped:
+                    self.stop(self.stopped)
                 if any(locked):
                     fcntl.ioctl(self.master, tty.TIOCSLCKTRMIOS, locked)
                 if packets:
@@ -162,17 +172,42 @@ class Queues:
 
         found.printed = b"".join(_read_all(read))
         if not tty.conditions(self.peer, tty.POLLOUT) & tty.POLLOUT:
-            # The queue was full, so this could not be seen before. Nothing can be put back while it is stopped.
-            self.stopped = True
-            fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOOFF)
-            fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOON)
+            # The queue was full, so this could not be seen before.
+            self.stopped = self._start()
 
-    def is_stopped(self) -> bool:
-        """Whether printing was stopped (Ctrl-S, TCOOFF), as far as that can be seen: a full queue looks the same."""
-        if tty.conditions(self.peer, tty.POLLOUT) & tty.POLLOUT:
+    # -- stopped output ------------------------------------------------------------------------------------------------
+
+    def _flows(self) -> bool:
+        return bool(tty.conditions(self.peer, tty.POLLOUT) & tty.POLLOUT)
+
+    def _seems_stopped(self) -> bool:
+        """Whether output is stopped, as far as that can be seen: a full queue looks the same."""
+        if self._flows():
             return False
         queued = int.from_bytes(fcntl.ioctl(self.master, tty.FIONREAD, bytes(4)), "little")
         return queued < tty.N_TTY_BUFFER
+
+    def _start(self) -> int:
+        """Start stopped output: how it was stopped (BY_FLOW, BY_KEY)."""
+        fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOON)
+        if self._flows():
+            return BY_FLOW
+        # What a key has stopped TCOON starts only after a TCOOFF.
+        fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOOFF)
+        fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOON)
+        return BY_KEY
+
+    def stop(self, how: int) -> None:
+        """Stop output (BY_FLOW, BY_KEY), under the terminal's own settings. Packet mode, which would tell, is off."""
+        if how == BY_FLOW:
+            fcntl.ioctl(self.peer, tty.TCXONC, tty.TCOOFF)
+            return
+        os.write(self.master, self.characters[tty.VSTOP : tty.VSTOP + 1])
+        for _ in range(_TRIES):
+            # The character goes its way in the background.
+            if not self._flows():
+                return
+            tty.conditions(self.peer, tty.POLLIN, 1)
 
     # -- putting in ----------------------------------------------------------------------------------------------------
 

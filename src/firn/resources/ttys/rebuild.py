@@ -19,7 +19,7 @@ from firn.abi.libc import syscall
 from firn.errors import ImageError, RestoreError
 from firn.host import procfs
 from firn.resources.base import REG, TTY
-from firn.resources.ttys.queues import Contents, Queues, open_peer
+from firn.resources.ttys.queues import BY_FLOW, BY_KEY, Contents, Queues, open_peer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,17 +93,13 @@ class Rebuild:
         if root["sid"] != root["pid"]:
             # Groups of the old session, in whose place ours is.
             self.groups -= {root["sid"], root["pgid"]} - self.sessions.keys()
-        self._inherited: dict[str, int] = {}
-        for text in reversed(context.options.inherit_fd or ()):
-            head, _, key = text.partition("]:")
-            self._inherited[key] = int(head.partition("[")[2])
 
     def make(self) -> None:
         """Make everything; ``made`` then has a descriptor for each file id. Undone by :meth:`close`."""
         masters: dict[int, _File] = {}
         slaves: dict[int, list[_File]] = {}
         for file in self.files:
-            if file.key in self._inherited:
+            if file.key in self.context.inherited:
                 self._inherit(file)
             elif file.info["type"] == _PTY:
                 index = file.info["pty"]["index"]
@@ -176,6 +172,9 @@ class Rebuild:
         if "termios_locked" in info and any(locked := _to_raw(info, "termios_locked")):
             fcntl.ioctl(master, tty.TIOCSLCKTRMIOS, locked[: tty.TERMIOS_SIZE])
         _set_size(master, info)
+        stopped = info.get("firn", {}).get("stopped", 0)
+        if opened and stopped in (BY_FLOW, BY_KEY):
+            Queues(master, self.working[index]).stop(stopped)
         for slave in slaves:
             self.made[slave.id] = self._open_slave(slave, master, index)
         if slaves and slaves[0].info["exclusive"]:
@@ -205,13 +204,11 @@ class Rebuild:
     # -- others --------------------------------------------------------------------------------------------------------
 
     def _inherit(self, file: _File) -> None:
-        try:
-            fd = os.dup(self._inherited[file.key])
-        except OSError as error:
-            raise RestoreError(f"descriptor {self._inherited[file.key]} for {file.key}: {error.strerror}") from None
+        inherited = self.context.inherited
+        fd = inherited.take(file.key)
         if not os.isatty(fd):
             os.close(fd)
-            raise RestoreError(f"descriptor {self._inherited[file.key]}, inherited for {file.key}, is no terminal")
+            raise RestoreError(f"descriptor {inherited.number(file.key)}, inherited for {file.key}, is no terminal")
         self.made[file.id] = fd
         self.outside.add(file.info["id"])
 
