@@ -154,6 +154,14 @@ class Machine:
             self._ended.add(pid)
         return True
 
+    def reap_orphans(self) -> None:
+        """Reap all that ends and has become ours, until nobody is left."""
+        while True:
+            try:
+                self._ended.add(os.waitpid(-1, 0)[0])
+            except ChildProcessError:
+                return
+
     def revived(self, pid: int) -> None:
         """*pid* exists again: it was restored."""
         self._ended.discard(pid)

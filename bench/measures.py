@@ -23,6 +23,8 @@ SCALE_LIMIT = 2000.0
 SCALE_RATIO = 2.5
 """Twice the things may take 2.5 times the time: half again as steep as a line through zero would still be noise."""
 PEAK_LIMIT = 100.0
+FAMILY = 50
+FAMILY_SIZE_RATIO = 1.5
 
 
 class Bench:
@@ -57,7 +59,7 @@ class Bench:
         try:
             yield folder
         finally:
-            for path in folder.iterdir():
+            for path in folder.rglob("*.img"):
                 os.truncate(path, 0)
 
     def attempt(self, tool: Tool, rows: Sequence[Row], work: Callable[[], Sequence[float]]) -> None:
@@ -255,6 +257,35 @@ def _scale(bench: Bench, kind: str, count: int, rounds: int = 3) -> list[Row]:
     return rows
 
 
+def _family(bench: Bench, tool: Tool, kind: str, count: int) -> list[float]:
+    """Times of a dump and a restore in ms, size of the images in MB."""
+    with bench.target("idle", kind, count) as target, bench.images() as folder:
+        dump = tool.dump(target, folder)
+        bench.machine.reap_orphans()
+        size = sum(path.stat().st_size for path in folder.rglob("*.img"))
+        restore = tool.restore(target, folder)
+        target.end()
+        bench.machine.reap_orphans()
+        return [dump.wall_ms, restore.wall_ms, size / 1e6]
+
+
+def family(bench: Bench) -> list[Row]:
+    """Fifty children that share 64 MB with their parent, against one process with 64 MB."""
+    what = f"{FAMILY} children, 64 MB shared"
+    rows = [Row(f"{way}, {what}", "ms", None, "one process") for way in ("dump", "restore")]
+    rows.append(Row(f"images, {what}", "MB", None, "one process", FAMILY_SIZE_RATIO))
+    for _ in range(3):
+        for tool in bench.tools():
+
+            def work(tool: Tool = tool) -> list[float]:
+                return _family(bench, tool, "family", FAMILY)
+
+            bench.attempt(tool, rows, work)
+        for row, value in zip(rows, _family(bench, bench.own, "memory", 64), strict=True):
+            row.references.append(value)
+    return rows
+
+
 def threads(bench: Bench) -> list[Row]:
     """Many threads."""
     return _scale(bench, "threads", 1000)
@@ -271,5 +302,5 @@ def files(bench: Bench) -> list[Row]:
 
 
 MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
-    measure.__name__: measure for measure in (pause, crowd, snapshot, cold, memory, huge, threads, vmas, files)
+    measure.__name__: measure for measure in (pause, crowd, snapshot, cold, memory, huge, family, threads, vmas, files)
 }

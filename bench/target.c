@@ -2,15 +2,18 @@
  *
  * BEAT is a file of one page, shared with the runner (struct beat). WAIT is "spin" (watch the own clock without a break,
  * keep the largest gap) or "idle" (count every millisecond). KIND and COUNT say what the process is made of:
- * none 0, memory MEGABYTES, huge MEGABYTES, threads N, vmas N, files N.
+ * none 0, memory MEGABYTES, huge MEGABYTES, threads N, vmas N, files N, family N: children with 64 MB of their parent's, of
+ * which each has written 16 pages.
  */
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,7 +37,7 @@ static uint64_t now(void) {
     return t.tv_sec * 1000000000ULL + t.tv_nsec;
 }
 
-static void make_memory(size_t megabytes, int huge) {
+static char *make_memory(size_t megabytes, int huge) {
     size_t size = megabytes * MEGABYTE;
     char *room = mmap(NULL, size + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (room == MAP_FAILED)
@@ -44,6 +47,33 @@ static void make_memory(size_t megabytes, int huge) {
         fail("madvise");
     for (size_t at = 0; at < size; at += 8)
         *(uint64_t *)(room + at) = at * 0x9E3779B97F4A7C15ULL + 1;
+    return room;
+}
+
+static void make_family(long count) {
+    char *room = make_memory(64, 0);
+    for (long i = 0; i < count; i++) {
+        int ready[2];
+        char byte;
+        if (pipe(ready))
+            fail("pipe");
+        pid_t child = fork();
+        if (child < 0)
+            fail("fork");
+        if (!child) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            for (long page = 0; page < 16; page++)
+                room[(page * 1000 + i) * PAGE] = 1;
+            close(ready[0]);
+            close(ready[1]);
+            for (;;)
+                pause();
+        }
+        close(ready[1]);
+        if (read(ready[0], &byte, 1))
+            fail("a child");
+        close(ready[0]);
+    }
 }
 
 static void make_vmas(long count) {
@@ -89,6 +119,8 @@ static void make_threads(long count) {
 static void make(const char *beat, const char *kind, long count) {
     if (!strcmp(kind, "memory") || !strcmp(kind, "huge"))
         make_memory(count, kind[0] == 'h');
+    else if (!strcmp(kind, "family"))
+        make_family(count);
     else if (!strcmp(kind, "vmas"))
         make_vmas(count);
     else if (!strcmp(kind, "files"))

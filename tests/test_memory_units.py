@@ -321,7 +321,7 @@ def _with_images(check: Callable[[int, int], None]) -> None:
 
 
 def _compare(parent: Side, child: Side, one: int, other: int) -> None:
-    got = inherit.compare(parent.vmas, parent.runs(one), child.vmas, child.runs(other))
+    got = inherit.compare(parent.vmas, parent.runs(one), child.vmas, child.runs(other), True)
     kept = _pages([(start // PAGE, end // PAGE) for start, end in got.kept])
     memory = {page: value for page, value in parent.contents.items() if page in kept}
     dropped = _pages([(start // PAGE, end // PAGE) for start, end in got.dropped])
@@ -352,7 +352,7 @@ def test_everything_is_inherited_of_an_equal_parent() -> None:
     side = Side([(0, 20, 0), (22, 30, 3)], {page: page % 3 + 1 for page in range(0, 30, 2)})
 
     def check(one: int, other: int) -> None:
-        got = inherit.compare(side.vmas, side.runs(one), side.vmas, side.runs(other))
+        got = inherit.compare(side.vmas, side.runs(one), side.vmas, side.runs(other), True)
         assert got.kept == [(0, 20 * PAGE), (22 * PAGE, 30 * PAGE)] and not got.runs and not got.dropped
 
     _with_images(check)
@@ -362,7 +362,7 @@ def test_a_longer_mapping_is_lengthened() -> None:
     """It must be one mapping to mremap(2); one that begins earlier cannot be, and is made anew."""
     parent = Side([(4, 8, 0), (20, 24, 0)], {})
     child = Side([(4, 12, 0), (18, 24, 0)], {})
-    got = inherit.compare(parent.vmas, [], child.vmas, [])
+    got = inherit.compare(parent.vmas, [], child.vmas, [], True)
     assert got.kept == [(4 * PAGE, 8 * PAGE)] and got.ends == {4 * PAGE: 12 * PAGE}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,15 +16,21 @@ from workloads.forest import children, descendants, forest, proportional_size
 from workloads.likeness import EXCEPTIONS, Portrait, differences
 from workloads.table import CHECKPOINT_WAYS, GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 
+from firn.images.pages import PAGE, PE_PARENT, PE_PRESENT, PagemapReader, write_pagemap
+from firn.images.store import ImageDir
+
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
 MODES = "fan chain sessions groups gone adopted zombies stopped users programs"
-SHARING = "table anon memfd offset cow resized"
+SHARING = "table anon memfd offset kin resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),
     # Their sessions' leaders are gone, or are not their parents: nothing that comes back by being cloned.
     *(Workload("trees", mode, refused=("session",), ways=(*PLAIN_WAYS, REFUSED_WAY)) for mode in ("daemon", "sibling")),
     *(Workload("trees_sharing", mode) for mode in SHARING.split()),
+    # Fifty processes: dumped and restored once in test_copy_on_write_is_kept.
+    Workload("trees_sharing", "cow", ways=(*PLAIN_WAYS, "twice", "leave")),
+    *(Workload("memory_shared", mode) for mode in ("parted", "private")),
     # Part of what they check lives in a file, where a program that was left running has gone on.
     Workload("trees", "waiting", ways=GONE_WAYS),
     Workload("trees_sharing", "file", ways=(*PLAIN_WAYS, *GONE_WAYS)),
@@ -92,17 +99,81 @@ def test_the_dumped_tree_is_gone(runner: Runner) -> None:
 
 
 @needs_firn
-def test_copy_on_write_is_kept(runner: Runner) -> None:
-    """A prefork parent with 64 MB and ten children: memory that they shared, they share again."""
-    target = runner.start(Workload("trees_sharing", "cow"))
+@pytest.mark.parametrize(
+    ("mode", "options"), [("cow", ()), ("kin", ()), ("kin", ("--leave-running", "--fork-snapshot"))]
+)
+def test_copy_on_write_is_kept(mode: str, options: tuple[str, ...], runner: Runner) -> None:
+    """A prefork parent with 64 MB and fifty children; families in families, orphans: memory that they shared is once in
+    the images, and they share it again."""
+    target = runner.start(Workload("trees_sharing", mode))
     before = proportional_size(target.pid)
-    assert before < 100 << 10, "the workload shares nothing by itself"
-    back = runner.restore(runner.dump(target), target)
+    assert before < 120 << 10, "the workload shares nothing by itself"
+    images = runner.dump(target, *options)
+    if options:
+        runner.kill(target)
+        _reap_all()
+    stored = sum(path.stat().st_blocks * 512 for path in images.rglob("*.img")) >> 10
+    back = runner.restore(images, target)
     after = proportional_size(back.pid)
-    print(f"proportional set size: {before} KiB before, {after} KiB after")
-    assert after <= MOST_GROWTH * before
+    print(f"KiB: proportional set size {before} before, {after} after; images {stored}")
+    assert after <= MOST_GROWTH * before and stored <= MOST_GROWTH * before
     runner.assert_right(back, "after the restore")
     runner.kill(back)
+
+
+def _reap_all() -> None:
+    """Copy-on-write clones of a tree are nobody's children but ours, once they are dead."""
+    while children(os.getpid()):
+        os.waitpid(-1, 0)
+
+
+@needs_firn
+def test_generations_of_images(runner: Runner, tmp_path: Path) -> None:
+    """Incremental images as CRIU makes them: pages in the directory itself, its parent and its parent's parent, the
+    links relative and absolute. What was shared is not told, and found out by contents."""
+    target = runner.start(Workload("trees_sharing", "kin"))
+    pids = [target.pid, *descendants(target.pid)]
+    before = proportional_size(target.pid)
+    made = runner.dump(target)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    for number, pid in enumerate(pids, 1):
+        _spread(made, pid, number, [first, second])
+    shutil.rmtree(made / "parent")
+    (second / "parent").symlink_to("../first")
+    (made / "parent").symlink_to(second)
+    with ImageDir.open(str(made), create_files=True) as images:
+        inventory = images.read_one("INVENTORY")
+        assert inventory.pop("firn") == {"cow_known": True}
+        images.commit(inventory)
+    back = runner.restore(made, target)
+    after = proportional_size(back.pid)
+    # What the four orphans have in common cannot be seen by comparing with their new parent.
+    assert after <= MOST_GROWTH * before + (3 * 16 << 10)
+    runner.assert_right(back, "after the restore")
+    runner.kill(back)
+
+
+def _spread(made: Path, pid: int, number: int, parents: list[Path]) -> None:
+    """Put the pages of process *pid* in *made* apart: runs of some pages in turn into it and into *parents*."""
+    folders = [made, *reversed(parents)]
+    lists: list[list[tuple[int, int, int]]] = [[], [], []]
+    contents = [bytearray(), bytearray(), bytearray()]
+    with ImageDir.open(str(made)) as images, PagemapReader(images, "PAGEMAP", pid) as reader:
+        turn = 0
+        for run in reader:
+            for first in range(0, run.nr_pages, 100):
+                count, turn = min(100, run.nr_pages - first), turn + 1
+                at = run.vaddr + first * PAGE
+                for level in range(turn % 3):
+                    lists[level].append((at, count, PE_PARENT))
+                lists[turn % 3].append((at, count, PE_PRESENT))
+                contents[turn % 3] += os.pread(run.fd, count * PAGE, run.offset + first * PAGE)
+    for folder, listed, content in zip(folders, lists, contents, strict=True):
+        with ImageDir.open(str(folder), create_files=True) as images:
+            write_pagemap(images, "PAGEMAP", pid, 1000 + number, listed)
+        (folder / f"pages-{1000 + number}.img").write_bytes(content)
 
 
 # ---- trees whose processes come and go, or reap each other: there is no list of whom to reap

@@ -175,15 +175,18 @@ static void offset_apart(void)
 
 /* ---- a prefork server: much memory, written before the fork, and little of it since ---- */
 
-enum { WORKERS = 10, COW_PAGES = 16384, TOUCHED = 64 };
+enum { WORKERS = 50, COW_PAGES = 16384, TOUCHED = 64, REWRITTEN = 2048 };
 
 static int worker;
 
+/* The parent has written the first pages anew since: only its children share what was there. */
 static int cow_right(void)
 {
 	for (size_t i = 0; i < COW_PAGES; i++) {
 		uint64_t want = i * 3 + 1;
-		if (i % (COW_PAGES / TOUCHED) == worker + 1)
+		if (worker == COW_PAGES && i < REWRITTEN)
+			want = i * 5;
+		else if (i % (COW_PAGES / TOUCHED) == worker + 1)
 			want = (uint64_t)worker << 32 | i;
 		CHECK(shared[i * 512 + 5] == want);
 	}
@@ -205,6 +208,8 @@ static void cow_set(void)
 	for (worker = 0; worker < WORKERS; worker++)
 		bear(worker, write_some, cow_right);
 	worker = COW_PAGES;
+	for (size_t i = 0; i < REWRITTEN; i++)
+		shared[i * 512 + 5] = i * 5;
 }
 
 static int cow_check(void)
@@ -217,6 +222,68 @@ static int cow_check(void)
 static void cow_harm(void)
 {
 	shared[512 * 1000 + 5]++;
+}
+
+/* ---- families in a family: who is in slot 0 has written a part anew before its own children were born, and the parent of
+ * those in slots 5 to 8 is gone, with memory that nobody else has ---- */
+
+enum { KIN = 4096, ANEW = 2048, BROTHERS = 4 };
+
+static uint64_t *orphaned, generation;
+
+static int kin_right(void)
+{
+	for (size_t i = 0; i < KIN; i++)
+		CHECK(shared[i * 512] == (i < ANEW ? generation : 0) + i);
+	for (size_t i = 0; i < KIN && orphaned; i++)
+		CHECK(orphaned[i * 512] == i * 7);
+	/* and it is everybody's own */
+	shared[KIN * 512 - 1] += getpid();
+	return 1;
+}
+
+static void renew(void)
+{
+	generation = 1000;
+	for (size_t i = 0; i < ANEW; i++)
+		shared[i * 512] = generation + i;
+	for (int i = 1; i <= BROTHERS; i++)
+		bear(i, NULL, kin_right);
+}
+
+static void leave_orphans(void)
+{
+	orphaned = map_anon(KIN);
+	NEED(!madvise(orphaned, KIN * PAGE, MADV_NOHUGEPAGE));
+	for (size_t i = 0; i < KIN; i++)
+		orphaned[i * 512] = i * 7;
+	for (int i = 0; i < BROTHERS; i++)
+		bear(5 + i, NULL, kin_right);
+}
+
+static void kin_set(void)
+{
+	NEED(!prctl(PR_SET_CHILD_SUBREAPER, 1));
+	shared = map_anon(KIN);
+	NEED(!madvise(shared, KIN * PAGE, MADV_NOHUGEPAGE));
+	for (size_t i = 0; i < KIN; i++)
+		shared[i * 512] = i;
+	bear(0, renew, kin_right);
+	in_between(leave_orphans);
+	for (int i = 0; i < BROTHERS; i++)
+		has_moved(5 + i);
+}
+
+static int kin_check(void)
+{
+	CHECK_MEMBERS(9);
+	CHECK_ALL(kin_right());
+	return 1;
+}
+
+static void kin_harm(void)
+{
+	generation++;
 }
 
 /* ---- mappings that were inherited and have changed their size since: to mremap(2) each is still one ---- */
@@ -271,4 +338,5 @@ WORKLOAD(
 	{"offset", offset_set, offset_check, offset_apart},
 	{"resized", resized_set, resized_check, resized_harm},
 	{"cow", cow_set, cow_check, cow_harm},
+	{"kin", kin_set, kin_check, kin_harm},
 )

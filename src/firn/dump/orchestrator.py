@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from firn.api import CpuinfoOptions, DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.log import Log
+    from firn.resources.memory.shared import SharedPages
     from firn.tracee.freezer import Freezer
 
 
@@ -65,6 +66,8 @@ class Dump:
         self.collected: Collected | None = None
         self.take_snapshots: Callable[[list[tuple[seize.Task, int]]], list[Snapshot]] | None = None
         self.snapshots: list[Snapshot] = []
+        self.find_shared: Callable[[list[tuple[ProcessPages, int]]], SharedPages] | None = None
+        self.shared: SharedPages | None = None
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
         self.first_pages = -1
         self.freezer: Freezer | None = None
@@ -106,7 +109,10 @@ class Dump:
         """Look at the running tree: which kinds of files it has open, where its threads wait, and its mappings if it
         shall not be stopped for that."""
         self.pidfd = syscall(f"pidfd_open {self.pid}", nr.pidfd_open, self.pid, 0)
-        for pid in walk(self.pid):
+        tree = list(walk(self.pid))
+        if len(tree) > 1:
+            self._look_for_shared()
+        for pid in tree:
             try:
                 base.preload(pid)
                 self.waiting |= restart.observe(pid)
@@ -114,6 +120,14 @@ class Dump:
                     self.early_maps[pid] = procfs.smaps(pid)
             except (FileNotFoundError, ProcessLookupError):
                 continue
+
+    def _look_for_shared(self) -> None:
+        from firn.resources.memory import frames, shared
+
+        if frames.are_visible():
+            self.find_shared = shared.SharedPages
+        else:
+            self.log.warn("page frame numbers are hidden from us: shared memory is stored once for each process")
 
     def freeze(self) -> None:
         """Stop every thread of every process."""
@@ -146,21 +160,28 @@ class Dump:
             mine.memory.find(mine.pid, early=True)
             if self.take_snapshots is not None:
                 mine.memory.hold_early()
-            else:
-                self._copy_pages(mine.memory, mine.pid)
         if self.take_snapshots is not None:
             self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self.collected.tasks])
+        else:
+            self._copy_pages([(mine.memory, mine.pid) for mine in self.collected.tasks])
 
-    def _copy_pages(self, pages: ProcessPages, pid: int) -> None:
+    def _copy_pages(self, members: list[tuple[ProcessPages, int]]) -> None:
+        """Copy the pages of processes out of themselves or their clones."""
         started = time.monotonic_ns()
-        target = self.first_pages if pages.pages_id == 1 else self._pages_file(pages.pages_id)
-        try:
+        for pages, pid in members:
             pages.find(pid, early=False)
-            pages.copy_pages(pid, target)
-        finally:
-            os.close(target)
-            if target == self.first_pages:
-                self.first_pages = -1
+        if self.find_shared is not None:
+            self.shared = self.find_shared(members)
+            self.shared.copy(self.images)
+        for pages, pid in members:
+            first = pages.pages_id == 1
+            target = self.first_pages if first else self._pages_file(pages.pages_id)
+            try:
+                pages.copy_pages(pid, target)
+            finally:
+                os.close(target)
+                if first:
+                    self.first_pages = -1
         self.stats["memdump_time"] += (time.monotonic_ns() - started) // 1000
         self.stats["memwrite_time"] = self.stats["memdump_time"]
 
@@ -197,10 +218,16 @@ class Dump:
     def save(self) -> None:
         """Write all records."""
         assert self.collected is not None
-        for mine, snapshot in zip(self.collected.tasks, self.snapshots, strict=False):
-            self._copy_pages(mine.memory, snapshot.pid)
+        pairs = list(zip(self.collected.tasks, self.snapshots, strict=False))
+        if pairs:
+            self._copy_pages([(mine.memory, snapshot.pid) for mine, snapshot in pairs])
+        for mine, snapshot in pairs:
             areas.refresh_flags(mine.areas, procfs.smaps(snapshot.pid))
             snapshot.end()
+        if self.shared is not None:
+            self.shared.save()
+            if self.shared.complete:
+                self.collected.inventory["firn"] = {"cow_known": True}
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)

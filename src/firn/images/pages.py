@@ -44,12 +44,33 @@ def normalise(entry: dict[str, Any]) -> tuple[int, int, int]:
     return entry["vaddr"], nr_pages, PE_PRESENT if flags is None else flags
 
 
+class PagesFiles:
+    """The pages images of a checkpoint, each opened once: what has the same descriptor is the same file."""
+
+    def __init__(self) -> None:
+        self._fds: dict[tuple[int, int], int] = {}
+
+    def open(self, images: ImageDir, name: str) -> int:
+        """The descriptor of pages image *name*, until :meth:`close`. Raises :class:`ImageError`."""
+        fd = images.open_raw(name, os.O_RDONLY)
+        status = os.fstat(fd)
+        known = self._fds.setdefault((status.st_dev, status.st_ino), fd)
+        if known != fd:
+            os.close(fd)
+        return known
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
 class _Level:
     """One page list of an incremental chain, without its parents."""
 
     __slots__ = ("_runs", "fd", "name")
 
-    def __init__(self, images: ImageDir, kind: str, index: int) -> None:
+    def __init__(self, images: ImageDir, kind: str, index: int, files: PagesFiles) -> None:
         self.fd = -1
         self.name = f"{images.path}/{catalog.kind(kind).file(index)}"
         self._runs: list[tuple[int, int, int, int]] = []
@@ -59,7 +80,11 @@ class _Level:
             raise ImageError(f"{self.name}: missing, or without its head")
         size = self._load(entries[1:])
         if size:
-            self._open(images, catalog.kind("PAGES").file(entries[0]["pages_id"]), size)
+            pages = catalog.kind("PAGES").file(entries[0]["pages_id"])
+            self.fd = files.open(images, pages)
+            has = os.fstat(self.fd).st_size
+            if has < size:
+                raise ImageError(f"{self.name}: {pages} has {has} bytes of {size}")
 
     def _load(self, entries: list[dict[str, Any]]) -> int:
         """Check and take over the runs; returns the bytes that they have in the pages image."""
@@ -74,13 +99,6 @@ class _Level:
             elif not flags & PE_PARENT:
                 raise ImageError(f"{self.name}: the contents of the pages at {vaddr:#x} are not in the images")
         return size
-
-    def _open(self, images: ImageDir, pages: str, size: int) -> None:
-        self.fd = images.open_raw(pages, os.O_RDONLY)
-        has = os.fstat(self.fd).st_size
-        if has < size:
-            os.close(self.fd)
-            raise ImageError(f"{self.name}: {pages} has {has} bytes of {size}")
 
     def all(self) -> list[tuple[int, int]]:
         """(vaddr, address behind it) of every run."""
@@ -112,16 +130,17 @@ class _Level:
 class PagemapReader:
     """The runs of a page list, the contents of parents included: iterate over it for :class:`Run` objects, ascending.
 
-    The descriptors in the runs live until :meth:`close`.
+    The descriptors in the runs live until :meth:`close`, or as long as those *files* that they are taken from.
     """
 
-    def __init__(self, images: ImageDir, kind: str, index: int) -> None:
+    def __init__(self, images: ImageDir, kind: str, index: int, files: PagesFiles | None = None) -> None:
         """Read the list and those of the parent directories that it needs; *kind* is PAGEMAP or PAGEMAP_SHMEM.
 
         Raises :class:`ImageError` for a missing or damaged list: runs that are empty, out of order or overlap, a pages
         image that is too short, pages that no parent has, a chain of parents that leads back into itself.
         """
-        self._levels: list[_Level] = []
+        self._files = files or PagesFiles()
+        self._owned = files is None
         self._runs: list[Run] = []
         try:
             self._resolve(images, kind, index)
@@ -140,8 +159,7 @@ class PagemapReader:
                 if (place.st_dev, place.st_ino) in seen:
                     raise ImageError(f"{directory.path}: the chain of parent directories leads back into itself")
                 seen.add((place.st_dev, place.st_ino))
-                level = _Level(directory, kind, index)
-                self._levels.append(level)
+                level = _Level(directory, kind, index, self._files)
                 wanted = level.pick(level.all() if wanted is None else wanted, self._runs)
                 if not wanted:
                     return
@@ -162,11 +180,9 @@ class PagemapReader:
         self.close()
 
     def close(self) -> None:
-        """Close the pages images."""
-        while self._levels:
-            level = self._levels.pop()
-            if level.fd >= 0:
-                os.close(level.fd)
+        """Close the pages images, unless they are somebody else's."""
+        if self._owned:
+            self._files.close()
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self._runs)

@@ -26,12 +26,13 @@ _TEMPORARY = "inventory.img.new"
 class ImageDir:
     """A directory of images, open. ``fd`` is its descriptor, ``path`` the name it was opened by, for messages only."""
 
-    __slots__ = ("_committed", "_created", "_version", "_writable", "fd", "path")
+    __slots__ = ("_below", "_committed", "_created", "_version", "_writable", "fd", "path")
 
     def __init__(self, fd: int, path: str, writable: bool) -> None:
         self.fd = fd
         self.path = path
         self._writable = writable
+        self._below: ImageDir | None = None
         self._created: dict[str, None] = {}
         self._committed: dict[str, None] = {}
         self._version: int | None = None
@@ -59,7 +60,9 @@ class ImageDir:
         self.close()
 
     def close(self) -> None:
-        """Let go of the directory; nothing is removed."""
+        """Let go of the directory, and of the one that :meth:`make_parent` made; nothing is removed."""
+        if self._below is not None:
+            self._below.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -76,6 +79,22 @@ class ImageDir:
         except OSError as error:
             raise ImageError(f"{self.path}/parent: cannot be opened: {error.strerror}") from None
         return ImageDir(fd, f"{self.path}/parent", False)
+
+    def make_parent(self) -> ImageDir | None:
+        """A new directory ``parent`` in this one, for images of this checkpoint; None if the name is in use.
+
+        It is committed, aborted and revoked with this one. Raises :class:`ImageError` if it cannot be made.
+        """
+        self._check_writable()
+        try:
+            os.mkdir("parent", 0o700, dir_fd=self.fd)
+        except FileExistsError:
+            return None
+        except OSError as error:
+            raise ImageError(f"{self.path}/parent: cannot be made: {error.strerror}") from None
+        fd = os.open("parent", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        self._below = ImageDir(fd, f"{self.path}/parent", True)
+        return self._below
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +238,8 @@ class ImageDir:
                 writer.add(entry)
 
     def clear_old(self) -> None:
-        """Remove the images of an earlier dump, the inventory first; no other files.
+        """Remove the images of an earlier dump, the inventory first; no other files. A directory ``parent`` that such a
+        dump made goes too, with its images: it has no inventory, or it would be another checkpoint.
 
         Raises :class:`ImageError` naming a file that cannot be removed.
         """
@@ -230,6 +250,21 @@ class ImageDir:
             found = catalog.identify(name)
             if found and found[0].head == catalog.HEAD_IMAGE:
                 self._remove(name)
+        self._clear_parent()
+
+    def _clear_parent(self) -> None:
+        try:
+            fd = os.open("parent", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError:
+            return
+        with ImageDir(fd, f"{self.path}/parent", True) as below:
+            if below.exists("INVENTORY"):
+                return
+            below.clear_old()
+        try:
+            os.rmdir("parent", dir_fd=self.fd)
+        except OSError:
+            pass
 
     def commit(self, inventory: dict[str, Any]) -> None:
         """Make a checkpoint of what has been written: *inventory* appears, whole, under its name.
@@ -251,6 +286,8 @@ class ImageDir:
         """Take everything back, a checkpoint that was already committed too. Errors as :meth:`abort`."""
         self._created |= self._committed
         self._committed = {}
+        if self._below is not None:
+            self._below.revoke()
         self.abort()
 
     def abort(self) -> None:
@@ -259,6 +296,14 @@ class ImageDir:
         Raises :class:`ImageError` naming a file that cannot be removed, after trying them all.
         """
         failed: ImageError | None = None
+        if self._below is not None and not self._committed:
+            self._below.abort()
+            self._below.close()
+            self._below = None
+            try:
+                os.rmdir("parent", dir_fd=self.fd)
+            except OSError as error:
+                failed = ImageError(f"{self.path}/parent: cannot be removed: {error.strerror}")
         while self._created:
             name, _ = self._created.popitem()
             try:

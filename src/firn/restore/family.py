@@ -17,11 +17,12 @@ from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.errors import NotBuilt, RestoreError
 from firn.host import procfs
+from firn.images.pages import PagesFiles
 from firn.resources import signals
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
 from firn.restore import birth
-from firn.restore.memory import SPARE, TaskMemory
+from firn.restore.memory import SPARE, TaskMemory, plan_sharing
 from firn.restore.tasks import LEADER_AREA, THREAD_AREA, RestoredTask, Stub, await_birth, plan_clone
 from firn.tracee import memory, ptrace
 from firn.tracee.program import Runner, Scratch
@@ -46,13 +47,15 @@ class Family:
         self.stubs: dict[int, Stub] = {}
         self.sessions: dict[int, int] = {}
         self._helpers: dict[int, Stub] = {}
+        self._pages_files = PagesFiles()
         memories: dict[int, TaskMemory] = {}
         for process in checkpoint.processes:
             if process.zombie:
                 continue
             parent = memories[process.parent.pid] if process.parent else None
-            memories[process.pid] = TaskMemory(process, checkpoint.images, parent)
+            memories[process.pid] = TaskMemory(process, checkpoint.images, parent, self._pages_files)
             self.tasks.append(RestoredTask(process, memories[process.pid], opener))
+        plan_sharing(list(memories.values()), checkpoint.knows_sharing())
         self.by_pid = {task.pid: task for task in self.tasks}
 
     def open_files(self) -> None:
@@ -68,8 +71,7 @@ class Family:
 
     def close(self) -> None:
         """Close the page images."""
-        for task in self.tasks:
-            task.memory.close()
+        self._pages_files.close()
 
     # -- birth and memory ----------------------------------------------------------------------------------------------
 
@@ -86,6 +88,8 @@ class Family:
             task = self.by_pid[process.pid]
             task.memory.replace(stub.program, stub.scratch, self.opener, own)
             waiting += self._bear(process)
+        for task in self.tasks:
+            task.memory.settle(self.stubs[task.pid].program)
         self.opener.seal()
 
     def _adopt_root(self, root: Process) -> None:

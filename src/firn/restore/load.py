@@ -117,6 +117,10 @@ class Checkpoint:
         """The root of the tree."""
         return self.processes[0]
 
+    def knows_sharing(self) -> bool:
+        """Whether pages that are stored apart were not shared when they were dumped."""
+        return bool(self.inventory.get("firn", {}).get("cow_known"))
+
     def tids(self) -> list[int]:
         """All ids that the restore will give out."""
         return [tid for process in self.processes for tid in process.tids]

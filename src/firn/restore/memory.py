@@ -9,7 +9,7 @@ from firn.abi import mman, nr, prctl
 from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
 from firn.resources.base import MEMFD, REG
-from firn.resources.memory import aio, areas, inherit, layout, pkeys, rebuild
+from firn.resources.memory import aio, areas, inherit, layout, nursery, pkeys, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.tracee import memory
 
@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from firn.images.pages import PagesFiles
     from firn.images.store import ImageDir
     from firn.resources.files.reopen import Opener
     from firn.restore.load import Process
@@ -28,30 +29,38 @@ SPARE = 1 << 20
 
 
 class TaskMemory:
-    """The mappings and pages of one process of the checkpoint."""
+    """The mappings and pages of one process of the checkpoint.
 
-    def __init__(self, process: Process, images: ImageDir, parent: TaskMemory | None) -> None:
+    ``nursery`` is what it has while its children are born, from *files*, the pages images; see :func:`plan_sharing`.
+    """
+
+    def __init__(self, process: Process, images: ImageDir, parent: TaskMemory | None, files: PagesFiles) -> None:
         self.process = process
         self.pid = process.pid
         self.mm = process.mm
         self.vmas: list[dict[str, Any]] = process.mm["vmas"]
         self.parent = parent
-        self.pagemap = PagemapReader(images, "PAGEMAP", self.pid)
-        runs = [rebuild.Run(run.vaddr, run.nr_pages * mman.PAGE, run.fd, run.offset) for run in self.pagemap]
+        pagemap = PagemapReader(images, "PAGEMAP", self.pid, files)
+        runs = [rebuild.Run(run.vaddr, run.nr_pages * mman.PAGE, run.fd, run.offset) for run in pagemap]
         self.pages = sum(run.size for run in runs) // mman.PAGE
         self.rings: dict[int, bytes] = {}
         self.all_runs = self._take_rings(runs)
-        self.mapped = self._mapped()
+        self.mapped: dict[tuple[int, int], tuple[int, int, int]] = {}
         self.exe = (REG, process.mm["exe_file_id"])
         self.keys = pkeys.Keys(self.mm, self.pid)
         self.placement: Placement | None = None
         self.inherited = inherit.nothing(self.all_runs)
-        if parent is not None:
-            self.inherited = inherit.compare(parent.vmas, parent.all_runs, self.vmas, self.all_runs)
+        self.nursery = nursery.Nursery(self.vmas, self.all_runs, [])
 
-    def close(self) -> None:
-        """Close the page images."""
-        self.pagemap.close()
+    def take_over(self, by_content: bool) -> None:
+        """Find out what the parent's memory brings along; both are planned."""
+        self.mapped = self._mapped()
+        mine = self.nursery
+        if self.parent is None:
+            self.inherited = inherit.nothing(mine.runs)
+        else:
+            theirs = self.parent.nursery
+            self.inherited = inherit.compare(theirs.vmas, theirs.runs, mine.vmas, mine.runs, by_content)
 
     def wanted(self) -> list[tuple[int, ...]]:
         """The files that are mapped, for the opener."""
@@ -60,7 +69,7 @@ class TaskMemory:
     def _mapped(self) -> dict[tuple[int, int], tuple[int, int, int]]:
         """(File id, access mode) -> (type, id, mode) of everything that is mapped."""
         found = {}
-        for vma in self.vmas:
+        for vma in self.nursery.vmas:
             status = vma["status"]
             if rebuild.is_special(vma):
                 continue
@@ -75,7 +84,9 @@ class TaskMemory:
     # -- inside the task ---------------------------------------------------------------------------------------------
 
     def replace(self, program: Program, scratch: Scratch, opener: Opener, own: Own) -> None:
-        """Replace what the task has by what it had. It has no descriptor open, and none afterwards."""
+        """Replace what the task has by what it had, or has to have for its children. It has no descriptor open, and
+        none afterwards."""
+        vmas = self.nursery.vmas
         spare = scratch.code - SPARE
         self.placement = self._place_vdso(own, spare)
         runs = self.inherited.runs
@@ -97,14 +108,14 @@ class TaskMemory:
         has_keys = bool(self.keys) or bool(self.parent and self.parent.keys)
         if has_keys:
             self.keys.plan_before(program)
-        rebuild.plan_maps(program, self.vmas, fds, writable, list(self.inherited.ends.items()))
+        rebuild.plan_maps(program, vmas, fds, writable, list(self.inherited.ends.items()))
         same_exe = self.parent is not None and self.parent.exe == self.exe
         layout.plan(program, self.mm, -1 if same_exe else table[opener.open(*self.exe)])
         page_fds = take_fds(program, sorted({run.fd for run in runs}), max(table.values()) + 1)
         for start, end in self.inherited.dropped:
             program.call(f"drop {start:#x}-{end:#x}", nr.madvise, start, end - start, mman.MADV_DONTNEED)
         checks = rebuild.plan_pages(program, runs, page_fds)
-        rebuild.plan_finish(program, self.vmas, writable, rebuild.present_bytes(self.vmas, self.all_runs))
+        rebuild.plan_finish(program, vmas, writable, rebuild.present_bytes(vmas, self.all_runs))
         if has_keys:
             self.keys.plan_after(program)
         if not keeps_vdso:
@@ -119,6 +130,23 @@ class TaskMemory:
         if self.placement is not None and not keeps_vdso:
             for address, code in self.placement.patches:
                 memory.force_write(self.pid, address, code)
+
+    def settle(self, program: Program) -> None:
+        """All children are born: what was there for them goes, what they do not share with the process comes."""
+        mine = self.nursery
+        if mine.runs is self.all_runs:
+            return
+        runs, dropped = inherit.overlay(mine.runs, self.all_runs)
+        for guest in mine.guests:
+            start, size = guest["start"], guest["end"] - guest["start"]
+            program.call(f"munmap guest {start:#x}", nr.munmap, start, size)
+        guests = [(guest["start"], guest["end"]) for guest in mine.guests]
+        for start, end, is_guest in (piece for part in dropped for piece in rebuild.pieces(*part, guests)):
+            if not is_guest:
+                program.call(f"drop {start:#x}-{end:#x}", nr.madvise, start, end - start, mman.MADV_DONTNEED)
+        program.run()
+        for run in runs:
+            memory.force_copy(self.pid, run.address, run.size, run.fd, run.offset)
 
     def _plan_clear(self, program: Program, kept: list[tuple[int, int]]) -> None:
         """Unmap everything outside *kept*."""
@@ -207,7 +235,7 @@ class TaskMemory:
 
     def _writable(self, runs: list[rebuild.Run]) -> set[int]:
         """The read-only mappings that have to be writable for a while."""
-        candidates = [v for v in self.vmas if not v["status"] & areas.VVAR]
+        candidates = [v for v in self.nursery.vmas if not v["status"] & areas.VVAR]
         if self._replaces() or self._keeps_vdso():
             candidates = [v for v in candidates if not v["status"] & areas.VDSO]
         filled = rebuild.with_pages(candidates, runs)
@@ -230,6 +258,23 @@ class TaskMemory:
             start = next(at for at, end in limits if at <= run.address < end)
             self.rings[start] = self.rings.get(start, b"") + os.pread(run.fd, run.size, run.offset)
         return kept
+
+
+def plan_sharing(memories: list[TaskMemory], known: bool) -> None:
+    """Plan for *memories*, parents first, who takes over what; *known*: the images tell which pages were shared."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for mine in memories:
+        fds = {run.fd for run in mine.all_runs}
+        shared |= seen & fds
+        seen |= fds
+    children: dict[int, list[nursery.Nursery]] = {}
+    for mine in reversed(memories):
+        mine.nursery = nursery.plan(mine.vmas, mine.all_runs, children.pop(mine.pid, []), shared)
+        if mine.parent is not None:
+            children.setdefault(mine.parent.pid, []).append(mine.nursery)
+    for mine in memories:
+        mine.take_over(not known)
 
 
 def take_files(program: Program, opener: Opener, keys: list[tuple[int, ...]]) -> dict[int, int]:

@@ -48,6 +48,22 @@ def force_write(pid: int, address: int, data: bytes) -> None:
         os.close(fd)
 
 
+def force_copy(pid: int, address: int, size: int, source: int, offset: int) -> None:
+    """The same with *size* bytes from *offset* of file *source*. OSError(EIO) if the file has fewer."""
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        buffer = memoryview(bytearray(min(size, 1 << 20)))
+        done = 0
+        while done < size:
+            part = buffer[: size - done]
+            got = os.preadv(source, [part], offset + done)
+            if not got or os.pwrite(fd, part[:got], address + done) != got:
+                raise OSError(5, f"write {size} bytes at {address:#x} of process {pid}")
+            done += got
+    finally:
+        os.close(fd)
+
+
 def force_read(pid: int, address: int, size: int) -> bytes:
     """Read pages that the task itself may not read (PROT_NONE), through /proc/PID/mem."""
     fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)

@@ -8,6 +8,7 @@ or repeated, because images that CRIU wrote have none of them.
 from __future__ import annotations
 
 EXTENSIONS = {
+    "inventory_entry": "1000 firn firn_inventory?",
     "thread_core_entry": "1000 firn firn_thread?",
     "task_core_entry": "1000 firn firn_task?",
     "mm_entry": "1000 firn firn_mm?",
@@ -29,6 +30,9 @@ EXTENSIONS = {
 """Fields that are added to CRIU's messages."""
 
 MESSAGES = {
+    "firn_inventory": """
+        1 cow_known bool?
+    """,
     "firn_thread": """
         1 affinity bytes?
         2 timer_slack_ns u64?

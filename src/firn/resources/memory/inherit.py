@@ -1,8 +1,9 @@
 """What a restored child takes over from its parent's memory by fork, so that pages they shared stay shared.
 
 A child is cloned when its parent's memory is complete. Where both had the same mapping (same place, protection,
-flags, file and advice), the child keeps it, and only pages that differ are read in: the contents in the images are
-compared before anything is made. Pages that only the parent has are dropped. A mapping that is longer in the child is
+flags, file and advice), the child keeps it, and only pages that differ are read in: those that are not at the same
+place of the same pages image or, where the images do not tell what was shared, have other contents; that is found out
+before anything is made. Pages that only the parent has are dropped. A mapping that is longer in the child is
 lengthened: it must be one to mremap(2), and the kernel joins no new mapping to one that a fork has copied. Everything
 else is unmapped and made anew. Mappings that a fork leaves out or empties (MADV_DONTFORK, MADV_WIPEONFORK), huge page
 mappings and those with guard regions or protection keys are always made anew.
@@ -45,11 +46,16 @@ def nothing(runs: list[Run]) -> Inheritance:
 
 
 def compare(
-    parent_vmas: list[dict[str, Any]], parent_runs: list[Run], vmas: list[dict[str, Any]], runs: list[Run]
+    parent_vmas: list[dict[str, Any]],
+    parent_runs: list[Run],
+    vmas: list[dict[str, Any]],
+    runs: list[Run],
+    by_content: bool,
 ) -> Inheritance:
-    """What a child with *vmas* and *runs* can take over from a parent."""
+    """What a child with *vmas* and *runs* can take over from a parent; *by_content*: also pages that are stored apart
+    and are equal."""
     ends: dict[int, int] = {}
-    kept = _common(parent_vmas, vmas, ends)
+    kept = common(parent_vmas, vmas, ends)
     if not kept:
         return nothing(runs)
     wanted: list[Run] = []
@@ -57,7 +63,7 @@ def compare(
     theirs = _Cursor(parent_runs)
     for run, inside in split(runs, kept):
         if inside:
-            wanted += _different(run, theirs)
+            wanted += _different(run, theirs, by_content)
         else:
             wanted.append(run)
     have = _Cursor(runs)
@@ -67,15 +73,24 @@ def compare(
     return Inheritance(kept, ends, wanted, dropped)
 
 
-def _common(
+def overlay(there: list[Run], runs: list[Run]) -> tuple[list[Run], list[tuple[int, int]]]:
+    """What has to be done to memory with the pages *there* to have *runs* in it: runs to be read in, ranges to be
+    discarded."""
+    cursor, have = _Cursor(there), _Cursor(runs)
+    wanted = [part for run in runs for part in _different(run, cursor, False)]
+    return wanted, [gap for run in there for gap in have.gaps(run.address, run.address + run.size)]
+
+
+def common(
     parent_vmas: list[dict[str, Any]], vmas: list[dict[str, Any]], ends: dict[int, int]
 ) -> list[tuple[int, int]]:
+    """The ranges that a child with *vmas* keeps; *ends* is filled as :class:`Inheritance` says."""
     guards = [vma for vma in [*parent_vmas, *vmas] if vma["status"] & areas.GUARD]
     kept: list[tuple[int, int]] = []
     index = 0
-    candidates = [vma for vma in parent_vmas if _can_be_inherited(vma, guards)]
+    candidates = [vma for vma in parent_vmas if can_be_inherited(vma, guards)]
     for vma in vmas:
-        if not _can_be_inherited(vma, guards):
+        if not can_be_inherited(vma, guards):
             continue
         while index < len(candidates) and candidates[index]["end"] <= vma["start"]:
             index += 1
@@ -88,7 +103,8 @@ def _common(
     return kept
 
 
-def _can_be_inherited(vma: dict[str, Any], guards: list[dict[str, Any]]) -> bool:
+def can_be_inherited(vma: dict[str, Any], guards: list[dict[str, Any]]) -> bool:
+    """Whether a fork keeps what *vma* maps, and it can stay; *guards* are guard regions."""
     bad = 1 << mman.MADV_DONTFORK | 1 << mman.MADV_WIPEONFORK
     if is_special(vma) or vma.get("madv", 0) & bad or vma["flags"] & (mman.MAP_HUGETLB | mman.MAP_DROPPABLE):
         return False
@@ -158,15 +174,17 @@ class _Cursor:
         return found
 
 
-def _different(run: Run, theirs: _Cursor) -> list[Run]:
-    """The parts of *run* whose contents the parent does not have at the same place."""
+def _different(run: Run, theirs: _Cursor, by_content: bool) -> list[Run]:
+    """The parts of *run* that the parent does not have at the same place."""
     found: list[Run] = []
     at = run.address
     for other in theirs.overlaps(run.address, run.address + run.size):
         if at < other.address:
             found.append(_part(run, at, other.address))
         at = other.address + other.size
-        found += _compare_contents(_part(run, other.address, at), other)
+        mine = _part(run, other.address, at)
+        if (mine.fd, mine.offset) != (other.fd, other.offset):
+            found += _compare_contents(mine, other) if by_content else [mine]
     if at < run.address + run.size:
         found.append(_part(run, at, run.address + run.size))
     return found

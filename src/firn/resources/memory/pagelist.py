@@ -83,7 +83,7 @@ def _words(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     for base in range(start, end, step):
         stop = min(base + step, end)
         words = memoryview(os.pread(fd, (stop - base) // mman.PAGE * 8, base // mman.PAGE * 8)).cast("Q")
-        zero = _zero_frame()
+        zero = zero_frame()
         for index, word in enumerate(words):
             if not word & (mman.PAGEMAP_PRESENT | mman.PAGEMAP_SWAPPED) or word & mman.PAGEMAP_FILE:
                 continue
@@ -97,7 +97,7 @@ def _words(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
 _zero: list[int] = []
 
 
-def _zero_frame() -> int:
+def zero_frame() -> int:
     """The frame number of the kernel's zero page (0: page frame numbers are hidden from us)."""
     if not _zero:
         import mmap

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from firn.abi import mman
-from firn.images.pages import PE_PRESENT, write_pagemap
+from firn.images.pages import PE_PARENT, PE_PRESENT, write_pagemap
 from firn.resources.memory import areas, copyout, pagelist
 from firn.tracee import memory
 
@@ -27,7 +27,8 @@ class ProcessPages:
     """What has to be saved of one process's memory, and where it goes.
 
     With a copy-on-write clone (:mod:`firn.dump.snapshot`) the clone is scanned and read instead of the process, except
-    for what a fork leaves out: mappings with MADV_DONTFORK and MADV_WIPEONFORK.
+    for what a fork leaves out: mappings with MADV_DONTFORK and MADV_WIPEONFORK. ``shareable`` are the pages that other
+    processes may have too, ``shared`` those that are stored for all of them (:mod:`firn.resources.memory.shared`).
     """
 
     def __init__(self, pid: int, mapped: list[areas.Area], use_scan: bool) -> None:
@@ -39,6 +40,8 @@ class ProcessPages:
         self.early_ranges: list[tuple[int, int]] = []
         self.marked: list[tuple[int, int, int]] = []
         self.runs: list[tuple[int, int]] = []
+        self.shareable: list[tuple[int, int]] = []
+        self.shared: list[tuple[int, int]] = []
         self.guards: list[tuple[int, int]] = []
         for area in mapped:
             m, flags = area.map, area.map.flags or frozenset[str]()
@@ -66,6 +69,8 @@ class ProcessPages:
         """Add the pages of *pid* (the process or its clone): those that a fork leaves out if *early*, or all others."""
         found = pagelist.find(pid, self.early_ranges if early else self.ranges, self.use_scan)
         self.runs = sorted(self.runs + found.runs)
+        if not early:
+            self.shareable = found.runs
         self.guards = sorted(self.guards + found.guards)
 
     def guard_entries(self) -> list[dict[str, Any]]:
@@ -95,6 +100,11 @@ class ProcessPages:
             pieces = [piece for piece in pieces if not piece.marks & copyout.EARLY]
         copyout.copy(pid, pieces, target)
 
+    def share(self, ranges: list[tuple[int, int]]) -> None:
+        """Leave out *ranges* of the pages, which are stored for several processes."""
+        self.shared = ranges
+        self.runs = subtract(self.runs, ranges)
+
     def _offsets(self) -> Callable[[int], int]:
         """Address -> place in the pages image."""
         table = []
@@ -110,11 +120,48 @@ class ProcessPages:
 
     def save(self, images: ImageDir) -> None:
         """Write the pagemap."""
-        runs = [(start, (end - start) // mman.PAGE, PE_PRESENT) for start, end in self.runs]
-        write_pagemap(images, "PAGEMAP", self.pid, self.pages_id, runs)
+        runs = [(start, end, PE_PRESENT) for start, end in self.runs]
+        runs += [(start, end, PE_PARENT) for start, end in self.shared]
+        save_list(images, self.pid, self.pages_id, runs)
 
     def statistics(self) -> dict[str, int]:
         """Page counts for stats-dump."""
         written = sum(end - start for start, end in self.runs) // mman.PAGE
         scanned = sum(end - start for start, end in self.ranges + self.early_ranges) // mman.PAGE
-        return {"pages_scanned": scanned, "pages_skipped_parent": 0, "pages_written": written, "pages_lazy": 0}
+        parent = sum(end - start for start, end in self.shared) // mman.PAGE
+        return {"pages_scanned": scanned, "pages_skipped_parent": parent, "pages_written": written, "pages_lazy": 0}
+
+
+def save_list(images: ImageDir, pid: int, pages_id: int, runs: list[tuple[int, int, int]]) -> None:
+    """Write the page list of *pid*: (start, end, flags) in any order; contents in the image number *pages_id*."""
+    listed = [(start, (end - start) // mman.PAGE, flags) for start, end, flags in sorted(runs)]
+    write_pagemap(images, "PAGEMAP", pid, pages_id, listed)
+
+
+def subtract(runs: list[tuple[int, int]], gone: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of *runs* outside of *gone*; both are ascending and disjoint."""
+    left: list[tuple[int, int]] = []
+    index = 0
+    for start, end in runs:
+        while index < len(gone) and gone[index][1] <= start:
+            index += 1
+        at = index
+        while at < len(gone) and gone[at][0] < end:
+            if start < gone[at][0]:
+                left.append((start, gone[at][0]))
+            start = gone[at][1]
+            at += 1
+        if start < end:
+            left.append((start, end))
+    return left
+
+
+def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending, disjoint *ranges* with those joined that touch."""
+    found: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], end
+        else:
+            found.append((start, end))
+    return found
