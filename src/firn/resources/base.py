@@ -54,6 +54,8 @@ _BUILT: dict[int, tuple[str, str]] = {
     EVENTPOLL: ("firn.resources.files.epoll", "Epoll"),
     INOTIFY: ("firn.resources.files.watches", "Inotify"),
     SIGNALFD: ("firn.resources.files.events", "SignalFd"),
+    PACKETSK: ("firn.resources.sockets.packet", "PacketSockets"),
+    NETLINKSK: ("firn.resources.sockets.netlink", "NetlinkSockets"),
     FANOTIFY: ("firn.resources.files.watches", "Fanotify"),
     TIMERFD: ("firn.resources.files.events", "TimerFd"),
     TTY: ("firn.resources.ttys", "Ttys"),
@@ -63,8 +65,11 @@ _BUILT: dict[int, tuple[str, str]] = {
 }
 """Type -> (module, class). A row is added when a kind is built."""
 
-_FAMILIES: dict[int, int] = {1: UNIXSK, 2: INETSK, 10: INETSK}
+_FAMILIES: dict[int, int] = {1: UNIXSK, 2: INETSK, 10: INETSK, 16: NETLINKSK, 17: PACKETSK}
 """Socket family (AF_*) -> type, of the families that are built."""
+
+_PROTOCOL_NAMES = {b"UNIX": UNIXSK, b"UNIX-STREAM": UNIXSK, b"NETLINK": NETLINKSK, b"PACKET": PACKETSK}
+"""Names of protocols that do not belong to internet sockets."""
 
 
 class Open:
@@ -256,7 +261,15 @@ def preload(pid: int) -> None:
             kind = type_of(os.readlink(path), os.stat(path))
         except OSError:
             continue
-        wanted = _FAMILIES.values() if kind == SOCKET else (kind,)
-        for each in wanted:
-            if each is not None and is_built(each):
-                load(each)
+        if kind == SOCKET:
+            kind = _PROTOCOL_NAMES.get(_protocol_name(path), INETSK)
+        if kind is not None and is_built(kind):
+            load(kind)
+
+
+def _protocol_name(path: str) -> bytes:
+    """What the kernel calls a socket's protocol (net/socket.c: an extended attribute of each socket)."""
+    try:
+        return os.getxattr(path, "system.sockprotoname").rstrip(b"\0")
+    except OSError:
+        return b""

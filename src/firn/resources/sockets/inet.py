@@ -11,17 +11,26 @@ from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
 import os
 import struct
 
 from firn.abi import poll
-from firn.abi.tcp import INFO, SIOCINQ, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
+from firn.abi.tcp import INFO, SIOCINQ, SIOCOUTQ, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
 from firn.errors import Obstacle
-from firn.host import holders, sockdiag
+from firn.host import families, holders, sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import connections, datagrams, inet_options, options, tcp
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDP, UDPLITE
+from firn.resources.sockets import common, connections, datagrams, inet_options, options, raw, tcp
+from firn.resources.sockets.inet_options import (
+    AF_INET,
+    AF_INET6,
+    DGRAM,
+    RAW,
+    STREAM,
+    TCP,
+    UDP,
+    UDPLITE,
+    is_tcp,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,14 +40,13 @@ if TYPE_CHECKING:
     from firn.resources.base import DumpContext, Open, RestoreContext
     from firn.resources.sockets.inet_rebuild import InetRebuild
 
-STREAM, DGRAM, RAW = 1, 2, 3
 SUPPORTED = ((STREAM, TCP), (DGRAM, UDP), (DGRAM, UDPLITE))
+PINGS = {AF_INET: 1, AF_INET6: 58}
+"""ICMP protocols of ping sockets (icmp(7)), by family."""
 ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, TCP_CLOSE, TCP_LISTEN
 STATES = tcp.STATES
-_PROTOCOLS = {1: "ping (ICMP)", 33: "DCCP", 58: "ping (ICMPv6)", 132: "SCTP", 262: "MPTCP"}
 _UDP_CORK = 1
-_SIOCGSKNS, _TIOCOUTQ = 0x894C, 0x5411
-_MSG_PEEK, _MSG_DONTWAIT = 2, 0x40
+_HIGHEST_RAW = 255
 _CLOSE_IT = "close it before the dump"
 
 
@@ -50,8 +58,9 @@ class InetSockets(Kind):
         self._diag: dict[int, dict[int, sockdiag.TcpConnection]] = {}
         self._saved: list[tuple[Open, dict[str, Any]]] = []
         self._connections: list[tcp.Connection] = []
-        self._usual = inet_options.Usual()
         self._rebuild: InetRebuild | None = None
+        self._raw = raw.Table()
+        self._keys: dict[int, set[int]] = {}
 
     # -- collect -----------------------------------------------------------------------------------------------------
 
@@ -60,14 +69,19 @@ class InetSockets(Kind):
         copy = _socket.socket(fileno=os.dup(open.copy()))
         kept = False
         try:
-            reasons = _foreign(copy) or [*_obstacles(copy), *inet_options.unsupported(copy)]
-            for reason in reasons:
-                context.refuse(open, reason, _CLOSE_IT)
+            reasons = _foreign(copy) or [
+                (reason, _CLOSE_IT) for reason in (*_obstacles(copy), *inet_options.unsupported(copy))
+            ]
+            for reason, help in reasons:
+                context.refuse(open, reason, help)
             if reasons:
                 return None
-            state, backlog = _tcp_state(copy, open, context) if copy.proto == TCP else (CLOSE, 0)
+            state, backlog = _tcp_state(copy, open, context) if is_tcp(copy) else (CLOSE, 0)
+            if self._is_signed(copy, open.stat.st_ino, state, context):
+                context.refuse(open, "has keys for signatures (TCP_MD5SIG), which the kernel does not tell", _CLOSE_IT)
+                state = 0
             message = self._message(copy, open, context, state, backlog) if state else None
-            if message is not None and state in STATES and copy.proto == TCP and not context.options.tcp_close:
+            if message is not None and state in STATES and is_tcp(copy) and not context.options.tcp_close:
                 self._connections.append(tcp.Connection(copy, message, open.what))
                 kept = True
             return message
@@ -75,14 +89,22 @@ class InetSockets(Kind):
             if not kept:
                 copy.close()
 
+    def _is_signed(self, copy: _socket.socket, inode: int, state: int, context: DumpContext) -> bool:
+        """Whether it is a TCP socket that listens or is connected, and would come back without its keys."""
+        if not is_tcp(copy):
+            return False
+        if state == LISTEN:
+            if copy.family not in self._keys:
+                self._keys[copy.family] = sockdiag.tcp_signed(copy.family)
+            return inode in self._keys[copy.family]
+        listed = self._listed(copy, inode) if state in STATES and not context.options.tcp_close else None
+        return listed is not None and listed.signed()
+
     def _message(
         self, copy: _socket.socket, open: Open, context: DumpContext, state: int, backlog: int
     ) -> dict[str, Any] | None:
-        over = copy.proto == TCP and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
-        listed = self._listed(copy, open.stat.st_ino) if copy.proto == TCP and state in STATES else None
-        if listed is not None and listed.signed:
-            context.refuse(open, "is a TCP connection with signed segments (TCP-MD5): not supported", _CLOSE_IT)
-            return None
+        over = is_tcp(copy) and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
+        listed = self._listed(copy, open.stat.st_ino) if is_tcp(copy) and state in STATES else None
         message: dict[str, Any] = {
             "ino": open.stat.st_ino, "family": copy.family, "type": copy.type, "proto": copy.proto, "state": state,
             "flags": open.flags, "backlog": backlog, "fown": context.owner(open),
@@ -92,19 +114,24 @@ class InetSockets(Kind):
         except OSError as error:
             context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
             return None
-        message |= inet_options.collect(copy, over or state in STATES, self._usual)
+        message |= inet_options.collect(copy, over or state in STATES)
         _addresses(copy, message, over, listed.peer if listed is not None and state == TCP_SYN_SENT else None)
+        if not is_tcp(copy):
+            self._add_raw(copy, message)
+        if not is_tcp(copy) and not datagrams.is_udp(copy):
+            for reason in self._raw.obstacles(copy, message["ino"]):
+                context.refuse(open, reason, "let the program read it first, or try again")
         shutdown = listed.shutdown if listed is not None else self._shutdown(copy, message, over)
         if shutdown:
             message["shutdown"] = shutdown
         unread = tcp.count(copy, SIOCINQ) if over else 0
         if unread:
-            message.setdefault("firn", {})["unread"] = copy.recv(unread, _MSG_PEEK | _MSG_DONTWAIT)
-        if copy.type == DGRAM:
+            message.setdefault("firn", {})["unread"] = tcp.peek(copy, unread)
+        if copy.type != STREAM:
             own = message.setdefault("firn", {})
             own["groups"] = inet_options.memberships(copy)
-            own["datagrams"] = datagrams.peek(copy)
-            for reason in datagrams.obstacles(copy, message):
+            own["datagrams"] = datagrams.peek(copy) if datagrams.is_udp(copy) else []
+            for reason in datagrams.obstacles(message):
                 context.refuse(open, reason, "let the program read it first")
             if not any(own.values()):
                 del message["firn"]
@@ -117,26 +144,39 @@ class InetSockets(Kind):
             self._diag[copy.family] = sockdiag.tcp_connections(copy.family)
         return self._diag[copy.family].get(inode)
 
+    def _add_raw(self, copy: _socket.socket, message: dict[str, Any]) -> None:
+        """What raw sockets have and others have not, and a peer without a port."""
+        if copy.type == RAW:
+            own = raw.collect(copy)
+            if own:
+                message["ip_opts"]["raw"] = own
+        # A connected socket has an address.
+        has_none = message["state"] == ESTABLISHED or not any(message["src_addr"])
+        peer = None if has_none else self._raw.peer(copy, message["ino"])
+        if peer is not None:
+            message["state"] = ESTABLISHED
+            message["dst_addr"], message["dst_port"] = peer
+
     def _shutdown(self, copy: _socket.socket, message: dict[str, Any], over: bool) -> int:
         """1 if shut for reading, 2 for writing, 3 for both."""
-        if copy.proto == TCP:
+        if is_tcp(copy):
             return 3 if over else 0
         key = copy.family, copy.proto
-        if message["src_port"] and key not in self._shut:
+        if message["src_port"] and key not in self._shut and datagrams.is_udp(copy):
             self._shut[key] = sockdiag.inet_shutdowns(*key)
         seen = self._shut.get(key, {}).get(message["ino"], 0)
         return seen | (1 if poll.state(copy.fileno(), poll.POLLRDHUP) else 0)
 
     def finish(self, context: DumpContext) -> None:
-        """Datagrams can only be sent again to a socket that has its port for itself. Connections are read last of all,
-        and only if nothing stands against the dump."""
+        """Whether datagrams can be sent again is another matter for sockets that share their port. Connections are read
+        last of all, and only if nothing stands against the dump."""
         for open, message in self._saved:
             if not message.get("firn", {}).get("datagrams"):
                 continue
             key = message["proto"], message["src_port"]
             shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
-            if len(shared) > 1:
-                context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
+            for reason in datagrams.shares(message) if len(shared) > 1 else ():
+                context.refuse(open, reason, "let the program read them first")
         if self._connections and not context.options.leave_running:
             self._find_holders(context)
         if context.obstacles or not self._connections:
@@ -190,17 +230,19 @@ class InetSockets(Kind):
             self._rebuild.close()
 
 
-def _foreign(copy: _socket.socket) -> list[str]:
-    """Why this is no socket that firn saves at all."""
-    if (copy.type, copy.proto) not in SUPPORTED:
-        kind = "raw" if copy.type == RAW else _PROTOCOLS.get(copy.proto, f"type {copy.type} protocol {copy.proto}")
-        return [f"is an internet socket of the kind {kind}, which is not supported"]
-    namespace = fcntl.ioctl(copy.fileno(), _SIOCGSKNS)
-    try:
-        if not os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
-            return ["is an internet socket of another network namespace, which is not supported yet"]
-    finally:
-        os.close(namespace)
+def is_supported(family: int, kind: int, protocol: int) -> bool:
+    """Whether firn saves such an internet socket."""
+    if kind == RAW:
+        return 0 <= protocol <= _HIGHEST_RAW
+    return (kind, protocol) in SUPPORTED or (kind == DGRAM and protocol == PINGS.get(family))
+
+
+def _foreign(copy: _socket.socket) -> list[tuple[str, str]]:
+    """Why this is no socket that firn saves at all, and what helps."""
+    if not is_supported(copy.family, copy.type, copy.proto):
+        return [families.why_refused(copy.fileno())]
+    if common.is_elsewhere(copy.fileno()):
+        return [("is an internet socket of another network namespace, which is not supported yet", _CLOSE_IT)]
     return []
 
 
@@ -208,7 +250,7 @@ def _obstacles(copy: _socket.socket) -> list[str]:
     reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
     if poll.state(copy.fileno()) & poll.POLLERR:
         reasons.append("has an error that was not reported yet, which images cannot hold")
-    if copy.type == DGRAM and (copy.getsockopt(UDP, _UDP_CORK) or tcp.count(copy, _TIOCOUTQ)):
+    if datagrams.is_udp(copy) and (copy.getsockopt(UDP, _UDP_CORK) or tcp.count(copy, SIOCOUTQ)):
         reasons.append("is corked, or has datagrams that are not sent yet, which images cannot hold")
     return reasons
 
@@ -273,7 +315,7 @@ def _addresses(
                 raise
         if peer is not None:
             far = _socket.inet_ntop(copy.family, peer[0]), peer[1]
-    if copy.type == DGRAM and far is not nowhere:
+    if copy.type != STREAM and far is not nowhere:
         message["state"] = ESTABLISHED
     for side, address in (("src", near), ("dst", far)):
         text, _, scope = address[0].partition("%")

@@ -16,25 +16,21 @@ from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
 import struct
 
-from firn.abi import fcntl as fc
 from firn.errors import ImageError, RestoreError
 from firn.resources.base import INETSK
-from firn.resources.sockets import datagrams, inet_options, options
+from firn.resources.sockets import common, datagrams, inet_options, options, raw
 from firn.resources.sockets.inet import (
     CLOSE,
-    DGRAM,
     ESTABLISHED,
     LISTEN,
     STATES,
-    STREAM,
-    SUPPORTED,
     from_words,
     is_address,
+    is_supported,
 )
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDPLITE
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6, DGRAM, RAW, STREAM, TCP, UDP, UDPLITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
     from firn.resources.base import RestoreContext
     from firn.resources.sockets.tcp_rebuild import Stream
 
-_NAMES = {TCP: "TCP", UDPLITE: "UDP-Lite"}
+_NAMES = {(STREAM, TCP): "TCP", (DGRAM, UDP): "UDP", (DGRAM, UDPLITE): "UDP-Lite"}
 _SO_REUSEADDR, _SO_PRIORITY = 2, 12
 _SHUTDOWN_BOTH = 3
 
@@ -69,7 +65,7 @@ class Made:
     def _check(self) -> None:
         entry = self.entry
         family, state = entry["family"], entry["state"]
-        if family not in (AF_INET, AF_INET6) or (entry["type"], entry["proto"]) not in SUPPORTED:
+        if family not in (AF_INET, AF_INET6) or not is_supported(family, entry["type"], entry["proto"]):
             kind = f"family {family} type {entry['type']} protocol {entry['proto']}"
             raise RestoreError(f"internet socket {self.id} is of a kind that is not supported: {kind}")
         possible = (CLOSE, LISTEN, *STATES) if entry["type"] == STREAM else (CLOSE, ESTABLISHED)
@@ -81,12 +77,13 @@ class Made:
             raise ImageError(f"internet socket {self.id} has an impossible state, address, port or device")
 
     def __str__(self) -> str:
-        return f"{_NAMES.get(self.entry['proto'], 'UDP')} socket {self.id} ({self.shown('src')})"
+        kind = _NAMES.get((self.entry["type"], self.entry["proto"]), "raw" if self.entry["type"] == RAW else "ping")
+        return f"{kind} socket {self.id} ({self.shown('src')})"
 
     listens = property(lambda self: self.entry["state"] == LISTEN)
     connection = property(lambda self: self.entry["type"] == STREAM and self.entry["state"] in STATES)
     bound = property(lambda self: not self.connection and (self.entry["src_port"] or any(self.entry["src_addr"])))
-    key = property(lambda self: (self.entry["proto"], self.entry["src_port"]))
+    key = property(lambda self: (self.entry["type"], self.entry["proto"], self.entry["src_port"]))
 
     def text(self, side: str) -> str:
         """The address of one *side* (src, dst)."""
@@ -125,7 +122,7 @@ class InetRebuild:
             if kind == INETSK and not context.inherited.supplies(kind, entry["isk"])
         }
         self._images = context.images
-        self._sharing: dict[tuple[int, int], int] = {}
+        self._sharing: dict[tuple[int, int, int], int] = {}
 
     def run(self) -> None:
         """All stages but the last."""
@@ -170,12 +167,13 @@ class InetRebuild:
     def _make(self, made: Made) -> None:
         entry = made.entry
         try:
-            made.sock = _socket.socket(entry["family"], entry["type"] | _socket.SOCK_CLOEXEC, entry["proto"])
+            made.sock = raw.make(entry["family"], entry["type"], entry["proto"])
         except OSError as error:
             raise RestoreError(f"{made} cannot be made: {error.strerror}") from None
         try:
-            options.restore(made.sock, entry["opts"])
+            options.restore(made.sock, entry["opts"] | ({"so_bound_dev": ""} if _comes_late(entry) else {}))
             inet_options.restore(made.sock, entry)
+            raw.restore(made.sock, entry)
             # IP_TOS changes it.
             if made.sock.getsockopt(options.SOL_SOCKET, _SO_PRIORITY) != entry["opts"].get("so_priority", 0):
                 made.sock.setsockopt(options.SOL_SOCKET, _SO_PRIORITY, entry["opts"].get("so_priority", 0))
@@ -226,12 +224,19 @@ class InetRebuild:
             end_with(str(made), made.get(), unread, made.entry["opts"])
 
     def _fill(self, made: Made) -> None:
-        if made.entry["type"] == DGRAM:
-            datagrams.fill(made.get(), str(made), made.entry)
+        if datagrams.is_udp(made.get()):
+            datagrams.fill(made.get(), str(made), made.entry, self._sharing.get(made.key, 0) > 1)
+            if _comes_late(made.entry):
+                device = made.entry["opts"]["so_bound_dev"]
+                try:
+                    made.get().setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, device.encode())
+                except OSError as error:
+                    what = f"{made} cannot be bound to the network device {device}"
+                    raise RestoreError(f"{what}: {error.strerror}") from None
 
     def _finish(self, made: Made) -> None:
         sock, entry = made.get(), made.entry
-        if entry["type"] == DGRAM and entry["state"] == ESTABLISHED:
+        if entry["type"] != STREAM and entry["state"] == ESTABLISHED:
             try:
                 sock.connect(made.address("dst"))
             except OSError as error:
@@ -243,10 +248,13 @@ class InetRebuild:
                 # The kernel says so of every socket that is not connected, and shuts it nevertheless.
                 if error.errno != errno.ENOTCONN:
                     raise
-        owner, flags = entry["fown"], entry["flags"]
-        if owner.get("pid") or owner.get("signum"):
-            flags &= ~fc.FASYNC
-        fcntl.fcntl(sock.fileno(), fc.F_SETFL, flags)
+        common.set_flags(sock.fileno(), entry)
+
+
+def _comes_late(entry: dict[str, Any]) -> bool:
+    """Whether a socket is bound to its device only when its datagrams wait again: they come from another device."""
+    has_device = entry["type"] == DGRAM and bool(entry["opts"].get("so_bound_dev"))
+    return has_device and entry["proto"] in (UDP, UDPLITE) and bool(entry.get("firn", {}).get("datagrams"))
 
 
 def _in_the_way(made: Made, error: OSError) -> RestoreError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import _socket
 import struct
 
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, SOCKET
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6
+from firn.resources.sockets.options import SO_MARK, SOL_SOCKET
 
 _RAW_PROTOCOL = 255
-_SO_MARK = 36
 LOCK_MARK = 0xC114
 """The mark of packets that a locked network lets through; CRIU's, for a lock may be CRIU's."""
 MAPPED = bytes(10) + b"\xff\xff"
@@ -50,7 +50,7 @@ def send(source: bytes, target: bytes, protocol: int, body: bytes, mark: int = 0
     channel = _socket.socket(family, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _RAW_PROTOCOL)
     try:
         if mark:
-            channel.setsockopt(SOCKET, _SO_MARK, mark)
+            channel.setsockopt(SOL_SOCKET, SO_MARK, mark)
         channel.sendto(head + source + target + body, (text(target), 0))
     finally:
         channel.close()

@@ -54,6 +54,7 @@ from firn.abi.tcp import (
     WINDOW,
 )
 from firn.errors import TargetError
+from firn.resources.sockets import options
 from firn.resources.sockets.inet_options import TCP
 
 TYPE_CHECKING = False
@@ -73,7 +74,8 @@ FIN_QUEUED = (TCP_FIN_WAIT1, TCP_CLOSING, TCP_LAST_ACK)
 FIN_RECEIVED = (TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING)
 WINDOW_FIELDS = ("snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
 KNOWN_OPTIONS = TCPI_OPT_TIMESTAMPS | TCPI_OPT_SACK | TCPI_OPT_WSCALE | TCPI_OPT_ECN
-_SOL_SOCKET, _SO_REUSEADDR = 1, 2
+_SO_REUSEADDR = 2
+_NO_OFFSET = (-1).to_bytes(4, "little", signed=True)
 _MSG_PEEK, _MSG_DONTWAIT = 2, 0x40
 _SLACK = 1 << 18
 """The kernel shows whole segments, also if the peer has acknowledged a part of the first one."""
@@ -84,10 +86,23 @@ def count(sock: socket, number: int) -> int:
     return int.from_bytes(fcntl.ioctl(sock.fileno(), number, bytes(4)), "little")
 
 
+def peek(sock: socket, size: int) -> bytes:
+    """*size* bytes of a queue, which stay there. SO_PEEK_OFF, which streams have since Linux 6.9, would show others,
+    and be moved on. Raises :class:`BlockingIOError` if the queue is empty."""
+    offset = options.value(sock, options.SOL_SOCKET, options.SO_PEEK_OFF)
+    if offset is None or offset == _NO_OFFSET:
+        return sock.recv(size, _MSG_PEEK | _MSG_DONTWAIT)
+    sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, _NO_OFFSET)
+    try:
+        return sock.recv(size, _MSG_PEEK | _MSG_DONTWAIT)
+    finally:
+        sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, offset)
+
+
 def switch_off(sock: socket, reuse: bool, how: int = TCP_REPAIR_OFF_NO_WP) -> None:
     """End repair mode, which took SO_REUSEADDR away. *how*: TCP_REPAIR_OFF also sends the peer a window probe."""
     sock.setsockopt(TCP, TCP_REPAIR, how)
-    sock.setsockopt(_SOL_SOCKET, _SO_REUSEADDR, reuse)
+    sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, reuse)
 
 
 class Connection:
@@ -114,15 +129,15 @@ class Connection:
             switch_off(self.sock, bool(self.message["opts"].get("reuseaddr")))
 
     def _read(self) -> list[str]:
-        state, options, scales, _, _ = INFO.unpack(self.sock.getsockopt(TCP, TCP_INFO, INFO.size))
+        state, agreed, scales, _, _ = INFO.unpack(self.sock.getsockopt(TCP, TCP_INFO, INFO.size))
         self.message["state"] = state
         reasons = self._obstacles(state)
         if reasons or state == TCP_CLOSE:
             return reasons
-        self.stream = {"opt_mask": options & KNOWN_OPTIONS, "snd_wscale": scales & 15, "rcv_wscale": scales >> 4}
+        self.stream = {"opt_mask": agreed & KNOWN_OPTIONS, "snd_wscale": scales & 15, "rcv_wscale": scales >> 4}
         # In repair mode it is what the peer offered.
         self.stream["mss_clamp"] = self.sock.getsockopt(TCP, TCP_MAXSEG)
-        if options & TCPI_OPT_TIMESTAMPS:
+        if agreed & TCPI_OPT_TIMESTAMPS:
             self.stream["timestamp"] = self.sock.getsockopt(TCP, TCP_TIMESTAMP) & 0xFFFFFFFF
         window = WINDOW.unpack(self.sock.getsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.size))
         self.stream |= dict(zip(WINDOW_FIELDS, window, strict=True))
@@ -172,7 +187,7 @@ class Connection:
             sequence = self.sock.getsockopt(TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF
             if not size + slack:
                 return sequence, b""
-            return sequence, self.sock.recv(size + slack, _MSG_PEEK | _MSG_DONTWAIT)
+            return sequence, peek(self.sock, size + slack)
         except BlockingIOError:
             return sequence, b""
         finally:
