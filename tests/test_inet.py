@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 
@@ -249,7 +249,7 @@ ENTRY: dict[str, Any] = {
     ids=str,
 )  # fmt: skip
 def test_a_damaged_entry_is_one_error(damage: dict[str, Any]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     options = SimpleNamespace(tcp_close=False, tcp_established=False)
     files = {(INETSK, 5): {"isk": ENTRY | damage}}
     images = SimpleNamespace(files=files, options=options, images=None, inherited=Inherited([]))
@@ -257,7 +257,7 @@ def test_a_damaged_entry_is_one_error(damage: dict[str, Any]) -> None:
     with pytest.raises(FirnError):
         kind.open(5, {}, cast(RestoreContext, images))
     kind.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def _fetch(port: int) -> bytes:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
@@ -248,8 +248,8 @@ MEMBER = {"index": 1, "type": 1, "addr": b""}
     ids=str,
 )  # fmt: skip
 def test_a_damaged_entry_is_one_error(entry: dict[str, Any], damage: dict[str, Any]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     kind = NetlinkSockets() if "portid" in entry else PacketSockets()
     with pytest.raises(FirnError):
         kind.open(5, entry | damage, cast(RestoreContext, SimpleNamespace()))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

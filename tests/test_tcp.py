@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from namespaces import Pair
 from test_inet import ENTRY
 from test_workloads import test_workload as run_workload
@@ -526,10 +526,10 @@ def test_a_stream_without_its_program(tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_damaged_stream_is_one_error(tmp_path: Path, entry: dict[str, Any], image: dict[str, Any]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(FirnError):
         _stream(tmp_path, entry, image)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 @needs_admin
