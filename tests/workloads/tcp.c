@@ -226,9 +226,10 @@ static void quiet_harm(void)
 	set_number(pairs[1].client, SOL_SOCKET, SO_REUSEADDR, 0);
 }
 
-/* ---- full queues: unread, not acknowledged, not sent, corked ---- */
+/* ---- full queues: unread, not acknowledged, not sent, corked; one is peeked at from an offset (since Linux 6.9) ---- */
 
 static size_t stuffed[3];
+static int peeks;
 
 static void queues_set(void)
 {
@@ -238,6 +239,9 @@ static void queues_set(void)
 		stuffed[i] = stuff(pairs[i].server, 6 * MEGA);
 		NEED(stuffed[i] > MEGA);
 	}
+	int offset = 5;
+	peeks = !setsockopt(pairs[0].client, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof offset);
+	NEED(!peeks || recv(pairs[0].client, got, 3, MSG_PEEK) == 3);
 	connect_pair(3, "127.0.0.1", AF_INET, 0);
 	be_impatient(pairs[3].server);
 	set_number(pairs[3].client, IPPROTO_TCP, TCP_CORK, 1);
@@ -247,6 +251,10 @@ static void queues_set(void)
 static int queues_check(void)
 {
 	int left = -1;
+	if (peeks) {
+		CHECK(number(pairs[0].client, SOL_SOCKET, SO_PEEK_OFF) == 8);
+		CHECK(recv(pairs[0].client, got, 4, MSG_PEEK) == 4 && !memcmp(got, sent + 8, 4));
+	}
 	for (int i = 0; i < 3; i++) {
 		CHECK(!ioctl(pairs[i].server, FIONREAD, &left) && left == 1000);
 		CHECK_ALL(takes(pairs[i].client, stuffed[i]));
