@@ -214,6 +214,7 @@ def test_ranges_come_back(start: int, end: int) -> None:
     found = locks.parse(f"1: POSIX  ADVISORY  READ 7 00:01:2 {start} {end}")
     assert found and found[1] == "00:01:2" and found[0].start + found[0].length - 1 == end
     assert str(found[0]) == f"read POSIX lock from byte {start} to {end}"
+    assert str(locks.Lock(found[0].kind, found[0].type, 7, start, 0)) == f"read POSIX lock from byte {start} to the end"
 
 
 # ---- semaphores

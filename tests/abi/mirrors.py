@@ -282,9 +282,43 @@ POLICIES = Mirror(
 )
 WAIT = Mirror(headers=("linux/wait.h", "linux/signal.h"), expressions={"SI_PID": "offsetof(siginfo_t, si_pid)"})
 
+NFTABLES = Mirror(
+    headers=(
+        "linux/netlink.h", "netinet/in.h", "linux/netfilter/nfnetlink.h", "linux/netfilter.h", "limits.h",
+        "linux/netfilter_ipv4.h", "linux/netfilter/nf_tables.h",
+    ),
+    structs={
+        "NLMSGHDR": ("struct nlmsghdr", "nlmsg_len nlmsg_type nlmsg_flags nlmsg_seq nlmsg_pid"),
+        "NLATTR": ("struct nlattr", "nla_len nla_type"),
+        "NFGENMSG": ("struct nfgenmsg", "nfgen_family version res_id"),
+    },
+)  # fmt: skip
+
+TCP = Mirror(
+    headers=("netinet/tcp.h", "sys/ioctl.h", "linux/sockios.h", "asm/ioctls.h"),
+    expressions={
+        "TCPOPT_MSS": "TCPOPT_MAXSEG",
+        "TCPOPT_SACK_PERM": "TCPOPT_SACK_PERMITTED",
+        "SIOCINQ": "FIONREAD",
+        "SIOCOUTQ": "TIOCOUTQ",
+    },
+    structs={
+        "REPAIR_OPT": ("struct tcp_repair_opt", "opt_code opt_val"),
+        "WINDOW": ("struct tcp_repair_window", "snd_wl1 snd_wnd max_window rcv_wnd rcv_wup"),
+    },
+    newer={
+        "TCP_AO_INFO": ("include/uapi/linux/tcp.h, Linux 6.7", 40),
+        "TCP_REPAIR_ON": ("include/uapi/linux/tcp.h", 1),
+        "TCP_REPAIR_OFF": ("include/uapi/linux/tcp.h", 0),
+        "TCP_REPAIR_OFF_NO_WP": ("include/uapi/linux/tcp.h", -1),
+    },
+    own=frozenset({"INFO", "TCP_MAX_WSCALE"}),
+)
+
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "policies": POLICIES, "poll": POLL, "prctl": PRCTL,
-    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "tun": TUN, "wait": WAIT, "x86_64": X86_64,
+    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
+    "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
+    "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def _settle(pid: int) -> tuple[Runner, Scratch]:
     assert runner.single(birth.SYSCALL_SITE, nr.mmap, CODE + mman.PAGE, SIZE, rw, FLAGS, ANYWHERE, 0)
     memory.force_write(pid, CODE, cpu.INTERPRETER)
     return runner, Scratch(pid, CODE, CODE + mman.PAGE, SIZE)
+
+
+@pytest.fixture(autouse=True)
+def reaped() -> Iterator[None]:
+    """What a stub has made is left to us when it ends, if an earlier test has made us a reaper."""
+    yield
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 @pytest.fixture
