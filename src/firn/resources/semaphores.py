@@ -105,10 +105,19 @@ def holders(tids: list[int]) -> list[int]:
 
 def find_undo(program: Program, pid: int, status: dict[str, str], sets: list[SemaphoreSet]) -> list[Obstacle]:
     """The obstacles that are in the undo list of the thread with *program* and *status*, of process *pid*."""
-    found = []
-    for each in sets:
-        question = _Question(program, each)
+    # SEMMSL, SEMMNS, SEMOPM, SEMMNI. And one call must fit into the program.
+    limit = min(int(procfs.read("/proc/sys/kernel/sem").split()[2]), (program.size - 512) // ipc.SEMBUF.size)
+    questions = [_Question(program, each, limit) for each in sets]
+    for question in questions:
         question.ask()
+    program.run()
+    for question in questions:
+        question.answer()
+    denied = any(question.error == errno.EACCES for question in questions)
+    began = _began(pid) - _SLACK if denied else 0
+    found = []
+    for question in questions:
+        each = question.of
         if question.error in _GONE:
             continue
         given = f"semaphores of set {each.id} when it ends (SEM_UNDO), which cannot be saved"
@@ -117,10 +126,13 @@ def find_undo(program: Program, pid: int, status: dict[str, str], sets: list[Sem
             if question.amounts:
                 sure = "has" if any(question.amounts.values()) else "may have"
                 found.append((f"{sure} to give back {given}: {question.text()}", f"have it do so before, or {remove}"))
+        elif question.error == errno.E2BIG:
+            few = "to find out takes more operations at once than kernel.sem allows"
+            found.append((f"may have to give back {given}: {few}", f"raise its third number to 32, or {remove}"))
         elif question.error != errno.EACCES:
             why = os.strerror(question.error)
             found.append((f"may have to give back {given}: asking about it failed ({why})", remove))
-        elif each.used >= _began(pid) - _SLACK and (each.could_let(status) or pid in each.last_users()):
+        elif each.used >= began and (each.could_let(status) or pid in each.last_users()):
             found.append((f"may have to give back {given}: it may not use the set now, so nothing can tell", remove))
     return [Obstacle(f"process {pid}", reason, help) for reason, help in found]
 
@@ -148,31 +160,37 @@ class _Question:
     the set could not be asked about, or 0. ``more``: not all semaphores were asked about.
     """
 
-    def __init__(self, program: Program, of: SemaphoreSet) -> None:
+    def __init__(self, program: Program, of: SemaphoreSet, limit: int) -> None:
+        """*limit*: how many operations one call can have."""
         self.program = program
         self.of = of
         self.amounts: dict[int, int | None] = {}
         self.error = 0
         self.more = False
-        # SEMMSL, SEMMNS, SEMOPM, SEMMNI. And one call must fit into the program.
-        allowed = int(procfs.read("/proc/sys/kernel/sem").split()[2])
-        self.limit = min(allowed, (program.size - 512) // ipc.SEMBUF.size) - len(FAIL)
+        self.limit = limit - len(FAIL)
+        self.groups: list[range] = []
+        self.calls: list[int] = []
 
     def ask(self) -> None:
-        """Most lists are empty, and that is quickly seen: by one call for many semaphores."""
+        """Add the calls for :meth:`answer`: most lists are empty, and one call tells that of many semaphores."""
         if not self._fits(_STRIDE):
             self.error = errno.E2BIG
             return
         none = within(0, 0, _STRIDE)
         each = self.limit // len(none)
-        groups = [range(at, min(at + each, self.of.count)) for at in range(0, self.of.count, each)]
-        for group, error in zip(groups, self._run([(group, none) for group in groups]), strict=True):
+        self.groups = [range(at, min(at + each, self.of.count)) for at in range(0, self.of.count, each)]
+        self.calls = [self._add(group, none) for group in self.groups]
+
+    def answer(self) -> None:
+        """Take what these calls tell once they are run; find the amounts where the list is not empty."""
+        for group, call in zip(self.groups, self.calls, strict=True):
+            error = -self.program.results[call]
             if self.error or error == errno.EAGAIN:
                 continue
             if error != errno.ERANGE:
                 self._failed(error)
             elif len(self.amounts) < _NAMED:
-                self._narrow(list(group))
+                self._narrow(group)
             else:
                 self.more = True
 
@@ -182,20 +200,20 @@ class _Question:
             f"{amount:+d} to semaphore {number}"
             if amount is not None
             else f"perhaps something to semaphore {number}, whose value is too high to tell"
-            for number, amount in list(self.amounts.items())[:_NAMED]
+            for number, amount in sorted(self.amounts.items())[:_NAMED]
         ]
         return ", ".join(named) + (", and others" if self.more or len(self.amounts) > _NAMED else "")
 
     def _fits(self, stride: int) -> bool:
-        """Whether the longest question fits into a call: twice through the whole range, two operations a stride, and one
-        where it turns."""
+        """Whether the longest question fits into a call: twice through the whole range with two operations for each
+        stride, and one more where it turns."""
         return stride * (self.limit - 1) >= 4 * (HIGHEST - LOWEST + 1)
 
     def _failed(self, error: int) -> None:
         self.error = error
         self.amounts.clear()
 
-    def _narrow(self, numbers: list[int]) -> None:
+    def _narrow(self, numbers: range) -> None:
         """Find the amounts of semaphores *numbers*, all at once: one of the two halves of a range always says yes."""
         ranges = dict.fromkeys(numbers, (LOWEST, HIGHEST))
         strides = dict.fromkeys(numbers, _STRIDE)
@@ -204,9 +222,11 @@ class _Question:
             for number, (low, high) in ranges.items():
                 middle = (low + high) // 2
                 halves += [(number, low, middle), (number, middle + 1, high)]
-            errors = self._run([([number], within(low, high, strides[number])) for number, low, high in halves])
+            calls = [self._add([number], within(low, high, strides[number])) for number, low, high in halves]
+            self.program.run()
             lost = set(ranges)
-            for (number, low, high), error in zip(halves, errors, strict=True):
+            for (number, low, high), call in zip(halves, calls, strict=True):
+                error = -self.program.results[call]
                 if error == errno.EAGAIN:
                     lost.discard(number)
                     ranges[number] = low, high
@@ -224,16 +244,12 @@ class _Question:
                     if not known or low:
                         self.amounts[number] = low if known else None
 
-    def _run(self, asked: list[tuple[Sequence[int], list[tuple[int, int]]]]) -> list[int]:
-        """For each (semaphores, what to do to each) the errno of that call, which never succeeds."""
-        program, calls = self.program, []
-        for numbers, steps in asked:
-            ops = [(number, *step) for number in numbers for step in steps]
-            ops += [(numbers[-1], *step) for step in FAIL]
-            at = program.data(b"".join(ipc.SEMBUF.pack(*op) for op in ops))
-            calls.append(program.call(f"semop on {self.of.id}", nr.semop, self.of.id, at, len(ops), flags=cpu.F_IGNORE))
-        program.run()
-        return [-program.results[call] for call in calls]
+    def _add(self, numbers: Sequence[int], steps: list[tuple[int, int]]) -> int:
+        """Add a call that does *steps* to each of the semaphores, and fails; its number."""
+        ops = [(number, *step) for number in numbers for step in steps]
+        ops += [(numbers[-1], *step) for step in FAIL]
+        at = self.program.data(b"".join(ipc.SEMBUF.pack(*op) for op in ops))
+        return self.program.call(f"semop on {self.of.id}", nr.semop, self.of.id, at, len(ops), flags=cpu.F_IGNORE)
 
 
 FAIL = [(1, ipc.IPC_NOWAIT), (0, ipc.IPC_NOWAIT)]
