@@ -1,5 +1,5 @@
 """System V IPC: shared memory that lives on, is gone or another one's at the restore; calls that wait for semaphores,
-messages and the like; damaged images."""
+messages and the like; semaphores to give back; damaged images."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ zero. That fails in any case: with EAGAIN only if the amount lies in the range, 
 
 What can go wrong: a value closer to its limit (32767) than the stride gives ERANGE as well; the stride is made smaller
 as far as the number of operations in one call allows. A set that the process may not use (any more) cannot be asked
-about. Left behind is an empty entry of the list for each set asked about, until the process ends or the set goes.
+about. Left behind is an empty entry of the list for each set, until the process ends or the set goes; and the end of a
+process notes the time (sem_otime) in each set that it has an entry of. So only sets that have been used are asked
+about: to some programs the time 0 means that a set is not ready yet.
 """
 
 from __future__ import annotations
