@@ -208,8 +208,8 @@ class _Question:
 
     def _fits(self, stride: int) -> bool:
         """Whether the longest question fits into a call: twice through the whole range with two operations for each
-        stride, and one more where it turns."""
-        return stride * (self.limit - 1) >= 4 * (HIGHEST - LOWEST + 1)
+        stride, and up to four more at the ends of the two ways."""
+        return stride * (self.limit - 4) >= 4 * (HIGHEST - LOWEST + 1)
 
     def _failed(self, error: int) -> None:
         self.error = error
