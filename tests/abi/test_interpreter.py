@@ -7,6 +7,8 @@ import os
 import signal
 import struct
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -363,3 +365,18 @@ def test_the_way_home_fits() -> None:
     code = cpu.one_call(regs, 5)
     assert len(code) <= cpu.HOME_SIZE and cpu.is_one_call(code)
     assert not cpu.is_one_call(cpu.way_home(regs, 5)) and not cpu.is_one_call(bytes(cpu.HOME_SIZE))
+
+
+def test_a_stub_is_born_of_a_program_with_threads() -> None:
+    """The newborn has only the thread that made it, and must not wait for what another one held."""
+    ended = threading.Event()
+    busy = [threading.Thread(target=lambda: [time.sleep(0) for _ in iter(ended.is_set, True)]) for _ in range(3)]
+    for thread in busy:
+        thread.start()
+    try:
+        for _ in range(20):
+            birth.kill([[_spawn()]])
+    finally:
+        ended.set()
+        for thread in busy:
+            thread.join()
