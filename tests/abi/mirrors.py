@@ -263,13 +263,15 @@ X86_64 = Mirror(
 )
 
 IPC = Mirror(
-    headers=("sys/ipc.h", "sys/shm.h"),
+    headers=("sys/ipc.h", "sys/shm.h", "sys/sem.h"),
+    newer={"SEMAEM": ("include/uapi/linux/sem.h", 32767)},
     structs={
         "SHMID64_DS": (
             "struct shmid_ds",
             "shm_perm.__key shm_perm.uid shm_perm.gid shm_perm.cuid shm_perm.cgid shm_perm.mode - shm_segsz shm_atime "
             "shm_dtime shm_ctime shm_cpid shm_lpid shm_nattch -",
         ),
+        "SEMBUF": ("struct sembuf", "sem_num sem_op sem_flg"),
     },
 )
 POLICIES = Mirror(

@@ -51,6 +51,7 @@ class Collected:
         """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
+        self.semaphore_sets = semaphores.used_sets()
         self.namespaces = Namespaces([task.pid for task in tree.tasks], obstacles)
 
     def close(self) -> None:
@@ -80,8 +81,6 @@ def collect(dump: Dump) -> Collected:
         _check_borders(got, dump.options.shell_job)
         _number_objects(got)
         _check_births(tree, got)
-        for mine in got.tasks:
-            semaphores.find_undo(mine.pid, [thread.tid for thread in mine.task.threads], got.obstacles)
         for mine in got.tasks:
             maps = dump.early_maps.get(mine.pid)
             if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
