@@ -222,9 +222,9 @@ class Tool:
             target.wait()
         return run
 
-    def restore(self, target: Target, images: Path) -> Run:
+    def restore(self, target: Target, images: Path, *options: str) -> Run:
         """Restore *target* from *images*, and make sure that it runs."""
-        run = self.machine.timed([self.path, "restore", "-d", "-D", str(images)])
+        run = self.machine.timed([self.path, "restore", "-d", "-D", str(images), *options])
         self.machine.revived(target.pid)
         target.assert_runs()
         return run

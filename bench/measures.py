@@ -20,6 +20,8 @@ from table import Row
 PAUSE_LIMIT = 6.0
 CROWD_PROCESSES, CROWD_MOUNTS = 300, 200
 SCALE_LIMIT = 2000.0
+CONNECTIONS_LIMIT = 1500.0
+PAUSE_PER_CONNECTION = 0.5
 SCALE_RATIO = 2.5
 """Twice the things may take 2.5 times the time: half again as steep as a line through zero would still be noise."""
 EACH_LIMIT = 3.0
@@ -183,8 +185,9 @@ def snapshot(bench: Bench) -> list[Row]:
 
 
 def _there_and_back(bench: Bench, tool: Tool, kind: str, count: int) -> tuple[Run, Run]:
+    options = ("--tcp-established",) if kind == "connections" else ()
     with bench.target("idle", kind, count) as target, bench.images() as folder:
-        return tool.dump(target, folder), tool.restore(target, folder)
+        return tool.dump(target, folder, *options), tool.restore(target, folder, *options)
 
 
 def cold(bench: Bench) -> list[Row]:
@@ -237,11 +240,9 @@ def huge(bench: Bench) -> list[Row]:
     return _memory(bench, "huge", 5)
 
 
-def _scale(bench: Bench, kind: str, count: int, rounds: int = 3) -> list[Row]:
+def _scale(bench: Bench, kind: str, count: int, rounds: int = 3, limit: float = SCALE_LIMIT) -> list[Row]:
     half = f"{count // 2:,} {kind}"
-    rows = [
-        Row(f"{what}, {count:,} {kind}", "ms", SCALE_LIMIT, half, SCALE_RATIO) for what in ("dump", "restore")
-    ]
+    rows = [Row(f"{what}, {count:,} {kind}", "ms", limit, half, SCALE_RATIO) for what in ("dump", "restore")]
     for _ in range(rounds):
         for tool in bench.tools():
 
@@ -321,8 +322,26 @@ def processes(bench: Bench) -> list[Row]:
     return [row, *_scale(bench, "processes", count)]
 
 
+def connections(bench: Bench) -> list[Row]:
+    """Many TCP connections, and what each adds to the pause."""
+    count = 1000
+    row = Row("pause, for each of 1,000 connections", "ms", PAUSE_PER_CONNECTION)
+    with bench.target("spin", "connections", count) as target, bench.target("spin") as bare:
+        for _ in range(5):
+            for tool in bench.tools():
+
+                def work(tool: Tool = tool) -> list[float]:
+                    with _stopped(target):
+                        without = _pause(bench, tool, bare)
+                    with _stopped(bare):
+                        return [(_pause(bench, tool, target, "--tcp-established") - without) / count]
+
+                bench.attempt(tool, [row], work)
+    return [row, *_scale(bench, "connections", count, limit=CONNECTIONS_LIMIT)]
+
+
 MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
     measure.__name__: measure for measure in (
-        pause, crowd, snapshot, cold, memory, huge, family, threads, vmas, files, processes,
+        pause, crowd, snapshot, cold, memory, huge, family, threads, vmas, files, processes, connections,
     )
 }

@@ -2,10 +2,13 @@
  *
  * BEAT is a file of one page, shared with the runner (struct beat). WAIT is "spin" (watch the own clock without a break,
  * keep the largest gap) or "idle" (count every millisecond). KIND and COUNT say what the process is made of:
- * none 0, memory MEGABYTES, huge MEGABYTES, threads N, vmas N, files N, family N: children with 64 MB of their parent's, of
- * which each has written 16 pages, processes N (itself and its children, which sleep).
+ * none 0, memory MEGABYTES, huge MEGABYTES, threads N, vmas N, files N, connections N (ends of N/2 TCP connections),
+ * family N: children with 64 MB of their parent's, of which each has written 16 pages, processes N (itself and its
+ * children, which sleep).
  */
+#include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -15,6 +18,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -87,16 +91,36 @@ static void make_vmas(long count) {
     }
 }
 
-static void make_files(const char *beat, long count) {
+static void raise_limit(void) {
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) || (limit.rlim_cur = limit.rlim_max, setrlimit(RLIMIT_NOFILE, &limit)))
         fail("RLIMIT_NOFILE");
+}
+
+static void make_files(const char *beat, long count) {
+    raise_limit();
     for (long i = 0; i < count; i++) {
         char name[PAGE];
         snprintf(name, sizeof name, "%s.%ld", beat, i);
         if (open(name, O_RDWR | O_CREAT, 0600) < 0)
             fail(name);
     }
+}
+
+static void make_connections(long count) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t length = sizeof address;
+    int server = socket(AF_INET, SOCK_STREAM, 0);
+    raise_limit();
+    if (bind(server, (void *)&address, length) || listen(server, 8) ||
+        getsockname(server, (void *)&address, &length))
+        fail("listen");
+    for (long i = 0; i < count; i += 2) {
+        int client = socket(AF_INET, SOCK_STREAM, 0);
+        if (client < 0 || connect(client, (void *)&address, length) || accept(server, NULL, NULL) < 0)
+            fail("connect");
+    }
+    close(server);
 }
 
 static void *sleeper(void *unused) {
@@ -135,6 +159,8 @@ static void make(const char *beat, const char *kind, long count) {
         make_vmas(count);
     else if (!strcmp(kind, "files"))
         make_files(beat, count);
+    else if (!strcmp(kind, "connections"))
+        make_connections(count);
     else if (!strcmp(kind, "threads"))
         make_threads(count);
     else if (!strcmp(kind, "processes"))

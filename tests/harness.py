@@ -7,6 +7,7 @@ prctl(2)) and is reaped here: clone3 with set_tid answers EEXIST as long as a zo
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import mmap
 import os
@@ -15,13 +16,15 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from workloads.likeness import Portrait, differences, portrait, speaker
 from workloads.table import Workload
 
-__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "portrait"]
+__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "low_numbers_in_use",
+           "open_descriptors", "portrait"]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "workloads"
 CACHE = Path(os.environ.get("FIRN_TEST_CACHE", SOURCES.parent.parent / "build" / "workloads"))
@@ -32,6 +35,7 @@ POLL = 0.002
 PATIENCE = 20.0
 COMMAND_PATIENCE = 60.0
 LOG_TAIL = 40
+BUSY_TERMINALS = 12
 
 
 def become_subreaper() -> None:
@@ -143,6 +147,8 @@ class Runner:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # What firn is run by: a command that takes it and its arguments.
+        self.within: list[str] = []
         self.environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
         self._images = 0
         self._first_dump = 0.0
@@ -232,7 +238,7 @@ class Runner:
         # A file, not a pipe: a restored task that wrongly kept firn's output must not keep the test waiting.
         with output.open("wb") as stream:
             done = subprocess.run(
-                [_firn(), *words],
+                [*self.within, _firn(), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -255,15 +261,17 @@ class Runner:
 
     def dump(self, target: Target, *options: str) -> Path:
         """A dump that must work; answers the image folder. A tree's other tasks end (and are reaped) with it."""
-        below = [Target(pid, None) for pid in _descendants(target.pid)]
+        ours = set(_children())
         code, output, images = self.try_dump(target, *options)
         assert code == 0, f"dump: exit status {code}\n{_tail(output)}"
         if not {"--leave-running", "--leave-stopped"} & set(options):
             wait_until("the dumped task ends", target.ended)
             assert target.status is not None
             assert os.WIFSIGNALED(target.status), f"the dumped task {target.fate()}"
-            for process in below:
-                wait_until(f"the dumped task {process.pid} ends", process.ended)
+            # Its descendants, also those born just before, become ours one generation after the other.
+            while orphans := set(_children()) - ours:
+                for pid in orphans:
+                    wait_until(f"the dumped task {pid} ends", Target(pid, None).ended)
         return images
 
     def try_restore(self, images: Path, *options: str) -> tuple[int, str]:
@@ -306,6 +314,25 @@ class Runner:
         return left
 
 
+def open_descriptors() -> int:
+    """How many descriptors this process has, without those that only wait to be collected as garbage."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def low_numbers_in_use() -> Iterator[None]:
+    """A terminal gets the lowest free number. One that is made while lower ones are in use has its number for itself:
+    what runs beside the test takes the lower ones while the target is away."""
+    taken = [os.openpty() for _ in range(BUSY_TERMINALS)]
+    try:
+        yield
+    finally:
+        for pair in taken:
+            os.close(pair[0])
+            os.close(pair[1])
+
+
 class CannotRun(Exception):
     """This machine lacks what a workload needs."""
 
@@ -314,7 +341,11 @@ def _children(pid: int | str = "self") -> list[int]:
     """The children (ours by default), zombies among them, whichever thread started them."""
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (thread / "children").read_text().split()]
+        try:
+            found += [int(word) for word in (thread / "children").read_text().split()]
+        except OSError:
+            # The thread has ended meanwhile.
+            continue
     return found
 
 

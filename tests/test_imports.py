@@ -29,10 +29,11 @@ BELOW = {
     "restore": {"abi", "errors", "faults", "host", "images", "resources", "scripts", "tracee"},
     "check": {"abi", "errors", "host", "log"},
     "api": {"check", "dump", "errors", "log", "restore", "scripts"},
-    "cli": {"api", "check", "errors", "host", "inspect", "log", "scripts", ""},
+    "cli": {"api", "check", "errors", "host", "inspect", "log", "scripts", "unlock", ""},
     "rpc": {"api", "errors", "log", "scripts", ""},
     "crit": {"errors", "images"},
     "inspect": {"errors", "images"},
+    "unlock": {"errors", "host", "images", "resources"},
     "": {"api", "errors"},
 }
 
@@ -58,7 +59,10 @@ HEAVY = {
 }
 
 # Only ever run off the hot path: the check, the launcher's writer, and what ``main`` prints when asked to.
-COLD = {"check", "host/probes_*.py", "cli/inspect.py", "cli/launcher.py", "cli/usage.py", "crit", "inspect", "rpc"}
+COLD = {
+    "check", "host/probes_*.py", "cli/inspect.py", "cli/launcher.py", "cli/unlock.py", "cli/usage.py", "crit",
+    "inspect", "rpc", "unlock.py",
+}  # fmt: skip
 ON_DEMAND = {("cli/main.py", "traceback")}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 
@@ -27,7 +27,7 @@ from firn.resources.sockets.inet import InetSockets
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
 TABLE = [Workload("inet", mode, unlike=UNLIKE) for mode in ("listen", "udp", "options", "groups")]
-TABLE += [Workload("inet", mode, unlike=UNLIKE, once=True) for mode in ("bound", "queue")]
+TABLE += [Workload("inet", mode, unlike=UNLIKE, once=True) for mode in ("bound", "queue", "crowd")]
 TABLE += [
     Workload(
         "inet", "connection", unlike=UNLIKE, dump=("--tcp-close",), restore=("--tcp-close",), once=True,
@@ -66,9 +66,9 @@ def listener() -> socket.socket:
     return made
 
 
-def refused(runner: Runner, sock: socket.socket, *words: str) -> None:
+def refused(runner: Runner, sock: socket.socket, *words: str, options: tuple[str, ...] = ()) -> None:
     target = sleeper(runner, sock)
-    code, text, _ = runner.try_dump(target)
+    code, text, _ = runner.try_dump(target, *options)
     assert code and "Traceback" not in text and "descriptor 0" in text, text
     for word in words:
         assert word in text, text
@@ -124,15 +124,14 @@ def test_closed_connections_do_not_keep_the_port(runner: Runner) -> None:
 
 
 @needs_firn
-@pytest.mark.parametrize("kind", ["raw", "ping", "mptcp", "packet", "netlink", "vsock"])
+@pytest.mark.parametrize("kind", ["mptcp", "vsock", "xdp", "alg", "sctp"])
 def test_other_kinds_are_refused_by_name(runner: Runner, kind: str) -> None:
     kinds = {
-        "raw": (socket.AF_INET, socket.SOCK_RAW, 255, "raw"),
-        "ping": (socket.AF_INET, socket.SOCK_DGRAM, 1, "ping"),
-        "mptcp": (socket.AF_INET, socket.SOCK_STREAM, 262, "MPTCP"),
-        "packet": (socket.AF_PACKET, socket.SOCK_RAW, 0, "socket"),
-        "netlink": (socket.AF_NETLINK, socket.SOCK_RAW, 0, "socket"),
-        "vsock": (socket.AF_VSOCK, socket.SOCK_STREAM, 0, "socket"),
+        "mptcp": (socket.AF_INET, socket.SOCK_STREAM, 262, "an MPTCP socket"),
+        "vsock": (socket.AF_VSOCK, socket.SOCK_STREAM, 0, "vsock"),
+        "xdp": (44, socket.SOCK_RAW, 0, "XDP"),
+        "alg": (socket.AF_ALG, socket.SOCK_SEQPACKET, 0, "AF_ALG"),
+        "sctp": (socket.AF_INET, socket.SOCK_STREAM, 132, "SCTP"),
     }
     *words, name = kinds[kind]
     try:
@@ -143,7 +142,7 @@ def test_other_kinds_are_refused_by_name(runner: Runner, kind: str) -> None:
 
 
 @needs_firn
-@pytest.mark.parametrize("reason", ["corked", "error", "connecting", "group", "peek", "over"])
+@pytest.mark.parametrize("reason", ["corked", "error", "connected", "connecting", "group", "signed", "signing"])
 def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     word = reason
@@ -163,9 +162,19 @@ def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
             sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
             sender.sendto(b"x", ("239.7.7.7", made.getsockname()[1]))
         word = "sent to 239.7.7.7"
-    elif reason == "peek":
-        made.setsockopt(socket.SOL_SOCKET, 42, 0)
-        word = "SO_PEEK_OFF"
+    elif reason.startswith("sign"):
+        made = server = listener()
+        head = socket.AF_INET.to_bytes(2, "little") + bytes(2) + socket.inet_aton("127.0.0.1")
+        key = head.ljust(128, b"\0") + bytes((0, 0, 3, 0)) + bytes(4) + b"key".ljust(80, b"\0")  # struct tcp_md5sig
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, 14, key)
+        except OSError as error:
+            pytest.skip(f"no TCP_MD5SIG here: {error.strerror}")
+        if reason == "signing":
+            made = socket.socket()
+            made.setsockopt(socket.IPPROTO_TCP, 14, key)
+            made.connect(server.getsockname())
+        word = "TCP_MD5SIG"
     else:
         made = socket.socket()
         if reason == "connecting":
@@ -174,17 +183,12 @@ def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
             made.setblocking(False)
             others = [socket.create_connection(full.getsockname())]
             made.connect_ex(full.getsockname())
-            word = "just connecting"
+            word = "SYN-SENT"
         else:
             server = listener()
             made.connect(server.getsockname())
-            other = server.accept()[0]
-            other.send(b"unread")
-            made.shutdown(socket.SHUT_WR)
-            wait_until("all is there", lambda: len(made.recv(9, socket.MSG_PEEK)) == 6)
-            other.close()
-            word = "TCP"
-    refused(runner, made, word)
+            word = "TCP connection (established); --tcp-established"
+    refused(runner, made, word, options=("--tcp-established",) if reason == "signing" else ())
     if reason == "connecting":
         full.close()
         others[0].close()
@@ -245,14 +249,15 @@ ENTRY: dict[str, Any] = {
     ids=str,
 )  # fmt: skip
 def test_a_damaged_entry_is_one_error(damage: dict[str, Any]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    files, options = {(INETSK, 5): {"isk": ENTRY | damage}}, SimpleNamespace(tcp_close=False)
-    images = SimpleNamespace(files=files, options=options, inherited=Inherited([]))
+    before = open_descriptors()
+    options = SimpleNamespace(tcp_close=False, tcp_established=False)
+    files = {(INETSK, 5): {"isk": ENTRY | damage}}
+    images = SimpleNamespace(files=files, options=options, images=None, inherited=Inherited([]))
     kind = InetSockets()
     with pytest.raises(FirnError):
         kind.open(5, {}, cast(RestoreContext, images))
     kind.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def _fetch(port: int) -> bytes:

@@ -21,7 +21,6 @@ from workloads.table import PLAIN_WAYS, REFUSED_FIRST, REFUSED_WAY, Workload
 
 from firn.images.store import ImageDir
 from firn.resources.files import locks
-from firn.resources.semaphores import SemaphoreSet
 
 ONCE = ("lease-read", "lease-write", "breaking-read", "breaking-all", "breaking-shared", "waiter-posix", "waiter-flock")
 MODES = ("flock", "posix", "ofd", "tree", "table", "gone", *ONCE)
@@ -214,46 +213,4 @@ def test_ranges_come_back(start: int, end: int) -> None:
     found = locks.parse(f"1: POSIX  ADVISORY  READ 7 00:01:2 {start} {end}")
     assert found and found[1] == "00:01:2" and found[0].start + found[0].length - 1 == end
     assert str(found[0]) == f"read POSIX lock from byte {start} to {end}"
-
-
-# ---- semaphores
-
-
-def semaphore_sets() -> dict[int, SemaphoreSet]:
-    found = map(SemaphoreSet, Path("/proc/sysvipc/sem").read_text().splitlines()[1:])
-    return {each.id: each for each in found}
-
-
-@pytest.mark.parametrize("way", [*PLAIN_WAYS, REFUSED_WAY])
-def test_semaphore_undo(way: str, runner: Runner) -> None:
-    before = semaphore_sets()
-    refused = (r"process \d+: may have to give back semaphores of set \d+ .*SEM_UNDO",)
-    try:
-        run_workload(Workload("semaphores", "undo", refused=refused), way, runner)
-    finally:
-        for number, each in semaphore_sets().items():
-            if number not in before and each.mode == 0:
-                subprocess.run(["ipcrm", "-s", str(number)], check=True)
-
-
-@pytest.mark.parametrize("way", ["plain", "break", "dump", "twice", "leave"])
-def test_threads_without_undo(way: str, runner: Runner) -> None:
-    """Every program with threads has an undo list; one that cannot hold anything is no obstacle."""
-    run_workload(Workload("semaphores", "threads"), way, runner)
-
-
-@pytest.mark.parametrize(
-    ("line", "lets"),
-    [
-        ("0 1 600 1 5 6 7 8 9 9", True),  # the owner's
-        ("0 1 600 1 7 6 5 8 9 9", True),  # the maker's
-        ("0 1 066 1 5 6 7 8 9 9", False),  # the owner may not, whatever the others may
-        ("0 1 660 1 4 12 7 8 9 9", True),  # a group's
-        ("0 1 606 1 4 12 7 8 9 9", False),
-        ("0 1 606 1 4 6 7 8 9 9", True),
-        ("0 1 644 1 4 6 7 8 9 9", False),
-    ],
-)
-def test_who_may_use_semaphores(line: str, lets: bool) -> None:
-    status = {"Uid": "1\t5\t1\t1", "Gid": "1\t2\t1\t1", "Groups": "11 12 "}
-    assert SemaphoreSet(line).lets(status) == lets
+    assert str(locks.Lock(found[0].kind, found[0].type, 7, start, 0)) == f"read POSIX lock from byte {start} to the end"

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import lzma
 import random
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import pytest
 from harness import Runner, Target, differences, firn_command, portrait, wait_until
+from programs import PATIENCE, finish, grows, program
 
-PATIENCE = 60.0
 # What a program that works changes by itself between two looks at it.
 WORKING = (
     r".*status\.(Vm\w+|HugetlbPages|Sig\w+|ShdPnd|Threads)",
@@ -33,19 +32,6 @@ WORKING = (
 )
 
 pytestmark = pytest.mark.skipif(firn_command() is None, reason="no firn command (set FIRN or make the venv)")
-
-
-def _program(name: str) -> str:
-    found = shutil.which(name, path="/usr/local/bin:/usr/bin:/bin")
-    if not found:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def _grows(path: Path) -> Callable[[], bool]:
-    """True once *path* has grown since this call."""
-    before = path.stat().st_size if path.exists() else 0
-    return lambda: path.exists() and path.stat().st_size > before
 
 
 def _there_and_back(
@@ -62,11 +48,6 @@ def _there_and_back(
     return target
 
 
-def _finish(target: Target) -> None:
-    wait_until("it ends", target.ended, PATIENCE)
-    assert target.status == 0, f"it {target.fate()}"
-
-
 def _text(size: int) -> bytes:
     """Compressible bytes, the same in every run."""
     source = random.Random(7)
@@ -80,17 +61,17 @@ def _text(size: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("program", "options", "size", "unpack"),
+    ("name", "options", "size", "unpack"),
     [("gzip", ["-9"], 48 << 20, gzip.decompress), ("xz", ["-6", "-T1"], 3 << 20, lzma.decompress)],
 )
 def test_compressor(
-    program: str, options: list[str], size: int, unpack: Callable[[bytes], bytes], runner: Runner
+    name: str, options: list[str], size: int, unpack: Callable[[bytes], bytes], runner: Runner
 ) -> None:
-    command = _program(program)
+    command = program(name)
     large, packed = runner.folder / "large", runner.folder / "packed"
     large.write_bytes(_text(size))
     target = runner.spawn([command, *options, "-c", large], stdout=packed)
-    _finish(_there_and_back(runner, target, lambda: _grows(packed)))
+    finish(_there_and_back(runner, target, lambda: grows(packed)))
     assert unpack(packed.read_bytes()) == large.read_bytes()
     undisturbed = subprocess.run([command, *options, "-c", large], stdout=subprocess.PIPE, check=True).stdout
     assert packed.read_bytes() == undisturbed
@@ -129,7 +110,7 @@ def test_python_threads(runner: Runner) -> None:
     script, output = runner.folder / "script.py", runner.folder / "output"
     script.write_text(PYTHON)
     target = runner.spawn([sys.executable, "-I", "-S", script], stdout=output)
-    _finish(_there_and_back(runner, target, lambda: _grows(output)))
+    finish(_there_and_back(runner, target, lambda: grows(output)))
     assert output.read_text().splitlines()[-4:] == [_expected_python(number) for number in range(4)]
 
 
@@ -147,11 +128,11 @@ print join(",", map { "$_=$seen{$_}" } sort { $a <=> $b } keys %seen), " $sum\\n
 
 
 def test_perl(runner: Runner) -> None:
-    perl = _program("perl")
+    perl = program("perl")
     script, output = runner.folder / "script.pl", runner.folder / "output"
     script.write_text(PERL)
     target = runner.spawn([perl, script], stdout=output)
-    _finish(_there_and_back(runner, target, lambda: _grows(output)))
+    finish(_there_and_back(runner, target, lambda: grows(output)))
     x, total, seen = 12345, 0, dict.fromkeys(range(1009), 0)
     for _ in range(3000000):
         x = (x * 1103515245 + 12345) % 2147483648
@@ -174,16 +155,11 @@ SELECT '{base}', (WITH RECURSIVE spin(n) AS (SELECT 1 UNION ALL SELECT n + 1 FRO
     ("files", "options"),
     [
         pytest.param("unix-none", (), id="no-locks"),
-        pytest.param(
-            "unix",
-            ("--file-locks",),
-            id="locks",
-            marks=pytest.mark.skip(reason="needs file locks, which firn cannot checkpoint yet"),
-        ),
+        pytest.param("unix", ("--file-locks",), id="locks"),
     ],
 )
 def test_sqlite_transaction(files: str, options: tuple[str, ...], runner: Runner) -> None:
-    sqlite = _program("sqlite3")
+    sqlite = program("sqlite3")
     script, output, database = (runner.folder / name for name in ("script.sql", "output", "data.db"))
     steps = range(0, 1500000, 50000)
     script.write_text(
@@ -192,9 +168,9 @@ def test_sqlite_transaction(files: str, options: tuple[str, ...], runner: Runner
         + "COMMIT;\nPRAGMA integrity_check;\n"
     )
     target = runner.spawn([sqlite, "-batch", "-vfs", files, database], stdin=script, stdout=output)
-    target = _there_and_back(runner, target, lambda: _grows(output), options)
+    target = _there_and_back(runner, target, lambda: grows(output), options)
     assert Path(f"{database}-journal").exists(), "it is not in the middle of a transaction"
-    _finish(target)
+    finish(target)
     lines = output.read_text().splitlines()
     assert lines[-1] == "ok"
     assert lines[:-1] == [f"{base}|200000" for base in steps]
@@ -234,7 +210,7 @@ public class Work {
 @pytest.fixture(scope="module")
 def java_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program's class files: the compiler is a module of the run-time image where there is one."""
-    java = _program("java")
+    java = program("java")
     folder = tmp_path_factory.mktemp("java")
     (folder / "Work.java").write_text(JAVA)
     compiler = [java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "-d", str(folder), str(folder / "Work.java")]
@@ -246,7 +222,7 @@ def java_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _java(runner: Runner, classes: Path, *options: str) -> tuple[Target, Path]:
     output = runner.folder / "output"
-    command: list[str | Path] = [_program("java"), "-XX:-UsePerfData", "-Xmx64m", *options, "-cp", classes, "Work"]
+    command: list[str | Path] = [program("java"), "-XX:-UsePerfData", "-Xmx64m", *options, "-cp", classes, "Work"]
     return runner.spawn(command, stdout=output), output
 
 
@@ -254,10 +230,10 @@ def _java(runner: Runner, classes: Path, *options: str) -> tuple[Target, Path]:
 def test_java_virtual_machine(collector: str, java_classes: Path, runner: Runner) -> None:
     """Threads, a just-in-time compiler, a collector that runs often in a small heap, and no sockets or pipes."""
     undisturbed, output = _java(runner, java_classes, collector)
-    _finish(undisturbed)
+    finish(undisturbed)
     wanted = output.read_text().splitlines()
     target, output = _java(runner, java_classes, collector)
-    _finish(_there_and_back(runner, target, lambda: _grows(output)))
+    finish(_there_and_back(runner, target, lambda: grows(output)))
     assert output.read_text().splitlines() == wanted
 
 
@@ -273,17 +249,17 @@ echo end
 
 def test_shell(runner: Runner) -> None:
     """A shell in a loop, with its script open at a position."""
-    shell = _program("sh")
+    shell = program("sh")
     script, output = runner.folder / "script.sh", runner.folder / "output"
     script.write_text(SHELL)
     target = runner.spawn([shell, script], stdout=output)
-    _finish(_there_and_back(runner, target, lambda: _grows(output)))
+    finish(_there_and_back(runner, target, lambda: grows(output)))
     assert output.read_text().split() == [*map(str, range(10000, 400001, 10000)), "end"]
 
 
 def test_sleep(runner: Runner) -> None:
     """The program of that name: it must sleep as long as it was told."""
-    target = runner.spawn([_program("sleep"), "2"])
+    target = runner.spawn([program("sleep"), "2"])
     started = time.monotonic()
     wait_until("it sleeps", lambda: target.state() == "S")
     images = runner.dump(target)
@@ -291,6 +267,6 @@ def test_sleep(runner: Runner) -> None:
     time.sleep(0.2)
     target = runner.restore(images, target)
     thawed = time.monotonic()
-    _finish(target)
+    finish(target)
     worked = (frozen - started) + (time.monotonic() - thawed)
     assert 1.7 < worked < 6, f"it has slept {worked:.2f} s"

@@ -1,25 +1,46 @@
 """System V IPC: shared memory that lives on, is gone or another one's at the restore; calls that wait for semaphores,
-messages and the like; damaged images."""
+messages and the like; semaphores to give back; damaged images."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Runner, Target, firn_command
+from hypothesis import given
+from hypothesis import strategies as st
 from test_workloads import test_workload as run_workload
-from workloads.table import AGAIN_WAY, PLAIN_WAYS, Workload
+from workloads.table import AGAIN_WAY, PLAIN_WAYS, REFUSED_WAY, Workload
 
 from firn.abi import ipc, nr
 from firn.abi.libc import syscall
 from firn.images.store import ImageDir
 from firn.resources.files.segments import look_up
+from firn.resources.semaphores import FAIL, HIGHEST, LOWEST, SemaphoreSet, used_sets, within
 
 TABLE = [Workload("segments", "kept"), Workload("segments", "marked", once=True)]
 TABLE.append(Workload("interrupts", "calls", once=True, ways=(*PLAIN_WAYS, "dump", "leave", AGAIN_WAY)))
+GIVES = r"process \d+: has to give back semaphores of set \d+ when it ends \(SEM_UNDO\), which cannot be saved: "
+AMOUNTS = (
+    r"\+2 to semaphore 0, -7 to semaphore 1, \+3 to semaphore 5, perhaps something to semaphore 68, whose value is too "
+    r"high to tell, -20000 to semaphore 69; have"
+)
+TABLE += [
+    Workload("semaphores", mode, refused=(pattern,), ways=(*PLAIN_WAYS, REFUSED_WAY))
+    for mode, pattern in (
+        ("shared", GIVES + AMOUNTS),
+        ("own", GIVES + AMOUNTS),
+        ("denied", r"process \d+: may have to give back semaphores of set \d+ .*: it may not use the set now"),
+    )
+]
+TABLE.append(Workload("semaphores", "returned"))
 OURS = 0x6669
 pytestmark = pytest.mark.xdist_group("machine-wide settings")  # ids are given out by the whole machine
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
@@ -142,3 +163,87 @@ def test_damaged_images(runner: Runner, dumped: tuple[Target, Path, int], size: 
     code, text = runner.try_restore(damaged)
     assert code and "Traceback" not in text and "image" in text, text[-3000:]
     assert look_up(shmid) is None
+
+
+# ---- semaphores
+
+_USER = """
+import ctypes, struct, sys, time
+libc = ctypes.CDLL(None)
+while True:
+    for change in 1, -1:
+        if libc.semop(int(sys.argv[1]), struct.pack("<Hhh", 0, change, 0x1000), 1):
+            sys.exit(1)
+    time.sleep(0.0001)
+"""
+
+
+@pytest.fixture
+def busy_set() -> Iterator[int]:
+    """A set that everybody may use, and that some process uses all the time, with SEM_UNDO."""
+    number = syscall("semget", nr.semget, OURS << 16, 3, ipc.IPC_CREAT | ipc.IPC_EXCL | 0o666)
+    user = subprocess.Popen([sys.executable, "-c", _USER, str(number)])
+    try:
+        while number not in {each.id for each in used_sets()}:
+            assert user.poll() is None
+            time.sleep(0.01)
+        yield number
+        assert user.poll() is None, "the user of the set was disturbed"
+    finally:
+        user.kill()
+        user.wait()
+
+
+@pytest.mark.parametrize("way", ["plain", "break", "dump", "leave"])
+def test_threads_without_undo(way: str, runner: Runner, busy_set: int) -> None:
+    """Every program with threads has an undo list; one that holds nothing is no obstacle, whoever uses semaphores."""
+    run_workload(Workload("semaphores", "threads"), way, runner)
+    assert syscall("semctl", nr.semctl, busy_set, 0, ipc.GETPID, 0) != os.getpid()
+
+
+def semop(value: int, amount: int, steps: list[tuple[int, int]]) -> int:
+    """What the kernel answers to these operations (change, flags) on one semaphore: semop(2)."""
+    for change, flags in steps:
+        assert flags & ipc.IPC_NOWAIT
+        if (not change and value) or value + change < 0:
+            return errno.EAGAIN
+        value += change
+        if flags & ipc.SEM_UNDO:
+            amount -= change
+        if value > 32767 or not LOWEST <= amount <= HIGHEST:
+            return errno.ERANGE
+    return 0
+
+
+amounts = st.integers(LOWEST, HIGHEST)
+
+
+@given(st.integers(0, 32767), amounts, amounts, amounts, st.sampled_from([16384, 4096, 1000]))
+def test_a_question_never_lies(value: int, amount: int, one: int, other: int, stride: int) -> None:
+    for low, high in {(min(one, other), max(one, other)), (0, 0), (amount, amount), (LOWEST, amount)}:
+        steps = within(low, high, stride)
+        assert len(steps) <= 4 * 65536 / stride + 4
+        said = semop(value, amount, steps + FAIL)
+        assert said in (errno.EAGAIN, errno.ERANGE)
+        if value <= 32767 - stride:
+            assert (said == errno.EAGAIN) == (low <= amount <= high)
+        elif said == errno.EAGAIN:
+            assert low <= amount <= high
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "lets"),
+    [
+        ("0 1 600 1 5 6 7 8 9 9", {}, False),
+        ("0 1 606 1 4 6 7 8 9 9", {}, True),
+        ("0 1 600 1 5 6 7 8 9 9", {"Uid": "1\t5\t1\t1"}, True),  # the owner's
+        ("0 1 066 1 7 6 5 8 9 9", {"Uid": "1\t1\t5\t1"}, True),  # the maker's, but his like may not
+        ("0 1 400 1 7 6 5 8 9 9", {"Uid": "1\t1\t5\t1"}, False),
+        ("0 1 660 1 4 12 7 8 9 9", {"Groups": "11 12 "}, True),
+        ("0 1 660 1 4 12 7 8 9 9", {"Gid": "2\t2\t12\t2"}, True),
+        ("0 1 000 1 5 6 7 8 9 9", {"CapPrm": "0000000000008000"}, True),
+    ],
+)
+def test_who_might_use_semaphores(line: str, changes: dict[str, str], lets: bool) -> None:
+    status = {"Uid": "1\t1\t1\t1", "Gid": "2\t2\t2\t2", "Groups": "", "CapPrm": "0000000000000000"}
+    assert SemaphoreSet(line).could_let(status | changes) == lets

@@ -15,13 +15,12 @@ import struct
 import subprocess
 import termios
 import tty as modes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, Runner, Target, firn_command, wait_until
+from harness import PATIENCE, Runner, Target, firn_command, low_numbers_in_use, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_workloads import test_workload as run_workload
@@ -41,21 +40,7 @@ TABLE = [
     *(Workload("ttys_tree", mode) for mode in ("forkpty", "job")),
 ]
 pytestmark = pytest.mark.xdist_group("terminals")  # each takes the lowest free number, and wants it again
-BUSY = 12
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
-
-
-@contextmanager
-def low_numbers_in_use() -> Iterator[None]:
-    """A terminal gets the lowest free number. One that is made while lower ones are in use has its number for itself:
-    what runs beside the test takes the lower ones while the target is away."""
-    taken = [os.openpty() for _ in range(BUSY)]
-    try:
-        yield
-    finally:
-        for pair in taken:
-            os.close(pair[0])
-            os.close(pair[1])
 
 
 @pytest.fixture(autouse=True)

@@ -6,20 +6,25 @@ import array
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Runner, Target, firn_command, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
+from firn.errors import FirnError
 from firn.host import sockdiag
 from firn.resources.sockets import options, queues
+from firn.resources.sockets.standins import Identity, StandIns
 
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
 MODES = ("pairs", "listen", "waiting", "half", "datagrams", "rights", "options")
 TABLE = [Workload("unix_sockets", mode, once=mode not in ("listen", "options"), unlike=UNLIKE) for mode in MODES]
+TABLE += [Workload("unix_identity", mode, once=True, unlike=UNLIKE) for mode in ("peers", "letters")]
 TREES = ("pipes", "sockets")
 TABLE += [Workload("ipc_tree", mode, once=mode == "sockets", unlike=UNLIKE) for mode in TREES]
 
@@ -106,37 +111,68 @@ def test_a_client_outside_that_waits_is_refused(runner: Runner) -> None:
 
 
 @needs_firn
-@pytest.mark.parametrize("reason", ["error", "peek", "credentials", "urgent", "sender"])
+@pytest.mark.parametrize("reason", ["error", "urgent"])
 def test_what_images_cannot_hold_is_refused(runner: Runner, reason: str) -> None:
-    kind = socket.SOCK_DGRAM if reason in ("credentials", "sender") else socket.SOCK_STREAM
-    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     if reason == "error":
         one.send(b"x")
-        other.close()
-    elif reason == "peek":
-        one.setsockopt(socket.SOL_SOCKET, options.SO_PEEK_OFF, 0)
-        other.close()
-    elif reason == "credentials":
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        other.send(b"x")
-        other.close()
-    elif reason == "urgent":
-        other.send(b"x", socket.MSG_OOB)
-        other.close()
     else:
-        one.close()
-        one = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        one.bind(str(runner.folder / "box"))
-        other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        other.bind(str(runner.folder / "sender"))
-        other.sendto(b"x", str(runner.folder / "box"))
-        other.close()
+        other.send(b"x", socket.MSG_OOB)
+    other.close()
     target = sleeper(runner, one.fileno())
     one.close()
     code, text, _ = runner.try_dump(target)
-    word = {"urgent": "out-of-band", "peek": "SO_PEEK_OFF = 0", "sender": "datagram from /"}.get(reason, reason)
+    word = {"urgent": "out-of-band"}.get(reason, reason)
     assert code and word in text and "Traceback" not in text, text
     runner.kill(target)
+
+
+STANDIN = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from firn.resources.sockets.standins import Identity, StandIns
+helpers = StandIns()
+helpers.pair(Identity({"pid": int(sys.argv[2]), "uid": 1234, "gid": 1}), 1)
+print("made", flush=True)
+time.sleep(1000)
+"""
+
+
+@needs_firn
+def test_a_standin_does_not_outlive_firn() -> None:
+    with subprocess.Popen(["/bin/true"]) as gone:
+        pid = gone.pid  # free now, and not soon used again
+    source = str(Path(__file__).parents[1] / "src")
+    with subprocess.Popen([sys.executable, "-c", STANDIN, source, str(pid)], stdout=subprocess.PIPE) as firn:
+        assert firn.stdout is not None and firn.stdout.readline() == b"made\n"
+        assert "1234" in Path(f"/proc/{pid}/status").read_text().partition("Uid:")[2].split("\n")[0]
+        firn.kill()
+    # It is a child of ours now, if we are a reaper, or of init.
+    wait_until("it ends", lambda: _has_ended(pid))
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    "peer", [{"pid": 1 << 31}, {"uid": 1 << 31, "pid": 3}, {"groups": b"abcd" * 70000}, {"gid": 0xFFFFFFFE}], ids=str
+)
+def test_impossible_peers_are_one_error_or_nobody(peer: dict[str, Any]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    helpers = StandIns()
+    try:
+        for made in helpers.pair(Identity({"uid": 0, "gid": 0} | peer), socket.SOCK_STREAM):
+            made.close()
+    except FirnError as error:
+        assert "process" in str(error)
+    finally:
+        helpers.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def shown(records: list[queues.Record]) -> list[tuple[bytes, int]]:

@@ -49,6 +49,7 @@ COMMANDS = {
     "dedup": "U",
     "cpuinfo": "I",
     "inspect": "N",
+    "unlock": "K",
     "exec": "X",
     "show": "X",
 }
@@ -107,7 +108,7 @@ def _on_one_host(external: tuple[str, ...]) -> bool:
 TABLE: tuple[Option, ...] = (
     # General and directories
     Option("tree", "t", "pid", "DPR", 0, True),
-    Option("images-dir", "D", "text", "DPRSLCUWI", ".", True),
+    Option("images-dir", "D", "text", "DPRSLCUWIK", ".", True),
     Option("work-dir", "W", "text", _ALL, "", True),
     Option("log-file", "o", "text", _ALL, "", True),
     Option("log-pid", "", "flag", "R", False, True, no=True),
@@ -197,9 +198,10 @@ TABLE: tuple[Option, ...] = (
     Option("feature", "", "text", "C", None, True),
     Option("extra", "", "flag", "C", False, True, no=True),
     Option("experimental", "", "flag", "C", False, True, no=True),
-    Option("all", "", "flag", "C", False, True),
+    Option("all", "", "flag", "CK", False, True),
     # firn's own
     Option("fork-snapshot", "", "flag", "D", False, True, firn_only=True),
+    Option("remap-ip", "", "list", "R", (), True, firn_only=True),
     Option("plan", "", "flag", "R", False, False, firn_only=True),
     Option("json", "", "flag", "N", False, True, firn_only=True),
 )
@@ -354,6 +356,7 @@ class RestoreOptions(_Transfer):
     inherit_fd: list[str]
     lsm_profile: str
     lsm_mount_context: str
+    remap_ip: list[str]
     plan: bool
     foreground_status: bool
 

@@ -263,13 +263,15 @@ X86_64 = Mirror(
 )
 
 IPC = Mirror(
-    headers=("sys/ipc.h", "sys/shm.h"),
+    headers=("sys/ipc.h", "sys/shm.h", "sys/sem.h"),
+    newer={"SEMAEM": ("include/uapi/linux/sem.h", 32767)},
     structs={
         "SHMID64_DS": (
             "struct shmid_ds",
             "shm_perm.__key shm_perm.uid shm_perm.gid shm_perm.cuid shm_perm.cgid shm_perm.mode - shm_segsz shm_atime "
             "shm_dtime shm_ctime shm_cpid shm_lpid shm_nattch -",
         ),
+        "SEMBUF": ("struct sembuf", "sem_num sem_op sem_flg"),
     },
 )
 POLICIES = Mirror(
@@ -282,9 +284,43 @@ POLICIES = Mirror(
 )
 WAIT = Mirror(headers=("linux/wait.h", "linux/signal.h"), expressions={"SI_PID": "offsetof(siginfo_t, si_pid)"})
 
+NFTABLES = Mirror(
+    headers=(
+        "linux/netlink.h", "netinet/in.h", "linux/netfilter/nfnetlink.h", "linux/netfilter.h", "limits.h",
+        "linux/netfilter_ipv4.h", "linux/netfilter/nf_tables.h",
+    ),
+    structs={
+        "NLMSGHDR": ("struct nlmsghdr", "nlmsg_len nlmsg_type nlmsg_flags nlmsg_seq nlmsg_pid"),
+        "NLATTR": ("struct nlattr", "nla_len nla_type"),
+        "NFGENMSG": ("struct nfgenmsg", "nfgen_family version res_id"),
+    },
+)  # fmt: skip
+
+TCP = Mirror(
+    headers=("netinet/tcp.h", "sys/ioctl.h", "linux/sockios.h", "asm/ioctls.h"),
+    expressions={
+        "TCPOPT_MSS": "TCPOPT_MAXSEG",
+        "TCPOPT_SACK_PERM": "TCPOPT_SACK_PERMITTED",
+        "SIOCINQ": "FIONREAD",
+        "SIOCOUTQ": "TIOCOUTQ",
+    },
+    structs={
+        "REPAIR_OPT": ("struct tcp_repair_opt", "opt_code opt_val"),
+        "WINDOW": ("struct tcp_repair_window", "snd_wl1 snd_wnd max_window rcv_wnd rcv_wup"),
+    },
+    newer={
+        "TCP_AO_INFO": ("include/uapi/linux/tcp.h, Linux 6.7", 40),
+        "TCP_REPAIR_ON": ("include/uapi/linux/tcp.h", 1),
+        "TCP_REPAIR_OFF": ("include/uapi/linux/tcp.h", 0),
+        "TCP_REPAIR_OFF_NO_WP": ("include/uapi/linux/tcp.h", -1),
+    },
+    own=frozenset({"INFO", "TCP_MAX_WSCALE"}),
+)
+
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "policies": POLICIES, "poll": POLL, "prctl": PRCTL,
-    "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tty": TTY, "tun": TUN, "wait": WAIT, "x86_64": X86_64,
+    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
+    "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
+    "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

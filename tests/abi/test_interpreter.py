@@ -7,7 +7,10 @@ import os
 import signal
 import struct
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,15 @@ def _settle(pid: int) -> tuple[Runner, Scratch]:
     assert runner.single(birth.SYSCALL_SITE, nr.mmap, CODE + mman.PAGE, SIZE, rw, FLAGS, ANYWHERE, 0)
     memory.force_write(pid, CODE, cpu.INTERPRETER)
     return runner, Scratch(pid, CODE, CODE + mman.PAGE, SIZE)
+
+
+@pytest.fixture(autouse=True)
+def reaped() -> Iterator[None]:
+    """What a stub has made is left to us when it ends, if an earlier test has made us a reaper."""
+    yield
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 @pytest.fixture
@@ -363,3 +375,23 @@ def test_the_way_home_fits() -> None:
     code = cpu.one_call(regs, 5)
     assert len(code) <= cpu.HOME_SIZE and cpu.is_one_call(code)
     assert not cpu.is_one_call(cpu.way_home(regs, 5)) and not cpu.is_one_call(bytes(cpu.HOME_SIZE))
+
+
+def test_a_stub_is_born_of_a_program_with_threads() -> None:
+    """The newborn has only the thread that made it, and must not wait for what another one held."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.is_set():
+            time.sleep(0)
+
+    busy = [threading.Thread(target=work) for _ in range(3)]
+    for thread in busy:
+        thread.start()
+    try:
+        for _ in range(20):
+            birth.kill([[_spawn()]])
+    finally:
+        ended.set()
+        for thread in busy:
+            thread.join()

@@ -198,6 +198,9 @@ static void udp_set(void)
 	make(4, AF_INET, SOCK_DGRAM, 0);
 	bind_to(4, "127.0.0.1", 0);
 	NEED(!connect_to(fds[4], "127.0.0.1", ports[0]) && !shutdown(fds[4], SHUT_WR));
+	/* Connected to no port, which getpeername does not tell. */
+	make(5, AF_INET, SOCK_DGRAM, 0);
+	NEED(!connect_to(fds[5], "127.0.0.9", 0));
 }
 
 static int udp_check(void)
@@ -213,6 +216,8 @@ static int udp_check(void)
 	CHECK(sendto(fds[2], "back", 4, 0, &a.any, length) == 4 && read(fds[3], got, 64) == 4);
 	CHECK(fcntl(fds[1], F_GETFL) == (O_RDWR | O_NONBLOCK));
 	CHECK(send(fds[4], "no", 2, MSG_NOSIGNAL) == -1 && errno == EPIPE);
+	/* It gets as far as to the data, where one without a peer fails for want of an address. */
+	CHECK(send(fds[5], (void *)1, 2, MSG_NOSIGNAL) == -1 && errno == EFAULT);
 	return 1;
 }
 
@@ -274,6 +279,74 @@ static int queue_check(void)
 }
 
 static void queue_harm(void)
+{
+	recv(fds[1], got, 1, 0);
+}
+
+/* Datagrams wait in sockets that share a port, one that is bound to a device, and merged (UDP_GRO) in a third. */
+static int waits[2];
+static uint16_t senders[2][32];
+
+static void crowd_set(void)
+{
+	union address a;
+	int offset = 0;
+	for (int i = 0; i < 2; i++) {
+		make(i, AF_INET, SOCK_DGRAM, 0);
+		set_number(fds[i], SOL_SOCKET, SO_REUSEPORT, 1);
+		bind_to(i, "0.0.0.0", i ? ports[0] : 0);
+	}
+	for (int i = 0; i < 16; i++) {
+		int fd = socket(AF_INET, SOCK_DGRAM, 0);
+		NEED(fd >= 0 && !connect_to(fd, "127.0.0.1", ports[0]) && write(fd, "share", 5) == 5);
+		close(fd);
+	}
+	for (int i = 0; i < 2; i++) {
+		socklen_t length = sizeof a;
+		set_number(fds[i], SOL_SOCKET, 42 /* SO_PEEK_OFF */, 0);
+		for (; recvfrom(fds[i], got, 64, MSG_PEEK | MSG_DONTWAIT, &a.any, &length) == 5; waits[i]++)
+			senders[i][waits[i]] = ntohs(a.four.sin_port);
+		offset = -1;
+		set_number(fds[i], SOL_SOCKET, 42, offset);
+	}
+	NEED(waits[0] + waits[1] == 16 && waits[0] && waits[1]);
+	make(2, AF_INET, SOCK_DGRAM, 0);
+	NEED(!setsockopt(fds[2], SOL_SOCKET, SO_BINDTODEVICE, "lo", 2));
+	bind_to(2, "127.0.0.1", 0);
+	make(3, AF_INET, SOCK_DGRAM, 0);
+	set_number(fds[3], IPPROTO_UDP, 104 /* UDP_GRO */, 1);
+	bind_to(3, "127.0.0.1", 0);
+	make(4, AF_INET, SOCK_DGRAM, 0);
+	bind_to(4, "127.0.0.1", 0);
+	NEED(!connect_to(fds[4], "127.0.0.1", ports[2]) && write(fds[4], "device", 6) == 6);
+	set_number(fds[4], IPPROTO_UDP, 103 /* UDP_SEGMENT */, 100);
+	NEED(!connect_to(fds[4], "127.0.0.1", ports[3]) && write(fds[4], expected, 250) == 250);
+}
+
+static int crowd_check(void)
+{
+	union address a;
+	char device[16] = "";
+	socklen_t length = sizeof device;
+	for (int i = 0; i < 2; i++)
+		for (int j = 0; j < waits[i]; j++)
+			CHECK_ALL(takes(i, "share", 5, "127.0.0.1", senders[i][j]));
+	CHECK(recv(fds[0], got, 1, MSG_DONTWAIT) == -1 && recv(fds[1], got, 1, MSG_DONTWAIT) == -1);
+	CHECK(getpeername(fds[0], &a.any, &length) == -1 && errno == ENOTCONN && is_at(0, "0.0.0.0") && is_at(1, "0.0.0.0"));
+	length = sizeof device;
+	CHECK(!getsockopt(fds[2], SOL_SOCKET, SO_BINDTODEVICE, device, &length) && !strcmp(device, "lo"));
+	CHECK_ALL(takes(2, "device", 6, "127.0.0.1", ports[4]));
+	/* Merged as the kernel likes, but all of it. */
+	ssize_t size = 0, more;
+	while ((more = recv(fds[3], got, sizeof got, MSG_DONTWAIT)) > 0) {
+		CHECK(more % 100 == 0 || more % 100 == 50);
+		size += more;
+	}
+	CHECK(size == 250 && number(fds[3], IPPROTO_UDP, 104) == 1);
+	return 1;
+}
+
+static void crowd_harm(void)
 {
 	recv(fds[1], got, 1, 0);
 }
@@ -418,5 +491,6 @@ static void connection_harm(void)
 
 WORKLOAD({"listen", listen_set, listen_check, listen_harm}, {"bound", bound_set, bound_check, bound_harm},
 	 {"udp", udp_set, udp_check, udp_harm}, {"queue", queue_set, queue_check, queue_harm},
+	 {"crowd", crowd_set, crowd_check, crowd_harm},
 	 {"options", options_set, options_check, options_harm}, {"groups", groups_set, groups_check, groups_harm},
 	 {"connection", connection_set, connection_check, connection_harm})

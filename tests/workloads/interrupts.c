@@ -94,7 +94,8 @@ static void make_objects(void)
 	struct message one = {4, "full"};
 	struct timeval limit = {60, 0};
 	char byte = 'y';
-	semaphores = semget(key, 2, IPC_CREAT | IPC_EXCL | 0600);
+	/* Without permissions, or any program with threads might have used it as well, and could not be dumped. */
+	semaphores = semget(key, 2, IPC_CREAT | IPC_EXCL);
 	queue = msgget(key, IPC_CREAT | IPC_EXCL | 0600);
 	full_queue = msgget(key ^ 0x8000, IPC_CREAT | IPC_EXCL | 0600);
 	NEED(semaphores >= 0 && queue >= 0 && full_queue >= 0);

@@ -10,7 +10,7 @@
 #include <linux/filter.h>
 
 static int fds[16];
-static char expected[65536], got[1 << 20];
+static char expected[65536], got[1 << 20], sender[64];
 
 static socklen_t address_of(struct sockaddr_un *a, const char *name)
 {
@@ -257,7 +257,8 @@ static void datagrams_set(void)
 {
 	struct sockaddr_un a;
 	fds[0] = bound(SOCK_DGRAM, "mailbox");
-	fds[1] = bound(SOCK_DGRAM, "@firn-test-dgram");
+	snprintf(sender, sizeof sender, "@firn-test-dgram-%d", getpid());
+	fds[1] = bound(SOCK_DGRAM, sender);
 	fds[2] = socket(AF_UNIX, SOCK_DGRAM, 0);
 	NEED(!connect_to(fds[1], "mailbox") && write(fds[1], "signed", 6) == 6 && write(fds[1], "", 0) == 0);
 	fds[3] = bound(SOCK_DGRAM, "left");
@@ -274,9 +275,10 @@ static int datagrams_check(void)
 	struct sockaddr_un a;
 	socklen_t length = sizeof a;
 	CHECK(recvfrom(fds[0], got, 64, MSG_DONTWAIT, (void *)&a, &length) == 6 && !memcmp(got, "signed", 6));
-	CHECK(length == offsetof(struct sockaddr_un, sun_path) + 16 && !memcmp(a.sun_path + 1, "firn-test-dgram", 15));
+	CHECK(length == offsetof(struct sockaddr_un, sun_path) + strlen(sender));
+	CHECK(!memcmp(a.sun_path + 1, sender + 1, strlen(sender) - 1));
 	CHECK(recv(fds[0], got, 64, MSG_DONTWAIT) == 0 && nothing_left(fds[0]));
-	CHECK(is_named(fds[1], 0, "@firn-test-dgram") && is_named(fds[1], 1, "mailbox"));
+	CHECK(is_named(fds[1], 0, sender) && is_named(fds[1], 1, "mailbox"));
 	CHECK(write(fds[1], "more", 4) == 4 && recv(fds[0], got, 64, MSG_DONTWAIT) == 4);
 	CHECK(is_named(fds[3], 0, "left") && is_named(fds[3], 1, "right") && is_named(fds[4], 1, "left"));
 	CHECK(recv(fds[4], got, 64, MSG_DONTWAIT) == 12 && write(fds[4], "x", 1) == 1 && recv(fds[3], got, 9, 0) == 1);

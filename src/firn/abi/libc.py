@@ -11,6 +11,8 @@ import os
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
+_forking = ctypes.PyDLL(None, use_errno=True).syscall
+_forking.restype = ctypes.c_long
 _MASK = (1 << 64) - 1
 _c_ulong = ctypes.c_ulong
 get_errno = ctypes.get_errno
@@ -22,7 +24,19 @@ def syscall(what: str, number: int, *args: int) -> int:
     Integers are passed as 64-bit words (negative ones as two's complement); buffers by address.
     Raises :class:`OSError` with the kernel's errno.
     """
-    result: int = _syscall(_c_ulong(number), *[_c_ulong(a & _MASK) for a in args])
+    return _checked(what, _syscall(_c_ulong(number), *[_c_ulong(a & _MASK) for a in args]))
+
+
+def forking_syscall(what: str, number: int, *args: int) -> int:
+    """:func:`syscall` for a call that copies this process and lets the copy run Python.
+
+    The interpreter's lock is kept: the copy has only the calling thread, and would wait for ever for another one that
+    had the lock. The copy must execute a program or end soon, since nothing else of this process was made ready for it.
+    """
+    return _checked(what, _forking(_c_ulong(number), *[_c_ulong(a & _MASK) for a in args]))
+
+
+def _checked(what: str, result: int) -> int:
     if result == -1:
         error = get_errno()
         if error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 
-POLLERR, POLLHUP, POLLRDHUP = 8, 16, 0x2000
+POLLIN, POLLPRI, POLLERR, POLLHUP, POLLRDHUP = 1, 2, 8, 16, 0x2000
 
 
 def state(fd: int, wanted: int = 0) -> int:

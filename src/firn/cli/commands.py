@@ -21,7 +21,7 @@ _RECORDS: dict[str, type[api.Options]] = {
     "cpuinfo": api.CpuinfoOptions,
 }
 
-_FIRN_ONLY = ("inspect",)
+_FIRN_ONLY = ("inspect", "unlock")
 
 # The last line of a command's log: all went well, it failed.
 _CLOSING = {
@@ -62,6 +62,10 @@ def run(request: Request) -> int:
         from firn.cli import inspect
 
         return inspect.run(request)
+    if command == "unlock":
+        from firn.cli import unlock
+
+        return unlock.run(request)
     _positional(request, command)
     _warn(request, command)
     # firn's own check is of use to anybody: it says what is missing.

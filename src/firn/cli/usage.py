@@ -18,6 +18,11 @@ COMMANDS = (
     ("cpuinfo check", "compare this processor with what was saved"),
 )
 
+_OWN_COMMANDS = (
+    ("inspect", "show what is in a checkpoint"),
+    ("unlock", "remove network locks that a killed firn has left"),
+)
+
 # section -> option -> (name of its value, what it does)
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Generic": {
@@ -62,6 +67,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "file-locks": ("", "save file locks"),
         "tcp-established": ("", "save established TCP connections"),
         "tcp-close": ("", "save TCP connections as closed ones"),
+        "remap-ip": ("OLD=NEW", "restore sockets of address OLD on NEW; may be repeated"),
         "skip-in-flight": ("", "drop connections that nobody has accepted yet"),
         "network-lock": ("METHOD", "how connections are held: iptables (default), nftables, skip"),
         "link-remap": ("", "give unlinked files that have other names a temporary one"),
@@ -89,7 +95,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "feature": ("NAME", "check one feature, see below"),
         "extra": ("", "check what some trees need"),
         "experimental": ("", "check what few trees need"),
-        "all": ("", "both"),
+        "all": ("", "both; have unlock remove locks that wait for a restore too"),
     },
     "Logging": {
         "log-file": ("FILE", "write the log to FILE; - is stdout"),
@@ -138,11 +144,11 @@ def short(program: str) -> str:
         f"  {program} check [--feature NAME]",
         f"  {program} page-server | lazy-pages | service | dedup [options]",
         f"  {program} cpuinfo dump|check [options]",
-        *([f"  {program} inspect DIR [--json]"] if program != "criu" else []),
+        *([f"  {program} inspect DIR [--json]", f"  {program} unlock [-D DIR | --all]"] if program != "criu" else []),
         "",
         "Commands:",
         *(f"  {name:<15}{text}" for name, text in COMMANDS),
-        *([f"  {'inspect':<15}show what is in a checkpoint"] if program != "criu" else []),
+        *(f"  {name:<15}{text}" for name, text in _OWN_COMMANDS if program != "criu"),
         "",
         "Try -h|--help for more info",
         "",

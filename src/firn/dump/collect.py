@@ -49,6 +49,7 @@ class Collected:
         """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
+        self.semaphore_sets = semaphores.used_sets()
         self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
 
     def close(self) -> None:
@@ -73,12 +74,11 @@ def collect(dump: Dump) -> Collected:
     """Collect the frozen tree of *dump*; what cannot be saved is in the obstacles of the result."""
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
+    got.collector.context.lock = dump.lock
     try:
         _check_borders(got, dump.options.shell_job)
         _number_objects(got)
         _check_births(tree, got)
-        for mine in got.tasks:
-            semaphores.find_undo(mine.pid, [thread.tid for thread in mine.task.threads], got.obstacles)
         for mine in got.tasks:
             maps = dump.early_maps.get(mine.pid)
             if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
@@ -99,7 +99,7 @@ def collect(dump: Dump) -> Collected:
             ]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
-        _identity(tree, got, dump.options.tcp_close)
+        _identity(tree, got, dump)
     except BaseException:
         got.close()
         raise
@@ -107,6 +107,8 @@ def collect(dump: Dump) -> Collected:
 
 
 _AT_ONCE = 64
+_NO_LOCK = 2
+"""network_lock_method of an inventory: skip."""
 
 
 def _collect_descriptors(got: Collected) -> None:
@@ -227,7 +229,7 @@ def _check_outsiders(plan: births.Plan, sessions: set[int], obstacles: list[Obst
             sessions.discard(session)
 
 
-def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
+def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
         if mine.pid in got.told:
@@ -238,10 +240,13 @@ def _identity(tree: FrozenTree, got: Collected, tcp_close: bool) -> None:
         got.zombies.append((zombie.pid, _zombie_core(zombie)))
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
-    got.inventory = {"tcp_close": True} if tcp_close else {}
+    got.inventory = {"tcp_close": True} if dump.options.tcp_close else {}
+    lock = dump.lock if dump.lock is not None and dump.lock.used else None
     got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,
-        "root_cg_set": cgroups.ROOT_SET, "lsmtype": 0, "network_lock_method": 2, "dump_criu_run_id": _run_id(),
+        "root_cg_set": cgroups.ROOT_SET, "lsmtype": 0,
+        "network_lock_method": lock.method if lock is not None else _NO_LOCK,
+        "dump_criu_run_id": dump.run_id,
     }  # fmt: skip
 
 
@@ -275,8 +280,3 @@ def _zombie_core(zombie: Zombie) -> dict[str, Any]:
     if zombie.stat.exit_signal != sig.SIGCHLD:
         tc["firn"] = {"exit_signal": zombie.stat.exit_signal}
     return {"mtype": 1, "tc": tc}
-
-
-def _run_id() -> str:
-    raw = os.urandom(16).hex()
-    return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"

@@ -21,14 +21,14 @@ import time
 from firn import faults
 from firn.abi import nr
 from firn.abi.cpuid import xsave_layout
-from firn.abi.libc import address_of, syscall
+from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
 from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, cpu, policies, restart
+from firn.resources import base, cpu, policies, process, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from firn.dump.task import CollectedTask
     from firn.log import Log
     from firn.resources.memory.shared import SharedPages
+    from firn.resources.network.lock import Lock
     from firn.tracee.freezer import Freezer
 
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
-_RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
 
 
 class Dump:
@@ -75,6 +75,8 @@ class Dump:
         self.freezer: Freezer | None = None
         self.pidfd = -1
         self.frozen_at = 0
+        self.run_id = _run_id()
+        self.lock: Lock | None = None
 
     def phase(self, name: str) -> None:
         """Go through the phase called *name*."""
@@ -98,11 +100,15 @@ class Dump:
         xsave_layout()
         self.images.clear_old()
         self.first_pages = self._pages_file(1)
-        _raise_fd_limit()
+        process.raise_own_limit()
         if self.options.fork_snapshot:
             from firn.dump.snapshot import take_all
 
             self.take_snapshots = take_all
+        if self.options.tcp_established and not self.options.tcp_close:
+            from firn.resources.network import lock
+
+            self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
 
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -202,8 +208,13 @@ class Dump:
 
     def release(self) -> None:
         """Let the target run on."""
+        self._unlock()
         self._release_tree()
         self._thawed()
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.open()
 
     def _release_tree(self) -> None:
         """Let the tree go, and what its control group holds besides."""
@@ -256,18 +267,39 @@ class Dump:
         """Put a target that was still frozen into its final state."""
         if not self.tree.tasks:
             return
-        if self.options.leave_running or self.options.leave_stopped:
-            if self.options.leave_stopped:
-                self.tree.stop()
+        if self.options.leave_running and not self.options.leave_stopped:
             self.release()
             return
+        if self.lock is not None:
+            self.lock.keep()
+            faults.point("dump.end.locked")
+        if self.options.leave_stopped:
+            self._leave_stopped()
+            return
+        assert self.collected is not None
         self.tree.kill()
+        faults.point("dump.end.killed")
+        self.collected.collector.killed()
         if self.freezer is not None:
             self.freezer.let_go()
         self._thawed()
 
+    def _leave_stopped(self) -> None:
+        """The connections stay locked, as CRIU's do: else their peers would get on with what is in no image."""
+        self.tree.stop()
+        self._release_tree()
+        self._thawed()
+        if self.lock is not None and self.lock.used:
+            self.log.warn("connections stay locked; if the tree shall go on instead of being restored: firn unlock")
+
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
+        try:
+            self._unlock()
+        finally:
+            self._undo_rest()
+
+    def _undo_rest(self) -> None:
         try:
             self._release_tree()
         finally:
@@ -284,6 +316,8 @@ class Dump:
             if self.options.leave_running:
                 self.collected.finder.undo()
             self.collected.close()
+        if self.lock is not None:
+            self.lock.close()
         for fd in (self.first_pages, self.pidfd):
             if fd >= 0:
                 os.close(fd)
@@ -340,10 +374,7 @@ def save_processor(options: CpuinfoOptions) -> None:
         images.close()
 
 
-def _raise_fd_limit() -> None:
-    # Not by the resource module: to load its shared library costs more than the rest of this phase.
-    limit = bytearray(16)
-    syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, 0, address_of(limit))
-    hard = limit[8:]
-    if limit[:8] != hard:
-        syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, address_of(hard + hard), 0)
+def _run_id() -> str:
+    """A name for this dump, of the form of a UUID: the restore finds the network lock by it."""
+    raw = os.urandom(16).hex()
+    return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"

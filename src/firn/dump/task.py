@@ -13,7 +13,7 @@ from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import Obstacle
 from firn.host import features, procfs
-from firn.resources import cgroups, creds, policies, process, restart, signals, stops, threads, timers
+from firn.resources import cgroups, creds, policies, process, restart, semaphores, signals, stops, threads, timers
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
@@ -220,6 +220,7 @@ class Questions:
             policies.answer(own, self.policies[thread.tid], pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
             for thread, own, _ in self.threads
         ]
+        self._find_undo(got)
         self._settle_timers()
         tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
         stopped = mine.task.stop_signal
@@ -259,6 +260,15 @@ class Questions:
         if future or keys:
             mine.mm["firn"] = {"lock_future": future, "pkeys": keys}
         mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
+
+    def _find_undo(self, got: Collected) -> None:
+        if not got.semaphore_sets:
+            return
+        holders = semaphores.holders([thread.tid for thread, _, _ in self.threads])
+        for thread, program, _ in self.threads:
+            if thread.tid in holders:
+                status = self.mine.statuses[thread.tid]
+                got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
 
     def _settle_timers(self) -> None:
         """Pending timer signals must know their overruns before the queues are read."""

@@ -6,6 +6,10 @@ import os
 
 from firn.host import procfs
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 class Holder:
     """A descriptor of some process; ``mode`` is its O_ACCMODE."""
@@ -25,12 +29,8 @@ class Holder:
         return f"process {self.pid}{name}, descriptor {self.fd}"
 
 
-def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
-    """The descriptors that lead to the file (st_dev, st_ino), of all processes but *skip*.
-
-    What cannot be looked at, or goes away meanwhile, is passed over.
-    """
-    found: list[Holder] = []
+def _descriptors(skip: set[int]) -> Iterator[tuple[int, int]]:
+    """(pid, number) of all descriptors of all processes but *skip*; what cannot be looked at is passed over."""
     for pid in procfs.processes():
         if pid in skip:
             continue
@@ -39,10 +39,34 @@ def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
         except OSError:
             continue
         for number in numbers:
-            try:
-                there = os.stat(f"/proc/{pid}/fd/{number}")
-                if (there.st_ino, there.st_dev) == (inode, device):
-                    found.append(Holder(pid, int(number)))
-            except OSError:
-                continue
+            yield pid, int(number)
+
+
+def of_sockets(inodes: set[int], skip: set[int]) -> dict[int, Holder]:
+    """One holder for each of the sockets with these inodes that a process other than *skip* has open."""
+    found: dict[int, Holder] = {}
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for pid, fd in _descriptors(skip):
+        try:
+            inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{fd}"))
+            if inode is not None:
+                found[inode] = Holder(pid, fd)
+        except OSError:
+            continue
+    return found
+
+
+def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
+    """The descriptors that lead to the file (st_dev, st_ino), of all processes but *skip*.
+
+    What cannot be looked at, or goes away meanwhile, is passed over.
+    """
+    found: list[Holder] = []
+    for pid, fd in _descriptors(skip):
+        try:
+            there = os.stat(f"/proc/{pid}/fd/{fd}")
+            if (there.st_ino, there.st_dev) == (inode, device):
+                found.append(Holder(pid, fd))
+        except OSError:
+            continue
     return found

@@ -8,11 +8,13 @@ import os
 import socket
 import struct
 
+from firn.abi import nftables as nf
 from firn.abi import nr
 from firn.abi import probe_consts as pc
 from firn.abi.libc import syscall
 from firn.errors import KernelError
-from firn.host.probes_netlink import attribute, attributes, message, talk
+from firn.host.netlink import attribute, attributes, message
+from firn.host.probes_netlink import talk
 
 _PROBE_NAME = b"firn-probe\0"
 _ALL_STATES = 0xFFFFFFFF
@@ -28,7 +30,7 @@ def _new_network() -> None:
 
 
 def _list_sockets(what: str, request: bytes) -> list[bytes]:
-    dump = message(pc.SOCK_DIAG_BY_FAMILY, pc.NLM_F_DUMP, request)
+    dump = message(pc.SOCK_DIAG_BY_FAMILY, nf.NLM_F_DUMP, request)
     return talk(pc.NETLINK_SOCK_DIAG, f"sock_diag of {what}", dump)
 
 
@@ -141,7 +143,7 @@ def tcp_half_closed() -> None:
     try:
         _new_network()
         up = pc.IFINFOMSG.pack(socket.AF_UNSPEC, 0, 0, _LOOPBACK, pc.IFF_UP, pc.IFF_UP)
-        talk(pc.NETLINK_ROUTE, "RTM_NEWLINK", message(pc.RTM_NEWLINK, pc.NLM_F_ACK, up))
+        talk(pc.NETLINK_ROUTE, "RTM_NEWLINK", message(pc.RTM_NEWLINK, nf.NLM_F_ACK, up))
     except PermissionError:
         pass  # Then in the network that we are in.
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -175,7 +177,7 @@ def new_index() -> None:
     request += attribute(pc.IFLA_IFNAME, _PROBE_NAME)
     request += attribute(pc.IFLA_NEW_IFINDEX, struct.pack("<i", -1))
     try:
-        talk(pc.NETLINK_ROUTE, "RTM_SETLINK with a new index", message(pc.RTM_SETLINK, pc.NLM_F_ACK, request))
+        talk(pc.NETLINK_ROUTE, "RTM_SETLINK with a new index", message(pc.RTM_SETLINK, nf.NLM_F_ACK, request))
     except OSError as error:
         if error.errno != errno.ERANGE:
             raise
@@ -193,9 +195,9 @@ def link_namespace_id() -> None:
     data = attribute(pc.VETH_INFO_PEER, peer, nested=True)
     info = attribute(pc.IFLA_INFO_KIND, b"veth") + attribute(pc.IFLA_INFO_DATA, data, nested=True)
     request = nothing + attribute(pc.IFLA_IFNAME, b"veth\0") + attribute(pc.IFLA_LINKINFO, info, nested=True)
-    flags = pc.NLM_F_ACK | pc.NLM_F_CREATE
+    flags = nf.NLM_F_ACK | nf.NLM_F_CREATE
     talk(pc.NETLINK_ROUTE, "making a veth pair", message(pc.RTM_NEWLINK, flags, request))
-    links = talk(pc.NETLINK_ROUTE, "RTM_GETLINK", message(pc.RTM_GETLINK, pc.NLM_F_DUMP, nothing))
+    links = talk(pc.NETLINK_ROUTE, "RTM_GETLINK", message(pc.RTM_GETLINK, nf.NLM_F_DUMP, nothing))
     for link in links:
         found = attributes(link[pc.IFINFOMSG.size :])
         if found.get(pc.IFLA_IFNAME) == b"veth\0" and pc.IFLA_LINK_NETNSID in found:
@@ -206,35 +208,35 @@ def link_namespace_id() -> None:
 # -- nftables ---------------------------------------------------------------------------------------------------------
 
 
-def _nft(kind: int, payload: bytes, flags: int = pc.NLM_F_ACK | pc.NLM_F_CREATE) -> bytes:
-    return message(pc.NFNL_SUBSYS_NFTABLES << 8 | kind, flags, struct.pack(">BBH", pc.NFPROTO_INET, 0, 0) + payload)
+def _nft(kind: int, payload: bytes, flags: int = nf.NLM_F_ACK | nf.NLM_F_CREATE) -> bytes:
+    return message(nf.NFNL_SUBSYS_NFTABLES << 8 | kind, flags, struct.pack(">BBH", nf.NFPROTO_INET, 0, 0) + payload)
 
 
 def nft_concatenated_sets() -> None:
     """A table of nftables with a set of (address . port) pairs (Linux 5.6), in a new network namespace."""
     _new_network()
     fields = b"".join(
-        attribute(pc.NFTA_LIST_ELEM, attribute(pc.NFTA_SET_FIELD_LEN, struct.pack(">I", size)), nested=True)
+        attribute(nf.NFTA_LIST_ELEM, attribute(pc.NFTA_SET_FIELD_LEN, struct.pack(">I", size)), nested=True)
         for size in (4, 2)
     )
     ipv4_address, port = 7, 13  # The numbers that nft(8) gives to the types of the two fields.
     new_set = (
-        attribute(pc.NFTA_SET_TABLE, _PROBE_NAME)
-        + attribute(pc.NFTA_SET_NAME, b"pairs\0")
-        + attribute(pc.NFTA_SET_FLAGS, struct.pack(">I", pc.NFT_SET_CONCAT))
-        + attribute(pc.NFTA_SET_KEY_TYPE, struct.pack(">I", ipv4_address << 6 | port))
-        + attribute(pc.NFTA_SET_KEY_LEN, struct.pack(">I", 8))
-        + attribute(pc.NFTA_SET_ID, struct.pack(">I", 1))
+        attribute(nf.NFTA_SET_TABLE, _PROBE_NAME)
+        + attribute(nf.NFTA_SET_NAME, b"pairs\0")
+        + attribute(nf.NFTA_SET_FLAGS, struct.pack(">I", pc.NFT_SET_CONCAT))
+        + attribute(nf.NFTA_SET_KEY_TYPE, struct.pack(">I", ipv4_address << 6 | port))
+        + attribute(nf.NFTA_SET_KEY_LEN, struct.pack(">I", 8))
+        + attribute(nf.NFTA_SET_ID, struct.pack(">I", 1))
         + attribute(pc.NFTA_SET_DESC, attribute(pc.NFTA_SET_DESC_CONCAT, fields, nested=True), nested=True)
     )
-    edge = struct.pack(">BBH", socket.AF_UNSPEC, 0, pc.NFNL_SUBSYS_NFTABLES)
+    edge = struct.pack(">BBH", socket.AF_UNSPEC, 0, nf.NFNL_SUBSYS_NFTABLES)
     talk(
-        pc.NETLINK_NETFILTER,
+        nf.NETLINK_NETFILTER,
         "making a concatenated nftables set",
-        message(pc.NFNL_MSG_BATCH_BEGIN, 0, edge),
-        _nft(pc.NFT_MSG_NEWTABLE, attribute(pc.NFTA_TABLE_NAME, _PROBE_NAME)),
-        _nft(pc.NFT_MSG_NEWSET, new_set),
-        message(pc.NFNL_MSG_BATCH_END, 0, edge),
+        message(nf.NFNL_MSG_BATCH_BEGIN, 0, edge),
+        _nft(nf.NFT_MSG_NEWTABLE, attribute(nf.NFTA_TABLE_NAME, _PROBE_NAME)),
+        _nft(nf.NFT_MSG_NEWSET, new_set),
+        message(nf.NFNL_MSG_BATCH_END, 0, edge),
         answers=2,
     )
 

@@ -9,10 +9,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-AF_UNIX, AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC = 1, 16, 3, 0o2000000
+    from firn.host.nftables import Connection
+
+AF_UNIX, AF_INET, AF_NETLINK, AF_PACKET, SOCK_RAW, SOCK_CLOEXEC = 1, 2, 16, 17, 3, 0o2000000
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
-NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 1, 0x300, 0x10
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR = 1, 4, 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLMSGHDR = struct.Struct("<IHHII")
 UNIX_DIAG_REQ = struct.Struct("<BBHIIIII")
@@ -23,7 +25,25 @@ ESTABLISHED, CLOSE, LISTEN = 1, 7, 10
 """States; the numbers are those of TCP."""
 INET_DIAG_REQ = struct.Struct("<BBBxI48x")
 INET_DIAG_MSG = struct.Struct("<BBBB48x4xIIII")
-INET_SHUTDOWN = 8
+_INET_INFO, INET_SHUTDOWN, INET_MD5SIG = 2, 8, 18
+_CONNECTED = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
+"""The states of a connection that a descriptor can have, as bits."""
+_SOCK_DESTROY = 21  # linux/sock_diag.h
+_TCP = 6
+_ENDING = (4, 9, 11)
+"""FIN-WAIT-1, LAST-ACK, CLOSING (net/tcp_states.h)."""
+_ENDS = struct.Struct(">HH16s16s")
+"""struct inet_diag_sockid: ports and addresses."""
+_ID = slice(4, 52)
+"""Where a whole one is in struct inet_diag_msg."""
+PACKET_DIAG_REQ = struct.Struct("<BBHIIII")
+PACKET_DIAG_MSG = struct.Struct("<BBHIII")
+PACKET_DIAG_INFO = struct.Struct("<6I")
+PACKET_DIAG_MCLIST = struct.Struct("<IIHH32s")
+PACKET_DIAG_RING = struct.Struct("<7I")
+PACKET_INFO, PACKET_MCLIST, PACKET_RX_RING, PACKET_TX_RING, PACKET_FANOUT, _, PACKET_MEMINFO = range(7)
+PACKET_SHOW = 0x1F
+PDI_AUXDATA, PDI_ORIGDEV, PDI_VNETHDR, PDI_LOSS = 2, 4, 8, 16
 _RECEIVE = 1 << 17
 _TRIES = 5
 
@@ -64,6 +84,47 @@ def unix_sockets() -> dict[int, UnixSocket]:
     return {socket.inode: socket for socket in map(UnixSocket, listing("unix sockets", request)) if socket.inode}
 
 
+class PacketSocket:
+    """One packet socket (linux/packet_diag.h).
+
+    ``protocol`` is in host order; ``index`` that of its device (2**32 - 1: the device is gone); ``members`` are (index,
+    how often, PACKET_MR_*, address); rings have the seven words of struct packet_diag_ring, or none; ``fanout`` is None
+    without a group; ``queued`` are the bytes that wait.
+    """
+
+    __slots__ = ("copy_thresh", "fanout", "flags", "index", "inode", "members", "protocol", "queued", "reserve",
+                 "rx_ring", "timestamp", "tx_ring", "type", "version")  # fmt: skip
+
+    def __init__(self, payload: bytes) -> None:
+        _, self.type, self.protocol, self.inode, _, _ = PACKET_DIAG_MSG.unpack_from(payload)
+        self.index = self.version = self.reserve = self.copy_thresh = self.timestamp = self.flags = self.queued = 0
+        self.members: list[tuple[int, int, int, bytes]] = []
+        self.rx_ring: tuple[int, ...] = ()
+        self.tx_ring: tuple[int, ...] = ()
+        self.fanout: int | None = None
+        for kind, data in attributes(payload, PACKET_DIAG_MSG.size):
+            if kind == PACKET_INFO:
+                info = PACKET_DIAG_INFO.unpack(data)
+                self.index, self.version, self.reserve, self.copy_thresh, self.timestamp, self.flags = info
+            elif kind == PACKET_MCLIST:
+                for index, count, type, length, address in PACKET_DIAG_MCLIST.iter_unpack(data):
+                    self.members.append((index, count, type, address[:length]))
+            elif kind == PACKET_RX_RING:
+                self.rx_ring = PACKET_DIAG_RING.unpack(data)
+            elif kind == PACKET_TX_RING:
+                self.tx_ring = PACKET_DIAG_RING.unpack(data)
+            elif kind == PACKET_FANOUT:
+                self.fanout = int.from_bytes(data, "little")
+            elif kind == PACKET_MEMINFO:
+                self.queued = int.from_bytes(data[:4], "little")
+
+
+def packet_sockets() -> dict[int, PacketSocket]:
+    """All packet sockets by inode. Raises :class:`OSError` if the kernel does not answer."""
+    request = PACKET_DIAG_REQ.pack(AF_PACKET, 0, 0, 0, PACKET_SHOW, 0, 0)
+    return {socket.inode: socket for socket in map(PacketSocket, listing("packet sockets", request))}
+
+
 def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
     """By inode, how bound sockets are shut down: 1 for reading, 2 for writing, 3 for both. Others are left out.
 
@@ -77,6 +138,79 @@ def inet_shutdowns(family: int, protocol: int) -> dict[int, int]:
             if kind == INET_SHUTDOWN and data[0]:
                 found[inode] = data[0]
     return found
+
+
+class TcpConnection:
+    """What of a connection only the kernel's list tells: its ``peer`` (address in network order, port), how it is shut
+    (``shutdown``: 1 for reading, 2 for writing, 3 both)."""
+
+    __slots__ = ("_family", "_id", "peer", "shutdown")
+
+    def __init__(self, payload: bytes) -> None:
+        self._family = family = payload[0]
+        self._id = payload[_ID]
+        self.peer = payload[24 : 28 if family == AF_INET else 40], int.from_bytes(payload[6:8], "big")
+        found = dict(attributes(payload, INET_DIAG_MSG.size))
+        self.shutdown = found.get(INET_SHUTDOWN, b"\0")[0]
+
+    def signed(self) -> bool:
+        """Whether its segments are signed (TCP_MD5SIG). Asked for one by one: the kernel tells it only with tcp_info,
+        of which the whole list takes 10 us for each connection of the machine. Raises :class:`OSError`."""
+        request = INET_DIAG_REQ.pack(self._family, _TCP, 1 << _INET_INFO - 1, _CONNECTED)[:8] + self._id
+        flags = NLM_F_REQUEST | NLM_F_ACK
+        return any(map(_has_keys, ask("a TCP connection", request, SOCK_DIAG_BY_FAMILY, flags, NETLINK_SOCK_DIAG)))
+
+
+def tcp_connections(family: int) -> dict[int, TcpConnection]:
+    """All TCP connections of a family by inode. Raises :class:`OSError` if the kernel does not answer."""
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << INET_SHUTDOWN - 1, _CONNECTED)
+    found = {INET_DIAG_MSG.unpack_from(payload)[-1]: TcpConnection(payload) for payload in listing("TCP", request)}
+    found.pop(0, None)
+    return found
+
+
+def destroy_orphans(connections: list[Connection]) -> None:
+    """Remove the kernel's half of those of the *connections* that no process has a descriptor of any more, but that the
+    kernel still tries to end properly. Says a reset to their peers, unless that is dropped on the way.
+
+    For a socket in this state it works since Linux 6.11 (tcp_abort). Raises :class:`OSError`.
+    """
+    import _socket
+
+    from firn.host.nftables import Connection
+
+    wanted = {each.key() for each in connections}
+    states = sum(1 << state for state in _ENDING)
+    for family, width in ((2, 4), (10, 16)):
+        for payload in listing("internet", INET_DIAG_REQ.pack(family, _TCP, 0, states)):
+            sport, dport, near, far = _ENDS.unpack_from(payload, 4)
+            key = Connection(family, near[:width], sport, far[:width], dport).key()
+            if INET_DIAG_MSG.unpack_from(payload)[-1] or key not in wanted:
+                continue
+            # The cookie at the end of the id makes it this socket and no other.
+            request = INET_DIAG_REQ.pack(family, _TCP, 0, states)[:8] + payload[_ID]
+            head = NLMSGHDR.pack(NLMSGHDR.size + len(request), _SOCK_DESTROY, NLM_F_REQUEST, 1, 0)
+            channel = _socket.socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
+            channel.send(head + request)
+            channel.close()
+
+
+def tcp_signed(family: int) -> set[int]:
+    """Inodes of the TCP sockets that listen and have keys for signatures (TCP_MD5SIG).
+
+    Raises :class:`OSError` if the kernel does not answer.
+    """
+    # The kernel adds the keys only where tcp_info is asked for (seen on Linux 6.18).
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << _INET_INFO - 1, 1 << LISTEN)
+    return {
+        INET_DIAG_MSG.unpack_from(payload)[-1]
+        for payload in listing("TCP sockets", request)
+        if _has_keys(payload)
+    }
+
+
+def _has_keys(payload: bytes) -> bool:
+    return any(kind == INET_MD5SIG for kind, _ in attributes(payload, INET_DIAG_MSG.size))
 
 
 def listing(

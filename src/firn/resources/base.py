@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from firn.images.store import ImageDir
     from firn.resources.files.external import Inherited
+    from firn.resources.network.lock import Lock
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -55,6 +56,8 @@ _BUILT: dict[int, tuple[str, str]] = {
     EVENTPOLL: ("firn.resources.files.epoll", "Epoll"),
     INOTIFY: ("firn.resources.files.watches", "Inotify"),
     SIGNALFD: ("firn.resources.files.events", "SignalFd"),
+    PACKETSK: ("firn.resources.sockets.packet", "PacketSockets"),
+    NETLINKSK: ("firn.resources.sockets.netlink", "NetlinkSockets"),
     FANOTIFY: ("firn.resources.files.watches", "Fanotify"),
     TIMERFD: ("firn.resources.files.events", "TimerFd"),
     TTY: ("firn.resources.ttys", "Ttys"),
@@ -64,8 +67,11 @@ _BUILT: dict[int, tuple[str, str]] = {
 }
 """Type -> (module, class). A row is added when a kind is built."""
 
-_FAMILIES: dict[int, int] = {1: UNIXSK, 2: INETSK, 10: INETSK}
+_FAMILIES: dict[int, int] = {1: UNIXSK, 2: INETSK, 10: INETSK, 16: NETLINKSK, 17: PACKETSK}
 """Socket family (AF_*) -> type, of the families that are built."""
+
+_PROTOCOL_NAMES = {b"UNIX": UNIXSK, b"UNIX-STREAM": UNIXSK, b"NETLINK": NETLINKSK, b"PACKET": PACKETSK}
+"""Names of protocols that do not belong to internet sockets."""
 
 
 class Open:
@@ -123,9 +129,10 @@ def pidfd_for_copies(pid: int, tid: int) -> int:
 class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
-    ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold."""
+    ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold. ``lock``
+    keeps connections quiet; None unless they are to be saved (``--tcp-established``)."""
 
-    __slots__ = ("add_open", "add_path", "obstacles", "options", "owner", "pids", "warn")
+    __slots__ = ("add_open", "add_path", "lock", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -143,6 +150,7 @@ class DumpContext:
         self.owner = owner
         self.add_path = add_path
         self.add_open = add_open
+        self.lock: Lock | None = None
         self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "") -> None:
@@ -189,6 +197,9 @@ class Kind:
     def finish(self, context: DumpContext) -> None:
         """All descriptors of all frozen processes are collected: look at what belongs together (peers, queues)."""
 
+    def killed(self) -> None:
+        """The frozen processes are dead: nobody needs their files but us."""
+
     def leads_to(self, device: int) -> bool:
         """Whether a collected description leads to the terminal *device*, as a controlling one."""
         return False
@@ -212,6 +223,9 @@ class Kind:
 
     def complete(self) -> None:
         """All restored tasks have all their descriptors."""
+
+    def resume(self) -> None:
+        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice."""
 
     def close(self) -> None:
         """Let go of what was held open; also called after a failure."""
@@ -266,7 +280,15 @@ def preload(pid: int) -> None:
             kind = type_of(os.readlink(path), os.stat(path))
         except OSError:
             continue
-        wanted = _FAMILIES.values() if kind == SOCKET else (kind,)
-        for each in wanted:
-            if each is not None and is_built(each):
-                load(each)
+        if kind == SOCKET:
+            kind = _PROTOCOL_NAMES.get(_protocol_name(path), INETSK)
+        if kind is not None and is_built(kind):
+            load(kind)
+
+
+def _protocol_name(path: str) -> bytes:
+    """What the kernel calls a socket's protocol (net/socket.c: an extended attribute of each socket)."""
+    try:
+        return os.getxattr(path, "system.sockprotoname").rstrip(b"\0")
+    except OSError:
+        return b""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ALIVE, DEAD, STOPPED = 1, 2, 3
 """task_state of task_core_entry."""
 LIMITS = 16
+_RLIMIT_NOFILE = 7  # include/uapi/asm-generic/resource.h
 LIMIT_NAMES = (
     "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING",
     "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
@@ -226,3 +227,13 @@ def plan_loginuid(program: Program, tc: dict[str, Any]) -> None:
     closed = program.next_call() + 1
     program.copy(program.result_address(opened), program.argument_address(closed, 0))
     program.call("close loginuid", nr.close, 0, flags=1)
+
+
+def raise_own_limit() -> None:
+    """Let firn itself have as many descriptors as it may: it opens, or copies, all those of a tree."""
+    # Not by the resource module: to load its shared library costs more than all of this.
+    limit = bytearray(16)
+    syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, 0, address_of(limit))
+    if limit[:8] != limit[8:]:
+        limit[:8] = limit[8:]
+        syscall("prlimit of open files", nr.prlimit64, 0, _RLIMIT_NOFILE, address_of(limit), 0)

@@ -17,7 +17,7 @@ import time
 from firn.abi import nr, sched
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
-from firn.abi.libc import address_of, syscall
+from firn.abi.libc import address_of, forking_syscall
 from firn.errors import KernelError, RestoreError
 from firn.host import procfs
 from firn.tracee import ptrace
@@ -129,7 +129,7 @@ def _clone(pid: int, sibling: bool, memfd: int) -> None:
     args = bytearray(sched.CLONE_ARGS.pack(flags, 0, 0, 0, signal, 0, 0, 0, address_of(wanted), 1, 0))
     arguments, environment = ["firn"], dict[str, str]()
     try:
-        child = syscall(f"clone3 with pid {pid}", nr.clone3, address_of(args), len(args))
+        child = forking_syscall(f"clone3 with pid {pid}", nr.clone3, address_of(args), len(args))
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise taken(pid) from None

@@ -20,12 +20,12 @@ import time
 
 from firn import faults
 from firn.abi import signal as sig
-from firn.errors import FirnError, RestoreError
+from firn.errors import FirnError, KernelError, RestoreError
 from firn.host import features
 from firn.images.store import ImageDir
-from firn.resources import cgroups, cpu, creds
+from firn.resources import base, cgroups, cpu, creds
 from firn.resources.files.reopen import Opener
-from firn.resources.process import fit_limits
+from firn.resources.process import fit_limits, raise_own_limit
 from firn.resources.threads import xstate
 from firn.restore import birth
 from firn.restore.clocks import TimeNamespace
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
     from firn.resources.files.segments import RestoredSegments
+    from firn.resources.network.lock import Lock
     from firn.restore.tasks import RestoredTask
 
 
@@ -66,6 +67,7 @@ class Restore:
         self.family: Family | None = None
         self.segments: RestoredSegments | None = None
         self.born = False
+        self.lock: Lock | None = None
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
     def stage(self, name: str) -> None:
@@ -93,6 +95,10 @@ class Restore:
             cpu.check(self.images, self.options.cpu_cap)
         if checkpoint.inventory.get("tcp_close") and not self.options.tcp_close:
             raise RestoreError("connections were dumped to come back closed", "Need to set the --tcp-close options.")
+        if self.options.remap_ip:
+            from firn.resources.sockets import remap
+
+            remap.apply(checkpoint.files, self.options.remap_ip)
         birth.check_pids([*checkpoint.tids(), *checkpoint.helpers()])
         last, own = features.cap_last_cap(), features.effective_caps()
         living = [process for process in checkpoint.processes if not process.zombie]
@@ -112,8 +118,11 @@ class Restore:
         }
 
     def open(self) -> None:
-        """Open all files."""
+        """Lock connections, open all files."""
         checkpoint = self.checkpoint
+        if not self.options.exec_cmd:  # which would inherit it
+            raise_own_limit()
+        self._lock()
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
             [process.pid for process in checkpoint.processes], self.options, self.log.warn,
@@ -130,6 +139,28 @@ class Restore:
 
             self.segments = RestoredSegments(self.images)
             self.segments.prepare(list(checkpoint.segments.values()))
+
+    def _lock(self) -> None:
+        """Where the dump's lock is not, on another machine, peers must not learn either that the sockets are new."""
+        inventory, files = self.checkpoint.inventory, self.checkpoint.files
+        wanted = self.options.tcp_established and not self.options.tcp_close
+        if not wanted or not any(kind == base.INETSK for kind, _ in files):
+            return
+        from firn.host.sockdiag import destroy_orphans
+        from firn.resources.network import lock
+        from firn.resources.sockets.connections import connections
+
+        found = connections(files)
+        method = inventory.get("network_lock_method", lock.IPTABLES)
+        if found and method != lock.SKIP:
+            self.lock = lock.for_restore(inventory.get("dump_criu_run_id", ""), self.options.images_dir, method)
+            try:
+                self.lock.add(found)
+                # A dump that was killed when the tree was just dead leaves sockets that want to say goodbye.
+                destroy_orphans(found)
+            except (KernelError, OSError) as error:
+                why = error.message if isinstance(error, KernelError) else error
+                self.log.warn(f"{why}; the peers of connections may see the restore")
 
     def birth(self) -> None:
         """Make the root task."""
@@ -204,13 +235,16 @@ class Restore:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
         self._family().make_ready()
+        if self.lock is not None:
+            self.lock.open()
         if self.segments is not None:
             self.segments.succeeded()
             self.segments.close()
         # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
-        if self.opener is not None:
-            self.opener.close()
-            self.opener.inherited.done()
+        assert self.opener is not None
+        self.opener.resume()
+        self.opener.close()
+        self.opener.inherited.done()
         for task in reversed(tasks):
             task.let_go(self.options.leave_stopped)
         self.born = False
@@ -229,6 +263,8 @@ class Restore:
             self.opener.close()
         if self.segments is not None:
             self.segments.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def restore(options: RestoreOptions, log: Log) -> Result:

@@ -19,6 +19,11 @@ EXTENSIONS = {
     "eventpoll_tfd_entry": "1000 firn firn_target?",
     "timerfd_entry": "1000 firn firn_timerfd?",
     "inet_sk_entry": "1000 firn firn_inet?",
+    "netlink_sk_entry": "1000 firn firn_netlink?",
+    "packet_sock_entry": "1000 firn firn_packet?",
+    "sk_opts_entry": "1000 firn firn_sk_opts?",
+    "sk_packet_entry": "1000 firn firn_sk_packet?",
+    "unix_sk_entry": "1000 firn firn_unix?",
     "inotify_file_entry": "1000 firn firn_watcher?",
     "fanotify_file_entry": "1000 firn firn_watcher?",
     "pipe_data_entry": "1000 firn firn_pipe?",
@@ -107,6 +112,38 @@ MESSAGES = {
         1 options firn_option*
         2 groups firn_group*
         3 datagrams firn_datagram*
+        4 unread bytes?
+    """,
+    "firn_netlink": """
+        1 groups bytes?
+        2 options firn_option*
+    """,
+    "firn_packet": """
+        1 options firn_option*
+        2 devices firn_device*
+    """,
+    "firn_device": """
+        1 index u32?
+        2 name str?
+    """,
+    "firn_sk_opts": """
+        1 options firn_option*
+        2 uid u32?
+        3 gid u32?
+    """,
+    "firn_sk_packet": """
+        1 credentials firn_identity?
+        2 sender bytes?
+    """,
+    "firn_unix": """
+        1 peer firn_identity?
+        2 connector firn_identity?
+    """,
+    "firn_identity": """
+        1 pid u32?
+        2 uid u32?
+        3 gid u32?
+        4 groups bytes?
     """,
     "firn_pipe": """
         1 outside str?

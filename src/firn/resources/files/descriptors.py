@@ -40,7 +40,6 @@ _STATELESS = (
 """null, zero, full, random, urandom, kmsg; hwrng, btrfs-control, autofs, loop-control."""
 
 KINDS = (
-    ("socket:", "is a socket of a family that is not supported yet", "close it before the dump"),
     ("anon_inode:[userfaultfd]", "is a userfaultfd", "its faults are served by a process outside; close it"),
     ("anon_inode:[io_uring]", "is an io_uring", "its requests live in the kernel; close it before the dump"),
     ("anon_inode:[perf_event]", "is a performance counter", "close it before the dump"),
@@ -69,7 +68,12 @@ def _goes_with_its_opener(device: tuple[int, int]) -> bool:
         return False  # no file behind it
 
 
-def _why_refused(link: str, st: os.stat_result) -> tuple[str, str]:
+def _why_refused(open: base.Open) -> tuple[str, str]:
+    link, st = open.link, open.stat
+    if link.startswith("socket:"):
+        from firn.host.families import why_refused
+
+        return why_refused(open.copy())
     for prefix, reason, help in KINDS:
         if link.startswith(prefix):
             return reason, help
@@ -162,6 +166,11 @@ class Collector:
             kind.finish(self.context)
         self.locks.finish(self.obstacles, self.context.options.file_locks)
 
+    def killed(self) -> None:
+        """The processes are dead."""
+        for kind in self.kinds.values():
+            kind.killed()
+
     def leads_to(self, device: int) -> bool:
         """Whether any description leads to the terminal *device* (a device number)."""
         return any(kind.leads_to(device) for kind in self.kinds.values())
@@ -224,7 +233,7 @@ class Collector:
         if kind == base.SOCKET:
             kind = base.family_type(open.copy())
         if kind is None or not base.is_built(kind):
-            self.context.refuse(open, *_why_refused(open.link, open.stat))
+            self.context.refuse(open, *_why_refused(open))
             return None
         if kind not in self.kinds:
             self.kinds[kind] = base.load(kind)()

@@ -64,7 +64,7 @@ class Lock:
         """For messages."""
         text = f"{_TYPE_NAMES[self.type & ~BREAKING]} {_NAMES[self.kind]}"
         if self.kind in (POSIX, OFD):
-            text += f" from byte {self.start}" + (f" to {self.start + self.length - 1}" if self.length else " on")
+            text += f" from byte {self.start} to " + (f"{self.start + self.length - 1}" if self.length else "the end")
         return text
 
 

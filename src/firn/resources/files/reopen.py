@@ -307,6 +307,11 @@ class Opener:
             except FileNotFoundError:
                 pass
 
+    def resume(self) -> None:
+        """The tasks run in a moment."""
+        for kind in self.kinds.values():
+            kind.resume()
+
     # -- memory objects ------------------------------------------------------------------------------------------------
 
     def memory_object(self, inode_id: int) -> memfd.RestoredObject:

@@ -1,43 +1,52 @@
 """Internet sockets (images: inet_sk_entry): how they are saved; :mod:`inet_rebuild` beside this brings them back.
 
-State owned: addresses, whether it listens and for how many, options, multicast groups, datagrams that wait (firn's own
-fields: the images have no place for options beyond a few, groups and datagrams). Kernel: getsockopt(2) on a copy of the
-descriptor, TCP_INFO for the state, sock_diag(7) for shutdown, peeking for datagrams. What goes wrong: connections,
-which are not saved yet; what was half sent; datagrams that cannot be sent again as if they came from their sender.
+State owned: addresses, whether it listens and for how many, options, multicast groups, datagrams that wait, what was
+not read of a TCP connection that is over (firn's own fields: the images have no place for options beyond a few, groups,
+datagrams, rests). Kernel: getsockopt(2) on a copy of the descriptor, TCP_INFO for the state, sock_diag(7) for shutdown,
+peeking for datagrams. A connection's stream is :mod:`tcp`'s. What goes wrong: what was half sent; datagrams that cannot
+be sent again as if by their sender; connections that nobody has accepted yet, of which nobody has a descriptor.
 """
 
 from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
 import os
 import struct
 
 from firn.abi import poll
-from firn.host import sockdiag
+from firn.abi.tcp import INFO, SIOCINQ, SIOCOUTQ, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
+from firn.errors import Obstacle
+from firn.host import families, holders, sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import datagrams, inet_options, options
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDP, UDPLITE
+from firn.resources.sockets import common, connections, datagrams, inet_options, options, raw, tcp
+from firn.resources.sockets.inet_options import (
+    AF_INET,
+    AF_INET6,
+    DGRAM,
+    RAW,
+    STREAM,
+    TCP,
+    UDP,
+    UDPLITE,
+    is_tcp,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from firn.images.store import ImageDir
     from firn.resources.base import DumpContext, Open, RestoreContext
     from firn.resources.sockets.inet_rebuild import InetRebuild
 
-STREAM, DGRAM, RAW = 1, 2, 3
 SUPPORTED = ((STREAM, TCP), (DGRAM, UDP), (DGRAM, UDPLITE))
-ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, sockdiag.CLOSE, sockdiag.LISTEN
-SYN_SENT, SYN_RECV = 2, 3
-STATES = {1: "established", 4: "FIN-WAIT-1", 5: "FIN-WAIT-2", 8: "CLOSE-WAIT", 9: "LAST-ACK", 11: "CLOSING"}
-"""States of a connection."""
-_PROTOCOLS = {1: "ping (ICMP)", 33: "DCCP", 58: "ping (ICMPv6)", 132: "SCTP", 262: "MPTCP"}
-_TCP_INFO, _UDP_CORK = 11, 1
-_INFO = struct.Struct("<B23xII")
-"""tcp_info (linux/tcp.h): state; of a listening socket, how many wait to be accepted, and how many may."""
-_SIOCGSKNS, _FIONREAD, _TIOCOUTQ = 0x894C, 0x541B, 0x5411
+PINGS = {AF_INET: 1, AF_INET6: 58}
+"""ICMP protocols of ping sockets (icmp(7)), by family."""
+ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, TCP_CLOSE, TCP_LISTEN
+STATES = tcp.STATES
+_UDP_CORK = 1
+_HIGHEST_RAW = 255
 _CLOSE_IT = "close it before the dump"
 
 
@@ -46,29 +55,56 @@ class InetSockets(Kind):
 
     def __init__(self) -> None:
         self._shut: dict[tuple[int, int], dict[int, int]] = {}
+        self._diag: dict[int, dict[int, sockdiag.TcpConnection]] = {}
         self._saved: list[tuple[Open, dict[str, Any]]] = []
+        self._connections: list[tcp.Connection] = []
         self._rebuild: InetRebuild | None = None
+        self._raw = raw.Table()
+        self._keys: dict[int, set[int]] = {}
 
     # -- collect -----------------------------------------------------------------------------------------------------
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The inet_sk_entry."""
         copy = _socket.socket(fileno=os.dup(open.copy()))
+        kept = False
         try:
-            reasons = _foreign(copy) or [*_obstacles(copy), *inet_options.unsupported(copy)]
-            for reason in reasons:
-                context.refuse(open, reason, _CLOSE_IT)
+            reasons = _foreign(copy) or [
+                (reason, _CLOSE_IT) for reason in (*_obstacles(copy), *inet_options.unsupported(copy))
+            ]
+            for reason, help in reasons:
+                context.refuse(open, reason, help)
             if reasons:
                 return None
-            state, backlog = _tcp_state(copy, open, context) if copy.proto == TCP else (CLOSE, 0)
-            return self._message(copy, open, context, state, backlog) if state else None
+            state, backlog = _tcp_state(copy, open, context) if is_tcp(copy) else (CLOSE, 0)
+            if self._is_signed(copy, open.stat.st_ino, state, context):
+                context.refuse(open, "has keys for signatures (TCP_MD5SIG), which the kernel does not tell", _CLOSE_IT)
+                state = 0
+            message = self._message(copy, open, context, state, backlog) if state else None
+            if message is not None and state in STATES and is_tcp(copy) and not context.options.tcp_close:
+                self._connections.append(tcp.Connection(copy, message, open.what))
+                kept = True
+            return message
         finally:
-            copy.close()
+            if not kept:
+                copy.close()
+
+    def _is_signed(self, copy: _socket.socket, inode: int, state: int, context: DumpContext) -> bool:
+        """Whether it is a TCP socket that listens or is connected, and would come back without its keys."""
+        if not is_tcp(copy):
+            return False
+        if state == LISTEN:
+            if copy.family not in self._keys:
+                self._keys[copy.family] = sockdiag.tcp_signed(copy.family)
+            return inode in self._keys[copy.family]
+        listed = self._listed(copy, inode) if state in STATES and not context.options.tcp_close else None
+        return listed is not None and listed.signed()
 
     def _message(
         self, copy: _socket.socket, open: Open, context: DumpContext, state: int, backlog: int
     ) -> dict[str, Any] | None:
-        over = copy.proto == TCP and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
+        over = is_tcp(copy) and state == CLOSE and bool(poll.state(copy.fileno(), poll.POLLRDHUP))
+        listed = self._listed(copy, open.stat.st_ino) if is_tcp(copy) and state in STATES else None
         message: dict[str, Any] = {
             "ino": open.stat.st_ino, "family": copy.family, "type": copy.type, "proto": copy.proto, "state": state,
             "flags": open.flags, "backlog": backlog, "fown": context.owner(open),
@@ -79,40 +115,96 @@ class InetSockets(Kind):
             context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
             return None
         message |= inet_options.collect(copy, over or state in STATES)
-        _addresses(copy, message, over)
-        shutdown = self._shutdown(copy, message, over)
+        _addresses(copy, message, over, listed.peer if listed is not None and state == TCP_SYN_SENT else None)
+        if not is_tcp(copy):
+            self._add_raw(copy, message)
+        if not is_tcp(copy) and not datagrams.is_udp(copy):
+            for reason in self._raw.obstacles(copy, message["ino"]):
+                context.refuse(open, reason, "let the program read it first, or try again")
+        shutdown = listed.shutdown if listed is not None else self._shutdown(copy, message, over)
         if shutdown:
             message["shutdown"] = shutdown
-        if copy.type == DGRAM:
+        unread = tcp.count(copy, SIOCINQ) if over else 0
+        if unread:
+            message.setdefault("firn", {})["unread"] = tcp.peek(copy, unread)
+        if copy.type != STREAM:
             own = message.setdefault("firn", {})
             own["groups"] = inet_options.memberships(copy)
-            own["datagrams"] = datagrams.peek(copy)
-            for reason in datagrams.obstacles(copy, message):
+            own["datagrams"] = datagrams.peek(copy) if datagrams.is_udp(copy) else []
+            for reason in datagrams.obstacles(message):
                 context.refuse(open, reason, "let the program read it first")
             if not any(own.values()):
                 del message["firn"]
         self._saved.append((open, message))
         return message
 
+    def _listed(self, copy: _socket.socket, inode: int) -> sockdiag.TcpConnection | None:
+        """What the kernel's list of connections tells of this one."""
+        if copy.family not in self._diag:
+            self._diag[copy.family] = sockdiag.tcp_connections(copy.family)
+        return self._diag[copy.family].get(inode)
+
+    def _add_raw(self, copy: _socket.socket, message: dict[str, Any]) -> None:
+        """What raw sockets have and others have not, and a peer without a port."""
+        if copy.type == RAW:
+            own = raw.collect(copy)
+            if own:
+                message["ip_opts"]["raw"] = own
+        # A connected socket has an address.
+        has_none = message["state"] == ESTABLISHED or not any(message["src_addr"])
+        peer = None if has_none else self._raw.peer(copy, message["ino"])
+        if peer is not None:
+            message["state"] = ESTABLISHED
+            message["dst_addr"], message["dst_port"] = peer
+
     def _shutdown(self, copy: _socket.socket, message: dict[str, Any], over: bool) -> int:
         """1 if shut for reading, 2 for writing, 3 for both."""
-        if copy.proto == TCP:
+        if is_tcp(copy):
             return 3 if over else 0
         key = copy.family, copy.proto
-        if message["src_port"] and key not in self._shut:
+        if message["src_port"] and key not in self._shut and datagrams.is_udp(copy):
             self._shut[key] = sockdiag.inet_shutdowns(*key)
         seen = self._shut.get(key, {}).get(message["ino"], 0)
         return seen | (1 if poll.state(copy.fileno(), poll.POLLRDHUP) else 0)
 
     def finish(self, context: DumpContext) -> None:
-        """Datagrams can only be sent again to a socket that has its port for itself."""
+        """Whether datagrams can be sent again is another matter for sockets that share their port. Connections are read
+        last of all, and only if nothing stands against the dump."""
         for open, message in self._saved:
             if not message.get("firn", {}).get("datagrams"):
                 continue
             key = message["proto"], message["src_port"]
             shared = [other for _, other in self._saved if (other["proto"], other["src_port"]) == key]
-            if len(shared) > 1:
-                context.refuse(open, "has datagrams in its queue, and shares its port", "let the program read them")
+            for reason in datagrams.shares(message) if len(shared) > 1 else ():
+                context.refuse(open, reason, "let the program read them first")
+        if self._connections and not context.options.leave_running:
+            self._find_holders(context)
+        if context.obstacles or not self._connections:
+            return
+        if context.lock is not None:
+            context.lock.add([connections.connection(each.message) for each in self._connections])
+        for connection in self._connections:
+            for reason in connection.read():
+                context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))
+            if connection.message["state"] == CLOSE:
+                _forget_connection(connection.message)
+
+    def _find_holders(self, context: DumpContext) -> None:
+        """A connection that somebody outside has too would not end with the tree, but be left dumb."""
+        inodes = {each.message["ino"]: each for each in self._connections}
+        for inode, holder in holders.of_sockets(set(inodes), {os.getpid(), *context.pids}).items():
+            reason = f"is a TCP connection that {holder} has too"
+            context.obstacles.append(Obstacle(inodes[inode].what, reason, "close it there"))
+
+    def killed(self) -> None:
+        """Nothing of the connections may be heard: our copies, the last, vanish in repair mode."""
+        while self._connections:
+            self._connections.pop().vanish()
+
+    def save(self, images: ImageDir) -> None:
+        """What flows through the connections."""
+        for connection in self._connections:
+            connection.save(images)
 
     # -- restore -----------------------------------------------------------------------------------------------------
 
@@ -125,23 +217,32 @@ class InetSockets(Kind):
             self._rebuild.run()
         return self._rebuild.take(number)
 
+    def resume(self) -> None:
+        """Connections begin to live."""
+        if self._rebuild is not None:
+            self._rebuild.resume()
+
     def close(self) -> None:
-        """Close what was rebuilt and not taken."""
+        """Close what was rebuilt and not taken, and our copies of connections."""
+        while self._connections:
+            self._connections.pop().sock.close()
         if self._rebuild is not None:
             self._rebuild.close()
 
 
-def _foreign(copy: _socket.socket) -> list[str]:
-    """Why this is no socket that firn saves at all."""
-    if (copy.type, copy.proto) not in SUPPORTED:
-        kind = "raw" if copy.type == RAW else _PROTOCOLS.get(copy.proto, f"type {copy.type} protocol {copy.proto}")
-        return [f"is an internet socket of the kind {kind}, which is not supported"]
-    namespace = fcntl.ioctl(copy.fileno(), _SIOCGSKNS)
-    try:
-        if not os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
-            return ["is an internet socket of another network namespace, which is not supported yet"]
-    finally:
-        os.close(namespace)
+def is_supported(family: int, kind: int, protocol: int) -> bool:
+    """Whether firn saves such an internet socket."""
+    if kind == RAW:
+        return 0 <= protocol <= _HIGHEST_RAW
+    return (kind, protocol) in SUPPORTED or (kind == DGRAM and protocol == PINGS.get(family))
+
+
+def _foreign(copy: _socket.socket) -> list[tuple[str, str]]:
+    """Why this is no socket that firn saves at all, and what helps."""
+    if not is_supported(copy.family, copy.type, copy.proto):
+        return [families.why_refused(copy.fileno())]
+    if common.is_elsewhere(copy.fileno()):
+        return [("is an internet socket of another network namespace, which is not supported yet", _CLOSE_IT)]
     return []
 
 
@@ -149,35 +250,34 @@ def _obstacles(copy: _socket.socket) -> list[str]:
     reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
     if poll.state(copy.fileno()) & poll.POLLERR:
         reasons.append("has an error that was not reported yet, which images cannot hold")
-    if copy.type == DGRAM and (copy.getsockopt(UDP, _UDP_CORK) or _count(copy, _TIOCOUTQ)):
+    if datagrams.is_udp(copy) and (copy.getsockopt(UDP, _UDP_CORK) or tcp.count(copy, SIOCOUTQ)):
         reasons.append("is corked, or has datagrams that are not sent yet, which images cannot hold")
     return reasons
 
 
-def _count(copy: _socket.socket, number: int) -> int:
-    return int.from_bytes(fcntl.ioctl(copy.fileno(), number, bytes(4)), "little")
-
-
 def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[int, int]:
     """(state, backlog) of a TCP socket; state 0 if it was refused."""
-    state, waiting, backlog = _INFO.unpack(copy.getsockopt(TCP, _TCP_INFO, _INFO.size))
+    state, _, _, waiting, backlog = INFO.unpack(copy.getsockopt(TCP, TCP_INFO, INFO.size))
     if state == LISTEN:
         if waiting and not context.options.skip_in_flight:
             reason = f"listens, and {waiting} connection{'s wait' if waiting > 1 else ' waits'} to be accepted"
             context.refuse(open, reason, "let them be accepted, or drop them with --skip-in-flight")
             return 0, 0
         return state, backlog
-    if state in (SYN_SENT, SYN_RECV):
-        context.refuse(open, "is a TCP socket that is just connecting", "try again when it is connected or not")
-        return 0, 0
     if state in STATES:
-        if context.options.tcp_close:
-            return state, 0
-        help = "--tcp-close brings it back closed; --tcp-established is not built yet"
-        context.refuse(open, f"is a TCP connection ({STATES[state]})", help)
+        if copy.getsockopt(TCP, TCP_REPAIR):
+            # Only a dump that was killed leaves the socket of a running program so; what SO_REUSEADDR was is not known.
+            tcp.switch_off(copy, True)
+        if not (context.options.tcp_established or context.options.tcp_close):
+            help = "--tcp-established saves it; --tcp-close brings it back closed"
+            context.refuse(open, f"is a TCP connection ({STATES[state]})", help)
+            return 0, 0
+        return state, 0
+    if state != CLOSE:
+        context.refuse(open, "is a TCP connection in the middle of its handshake", "try again a moment later")
         return 0, 0
-    if _count(copy, _FIONREAD):
-        context.refuse(open, "is a TCP socket whose connection is over, with data that was not read", _CLOSE_IT)
+    if copy.getsockopt(TCP, TCP_REPAIR):
+        context.refuse(open, "is in repair mode (TCP_REPAIR): somebody is at work on it", _CLOSE_IT)
         return 0, 0
     return CLOSE, 0
 
@@ -193,8 +293,17 @@ def from_words(words: list[int], family: int) -> str:
     return _socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words))
 
 
-def _addresses(copy: _socket.socket, message: dict[str, Any], over: bool) -> None:
-    """Both addresses, and what they mean. A TCP socket whose connection is over has none any more."""
+def _forget_connection(message: dict[str, Any]) -> None:
+    """The connection of *message* has ended while the tree was frozen."""
+    words = [0] * (1 if message["family"] == AF_INET else 4)
+    message |= {"src_addr": words, "dst_addr": words, "src_port": 0, "dst_port": 0, "shutdown": 3}
+
+
+def _addresses(
+    copy: _socket.socket, message: dict[str, Any], over: bool, peer: tuple[bytes, int] | None = None
+) -> None:
+    """Both addresses, and what they mean. A TCP socket whose connection is over has none any more. *peer*: where it
+    goes if getpeername(2) does not say that yet."""
     nowhere: tuple[Any, ...] = ("::" if copy.family == AF_INET6 else "0.0.0.0", 0)
     near = far = nowhere
     if not over:
@@ -204,7 +313,9 @@ def _addresses(copy: _socket.socket, message: dict[str, Any], over: bool) -> Non
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 raise
-    if copy.type == DGRAM and far is not nowhere:
+        if peer is not None:
+            far = _socket.inet_ntop(copy.family, peer[0]), peer[1]
+    if copy.type != STREAM and far is not nowhere:
         message["state"] = ESTABLISHED
     for side, address in (("src", near), ("dst", far)):
         text, _, scope = address[0].partition("%")

@@ -10,73 +10,76 @@ import _socket
 import errno
 import struct
 
+from firn.abi.tcp import TCP_FASTOPEN_CONNECT, TCP_MAXSEG, TCP_QUICKACK, TCP_WINDOW_CLAMP
 from firn.errors import ImageError
+from firn.resources.sockets import options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 AF_INET, AF_INET6 = 2, 10
-IP, SOCKET, TCP, UDP, IPV6, UDPLITE = 0, 1, 6, 17, 41, 136
+STREAM, DGRAM, RAW = 1, 2, 3
+IP, TCP, UDP, IPV6, UDPLITE, SOL_RAW = 0, 6, 17, 41, 136, 255
 IPV6_V6ONLY = 26
 MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
-TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_REPAIR, TCP_ULP = 2, 10, 19, 31
-_SIZE = 256
+TCP_ULP = 31
 
-IP_FIELDS = (("freebind", 15), ("pktinfo", 8), ("tos", 1), ("ttl", 2))
-TCP_FIELDS = (("cork", 3), ("nodelay", 1), ("keepcnt", 6), ("keepidle", 4), ("keepintvl", 5))
+IP_FIELDS = {15: "freebind", 8: "pktinfo", 1: "tos", 2: "ttl"}
+TCP_FIELDS = {3: "cork", 1: "nodelay", 6: "keepcnt", 4: "keepidle", 5: "keepintvl"}
 _BOOLEAN = ("freebind", "pktinfo", "cork", "nodelay")
 
 KEPT = {
-    # SO_WIFI_STATUS, _SELECT_ERR_QUEUE, _BUSY_POLL, _MAX_PACING_RATE, _ZEROCOPY, _TXTIME, _PREFER_BUSY_POLL,
-    # _BUSY_POLL_BUDGET, _RESERVE_MEM, _TXREHASH, _RCVMARK, _RCVPRIORITY
-    SOCKET: (41, 45, 46, 47, 60, 61, 69, 70, 73, 74, 75, 82),
-    # IP_OPTIONS, _RECVOPTS, _RETOPTS, _MTU_DISCOVER, _RECVERR, _RECVTTL, _RECVTOS, _PASSSEC, _TRANSPARENT,
-    # _RECVORIGDSTADDR, _MINTTL, _CHECKSUM, _BIND_ADDRESS_NO_PORT, _RECVFRAGSIZE, _RECVERR_RFC4884, _MULTICAST_IF,
-    # _MULTICAST_TTL, _MULTICAST_LOOP, _MULTICAST_ALL, _UNICAST_IF, _LOCAL_PORT_RANGE
-    IP: (4, 6, 7, 10, 11, 12, 13, 18, 19, 20, 21, 23, 24, 25, 26, 32, 33, 34, 49, 50, 51),
+    # IP_OPTIONS, _ROUTER_ALERT, _RECVOPTS, _RETOPTS, _MTU_DISCOVER, _RECVERR, _RECVTTL, _RECVTOS, _PASSSEC,
+    # _TRANSPARENT, _RECVORIGDSTADDR, _MINTTL, _CHECKSUM, _BIND_ADDRESS_NO_PORT, _RECVFRAGSIZE, _RECVERR_RFC4884,
+    # _MULTICAST_IF, _MULTICAST_TTL, _MULTICAST_LOOP, _MULTICAST_ALL, _UNICAST_IF, _LOCAL_PORT_RANGE
+    IP: (4, 5, 6, 7, 10, 11, 12, 13, 18, 19, 20, 21, 23, 24, 25, 26, 32, 33, 34, 49, 50, 51),
     # IPV6_2292*, _FLOWINFO, _UNICAST_HOPS, _MULTICAST_*, _MTU_DISCOVER, _RECVERR, _MULTICAST_ALL, _RECVERR_RFC4884,
     # _FLOWINFO_SEND, _RECV*, the sticky headers, _DONTFRAG, _RECVTCLASS, _TCLASS, _AUTOFLOWLABEL, _ADDR_PREFERENCES,
-    # _MINHOPCOUNT, _RECVORIGDSTADDR, _UNICAST_IF, _RECVFRAGSIZE
-    IPV6: (2, 3, 4, 5, 8, 11, 16, 17, 18, 19, 23, 25, 29, 31, 33, 49, 51, 53, 54, 55, 56, 57, 58, 59, 60, 62, 66, 67,
-           70, 72, 73, 74, 76, 77),
+    # _MINHOPCOUNT, _RECVORIGDSTADDR, _UNICAST_IF, _RECVFRAGSIZE, _ROUTER_ALERT, _ROUTER_ALERT_ISOLATE, _TRANSPARENT,
+    # _FREEBIND (a raw IPv6 socket has the latter two not at the level of IP)
+    IPV6: (2, 3, 4, 5, 8, 11, 16, 17, 18, 19, 22, 23, 25, 29, 30, 31, 33, 49, 51, 53, 54, 55, 56, 57, 58, 59, 60, 62,
+           66, 67, 70, 72, 73, 74, 75, 76, 77, 78),
     # TCP_MAXSEG, _SYNCNT, _LINGER2, _DEFER_ACCEPT, _WINDOW_CLAMP, _CONGESTION, _THIN_LINEAR_TIMEOUTS, _USER_TIMEOUT,
     # _FASTOPEN, _NOTSENT_LOWAT, _SAVE_SYN, _FASTOPEN_CONNECT, _FASTOPEN_KEY, _FASTOPEN_NO_COOKIE, _INQ, _TX_DELAY,
-    # _RTO_MAX_MS, _RTO_MIN_US
-    TCP: (TCP_MAXSEG, 7, 8, 9, TCP_WINDOW_CLAMP, 13, 16, 18, 23, 25, 27, 30, 33, 34, 36, 37, 44, 45),
+    # _RTO_MAX_MS, _RTO_MIN_US, _DELACK_MAX_US, _QUICKACK
+    TCP: (TCP_MAXSEG, 7, 8, 9, TCP_WINDOW_CLAMP, TCP_QUICKACK, 13, 16, 18, 23, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46),
     # UDP_ENCAP, _NO_CHECK6_TX, _NO_CHECK6_RX, _SEGMENT, _GRO
     UDP: (100, 101, 102, 103, 104),
     # UDPLITE_SEND_CSCOV, _RECV_CSCOV
     UDPLITE: (10, 11),
+    # IPV6_CHECKSUM
+    SOL_RAW: (7,),
 }  # fmt: skip
 """Options that CRIU's messages have no field for, by level: firn keeps the bytes."""
 
-_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP)}
-"""What a connection sets by itself."""
-_OF_DATAGRAMS = {IP: (32, 33, 34, 49), IPV6: (17, 18, 19, 29)}
-"""Multicast options: a stream takes none, though accepted ones show other values than new ones."""
+_OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_QUICKACK, TCP_FASTOPEN_CONNECT)}
+"""What a connection sets by itself, and what must not be done once more when it is made again."""
+_OF_DATAGRAMS = {IP: (32, 33), IPV6: (17, 18)}
+"""Multicast options that a stream does not take, though accepted ones show other values than new ones."""
 
+_MIN_MSS, _MAX_MSS = 88, 32767
+"""What may be set (TCP_MIN_MSS and MAX_TCP_WINDOW of the kernel)."""
 _GROUP = struct.Struct("<I4x")
 _FILTER = struct.Struct("<II")
 _STORAGE = 128
 _MOST_SOURCES = 1024
 
 
-def levels(family: int, protocol: int) -> tuple[int, ...]:
+def levels(family: int, kind: int, protocol: int) -> tuple[int, ...]:
     """The levels at which a socket has options."""
-    own = (UDP, UDPLITE) if protocol == UDPLITE else (protocol,)
-    return (SOCKET, IP, *((IPV6,) if family == AF_INET6 else ()), *own)
+    own: tuple[int, ...] = ()
+    if kind == RAW:
+        own = (SOL_RAW,) if family == AF_INET6 else ()
+    elif protocol in (TCP, UDP, UDPLITE):
+        own = (UDP, UDPLITE) if protocol == UDPLITE else (protocol,)
+    return (IP, *((IPV6,) if family == AF_INET6 else ()), *own)
 
 
-def _get(sock: _socket.socket, level: int, number: int) -> bytes | None:
-    """The bytes of an option; None if this kernel or kind of socket does not know it."""
-    try:
-        return sock.getsockopt(level, number, _SIZE)
-    except OSError as error:
-        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL):
-            return None
-        raise
+def is_tcp(sock: _socket.socket) -> bool:
+    """Whether *sock* is a TCP socket, and no raw one for packets of that protocol."""
+    return sock.type == STREAM and sock.proto == TCP
 
 
 def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
@@ -84,47 +87,40 @@ def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
 
     *connected*: it has, or had, a connection.
     """
-    fresh = _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
-    try:
-        found: dict[str, Any] = {"ip_opts": _named(sock, fresh, IP, IP_FIELDS)}
-        if sock.proto == TCP:
-            named = _named(sock, fresh, TCP, TCP_FIELDS)
-            if named:
-                found["tcp_opts"] = named
-        kept = []
-        passed = (_OF_DATAGRAMS if sock.proto == TCP else {}) | (_OF_CONNECTION if connected else {})
-        for level in levels(sock.family, sock.proto):
-            for number in KEPT[level]:
-                if number in passed.get(level, ()):
-                    continue
-                value = _get(sock, level, number)
-                if value is not None and value != _get(fresh, level, number):
-                    kept.append({"level": level, "number": number, "value": value})
-        if kept:
-            found["firn"] = {"options": kept}
-        return found
-    finally:
-        fresh.close()
+    found: dict[str, Any] = {"ip_opts": _named(sock, IP, IP_FIELDS)}
+    if is_tcp(sock) and (named := _named(sock, TCP, TCP_FIELDS)):
+        found["tcp_opts"] = named
+    kept = []
+    passed = (_OF_DATAGRAMS if is_tcp(sock) else {}) | (_OF_CONNECTION if connected else {})
+    for level in levels(sock.family, sock.type, sock.proto):
+        kept += options.kept(sock, level, KEPT[level], passed.get(level, ()))
+    kept = [option for option in kept if not _is_derived(option)]
+    if kept:
+        found["firn"] = {"options": kept}
+    return found
 
 
-def _named(
-    sock: _socket.socket, fresh: _socket.socket, level: int, fields: tuple[tuple[str, int], ...]
-) -> dict[str, int]:
-    return {
-        name: bool(value) if name in _BOOLEAN else value
-        for name, number in fields
-        if (value := sock.getsockopt(level, number)) != fresh.getsockopt(level, number)
-    }
+def _is_derived(option: dict[str, Any]) -> bool:
+    """Whether it is a segment size that nobody may set: IP options make the kernel compute one without a route."""
+    size = int.from_bytes(option["value"][:4], "little")
+    return (option["level"], option["number"]) == (TCP, TCP_MAXSEG) and not _MIN_MSS <= size <= _MAX_MSS
+
+
+def _named(sock: _socket.socket, level: int, fields: dict[int, str]) -> dict[str, int]:
+    """By field, what differs; a raw IPv6 socket has none of IPv4's options."""
+    found = {}
+    for number, value in options.differing(sock, level, tuple(fields)):
+        known = int.from_bytes(value, "little", signed=True)
+        found[fields[number]] = bool(known) if fields[number] in _BOOLEAN else known
+    return found
 
 
 def unsupported(sock: _socket.socket) -> list[str]:
     """What options make of *sock* that cannot be saved."""
-    if sock.proto != TCP:
+    if not is_tcp(sock):
         return []
     found = []
-    if sock.getsockopt(TCP, TCP_REPAIR):
-        found.append("is in repair mode (TCP_REPAIR): another tool is at work on it")
-    layer = (_get(sock, TCP, TCP_ULP) or b"").rstrip(b"\0")
+    layer = (options.value(sock, TCP, TCP_ULP) or b"").rstrip(b"\0")
     if layer:
         found.append(f"has the protocol {layer.decode('ascii', 'replace')!r} on top (TCP_ULP)")
     return found
@@ -132,24 +128,22 @@ def unsupported(sock: _socket.socket) -> list[str]:
 
 def restore(sock: _socket.socket, entry: dict[str, Any]) -> None:
     """Set the options, before bind(2). Raises :class:`OSError` for what the kernel does not take."""
-    if "v6only" in entry and entry["family"] == AF_INET6:
+    # Not of a raw socket: that has a number from the start, and so cannot be changed any more.
+    if "v6only" in entry and entry["family"] == AF_INET6 and entry["type"] != RAW:
         sock.setsockopt(IPV6, IPV6_V6ONLY, entry["v6only"])
-    for level, fields, message in ((IP, IP_FIELDS, "ip_opts"), (TCP, TCP_FIELDS, "tcp_opts")):
+    tcp = TCP_FIELDS if entry["type"] == STREAM else {}
+    for level, fields, message in ((IP, IP_FIELDS, "ip_opts"), (TCP, tcp, "tcp_opts")):
         values = entry.get(message, {})
-        for name, number in fields:
+        for number, name in fields.items():
             if name in values:
                 sock.setsockopt(level, number, int(values[name]).to_bytes(4, "little"))
-    if entry["proto"] == TCP:
-        for name, number in TCP_FIELDS[2:]:
+    if entry["type"] == STREAM:
+        for number, name in TCP_FIELDS.items():
             # Where older images have them.
             if entry["opts"].get(f"tcp_{name}"):
                 sock.setsockopt(TCP, number, entry["opts"][f"tcp_{name}"].to_bytes(4, "little"))
-    allowed = levels(entry["family"], entry["proto"])
-    for option in entry.get("firn", {}).get("options", []):
-        level, number = option.get("level", 0), option.get("number", 0)
-        if level not in allowed or number not in KEPT[level]:
-            raise ImageError(f"internet socket {entry['id']} has an impossible option {level}:{number}")
-        sock.setsockopt(level, number, option.get("value", b""))
+    allowed = {level: KEPT[level] for level in levels(entry["family"], entry["type"], entry["proto"])}
+    options.set_kept(sock, entry.get("firn", {}).get("options", []), allowed)
 
 
 # -- multicast memberships -------------------------------------------------------------------------------------------
@@ -204,7 +198,7 @@ def _filter_of(sock: _socket.socket, level: int, request: bytes, room: int) -> d
     try:
         syscall("MCAST_MSFILTER", nr.getsockopt, sock.fileno(), level, MCAST_MSFILTER, where, address_of(size))
     except OSError as error:
-        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EINVAL):
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EINVAL, errno.ENOPROTOOPT):
             return None
         raise
     mode, count = _FILTER.unpack_from(buffer, head)

@@ -2,44 +2,44 @@
 
 bind      all exist with their options, and have their addresses
 listen    listening ones listen, groups are joined
+connect   TCP connections are there, and silent (:mod:`tcp_rebuild`)
 fill      datagrams wait where they waited
 finish    datagram sockets are connected; shutdown, flags are as they were
+resume    at the very end of a restore: connections live
 
 Sockets of one checkpoint that share a port were allowed to when they were bound, which later changes of their options
-may hide: so SO_REUSEADDR is set on them while they are bound. Connections come back as sockets that have none.
+may hide: so SO_REUSEADDR is set on them while they are bound. With --tcp-close connections come back as sockets that
+have none.
 """
 
 from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
 import struct
 
-from firn.abi import fcntl as fc
 from firn.errors import ImageError, RestoreError
 from firn.resources.base import INETSK
-from firn.resources.sockets import datagrams, inet_options, options
+from firn.resources.sockets import common, datagrams, inet_options, options, raw
 from firn.resources.sockets.inet import (
     CLOSE,
-    DGRAM,
     ESTABLISHED,
     LISTEN,
     STATES,
-    STREAM,
-    SUPPORTED,
     from_words,
     is_address,
+    is_supported,
 )
-from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP, UDPLITE
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6, DGRAM, RAW, STREAM, TCP, UDP, UDPLITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from firn.resources.base import RestoreContext
+    from firn.resources.sockets.tcp_rebuild import Stream
 
-_NAMES = {TCP: "TCP", UDPLITE: "UDP-Lite"}
+_NAMES = {(STREAM, TCP): "TCP", (DGRAM, UDP): "UDP", (DGRAM, UDPLITE): "UDP-Lite"}
 _SO_REUSEADDR, _SO_PRIORITY = 2, 12
 _SHUTDOWN_BOTH = 3
 
@@ -52,19 +52,20 @@ def _groups(entry: dict[str, Any]) -> list[dict[str, Any]]:
 class Made:
     """A socket of the checkpoint on its way back."""
 
-    __slots__ = ("entry", "id", "sock", "taken")
+    __slots__ = ("entry", "id", "sock", "stream", "taken")
 
     def __init__(self, number: int, entry: dict[str, Any]) -> None:
         self.id = number
         self.entry = entry
         self.sock: _socket.socket | None = None
+        self.stream: Stream | None = None
         self.taken = False
         self._check()
 
     def _check(self) -> None:
         entry = self.entry
         family, state = entry["family"], entry["state"]
-        if family not in (AF_INET, AF_INET6) or (entry["type"], entry["proto"]) not in SUPPORTED:
+        if family not in (AF_INET, AF_INET6) or not is_supported(family, entry["type"], entry["proto"]):
             kind = f"family {family} type {entry['type']} protocol {entry['proto']}"
             raise RestoreError(f"internet socket {self.id} is of a kind that is not supported: {kind}")
         possible = (CLOSE, LISTEN, *STATES) if entry["type"] == STREAM else (CLOSE, ESTABLISHED)
@@ -76,12 +77,13 @@ class Made:
             raise ImageError(f"internet socket {self.id} has an impossible state, address, port or device")
 
     def __str__(self) -> str:
-        return f"{_NAMES.get(self.entry['proto'], 'UDP')} socket {self.id} ({self.shown('src')})"
+        kind = _NAMES.get((self.entry["type"], self.entry["proto"]), "raw" if self.entry["type"] == RAW else "ping")
+        return f"{kind} socket {self.id} ({self.shown('src')})"
 
     listens = property(lambda self: self.entry["state"] == LISTEN)
     connection = property(lambda self: self.entry["type"] == STREAM and self.entry["state"] in STATES)
     bound = property(lambda self: not self.connection and (self.entry["src_port"] or any(self.entry["src_addr"])))
-    key = property(lambda self: (self.entry["proto"], self.entry["src_port"]))
+    key = property(lambda self: (self.entry["type"], self.entry["proto"], self.entry["src_port"]))
 
     def text(self, side: str) -> str:
         """The address of one *side* (src, dst)."""
@@ -119,17 +121,33 @@ class InetRebuild:
             for (kind, number), entry in context.files.items()
             if kind == INETSK and not context.inherited.supplies(kind, entry["isk"])
         }
-        self._keys = [made.key for made in self.made.values() if made.bound]
+        self._images = context.images
+        self._sharing: dict[tuple[int, int, int], int] = {}
 
     def run(self) -> None:
-        """All stages."""
+        """All stages but the last."""
         for made in self.made.values():
             if made.connection and not self.options.tcp_close:
-                what = f"{made} is connected to {made.shown('dst')} ({STATES[made.entry['state']]})"
-                raise RestoreError(what, "--tcp-close brings it back closed; --tcp-established is not built yet")
-        for stage in (self._make, self._listen, self._fill, self._finish):
+                self._load_stream(made)
+            if made.bound or made.stream is not None:
+                self._sharing[made.key] = self._sharing.get(made.key, 0) + 1
+        for stage in (self._make, self._listen, self._connect, self._fill, self._finish):
             for made in self.made.values():
                 stage(made)
+
+    def _load_stream(self, made: Made) -> None:
+        if not self.options.tcp_established:
+            what = f"{made} is connected to {made.shown('dst')} ({STATES[made.entry['state']]})"
+            raise RestoreError(what, "--tcp-established brings it back so; --tcp-close brings it back closed")
+        from firn.resources.sockets.tcp_rebuild import Stream
+
+        made.stream = Stream(str(made), made.entry, self._images)
+
+    def resume(self) -> None:
+        """Connections live."""
+        for made in self.made.values():
+            if made.stream is not None:
+                made.stream.resume(made.address("dst"))
 
     def take(self, number: int) -> int:
         """Socket *number*, to be closed by the caller."""
@@ -149,12 +167,13 @@ class InetRebuild:
     def _make(self, made: Made) -> None:
         entry = made.entry
         try:
-            made.sock = _socket.socket(entry["family"], entry["type"] | _socket.SOCK_CLOEXEC, entry["proto"])
+            made.sock = raw.make(entry["family"], entry["type"], entry["proto"])
         except OSError as error:
             raise RestoreError(f"{made} cannot be made: {error.strerror}") from None
         try:
-            options.restore(made.sock, entry["opts"])
+            options.restore(made.sock, entry["opts"] | ({"so_bound_dev": ""} if _comes_late(entry) else {}))
             inet_options.restore(made.sock, entry)
+            raw.restore(made.sock, entry)
             # IP_TOS changes it.
             if made.sock.getsockopt(options.SOL_SOCKET, _SO_PRIORITY) != entry["opts"].get("so_priority", 0):
                 made.sock.setsockopt(options.SOL_SOCKET, _SO_PRIORITY, entry["opts"].get("so_priority", 0))
@@ -164,12 +183,14 @@ class InetRebuild:
             raise RestoreError(f"an option of {made}{where} cannot be set: {error.strerror}") from None
         except (ValueError, TypeError, struct.error) as error:
             raise ImageError(f"{made} has an impossible option: {error}") from None
-        if made.bound:
+        if made.stream is not None:
+            made.stream.begin(made.sock)
+        if made.bound or made.stream is not None:
             self._bind(made)
 
     def _bind(self, made: Made) -> None:
         sock = made.get()
-        if self._keys.count(made.key) > 1:
+        if made.stream is None and self._sharing[made.key] > 1:
             sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, 1)
         try:
             sock.bind(made.address("src"))
@@ -183,7 +204,9 @@ class InetRebuild:
                 sock.listen(min(entry["backlog"], 0x7FFFFFFF))
         except OSError as error:
             raise _in_the_way(made, error) from None
-        sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
+        if made.stream is None:
+            # Of a connection, repair mode has the option for itself.
+            sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
         for member in _groups(entry):
             try:
                 inet_options.join(sock, member)
@@ -191,13 +214,29 @@ class InetRebuild:
                 where = f"a multicast group on the network device {member.get('interface', '')}"
                 raise RestoreError(f"{made} cannot join {where}: {error.strerror}") from None
 
+    def _connect(self, made: Made) -> None:
+        if made.stream is not None:
+            made.stream.connect(made.address("dst"))
+        unread = made.entry.get("firn", {}).get("unread")
+        if unread and made.entry["type"] == STREAM and made.entry["state"] == CLOSE:
+            from firn.resources.sockets.tcp_rebuild import end_with
+
+            end_with(str(made), made.get(), unread, made.entry["opts"])
+
     def _fill(self, made: Made) -> None:
-        if made.entry["type"] == DGRAM:
-            datagrams.fill(made.get(), str(made), made.entry)
+        if datagrams.is_udp(made.get()):
+            datagrams.fill(made.get(), str(made), made.entry, self._sharing.get(made.key, 0) > 1)
+            if _comes_late(made.entry):
+                device = made.entry["opts"]["so_bound_dev"]
+                try:
+                    made.get().setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, device.encode())
+                except OSError as error:
+                    what = f"{made} cannot be bound to the network device {device}"
+                    raise RestoreError(f"{what}: {error.strerror}") from None
 
     def _finish(self, made: Made) -> None:
         sock, entry = made.get(), made.entry
-        if entry["type"] == DGRAM and entry["state"] == ESTABLISHED:
+        if entry["type"] != STREAM and entry["state"] == ESTABLISHED:
             try:
                 sock.connect(made.address("dst"))
             except OSError as error:
@@ -209,10 +248,13 @@ class InetRebuild:
                 # The kernel says so of every socket that is not connected, and shuts it nevertheless.
                 if error.errno != errno.ENOTCONN:
                     raise
-        owner, flags = entry["fown"], entry["flags"]
-        if owner.get("pid") or owner.get("signum"):
-            flags &= ~fc.FASYNC
-        fcntl.fcntl(sock.fileno(), fc.F_SETFL, flags)
+        common.set_flags(sock.fileno(), entry)
+
+
+def _comes_late(entry: dict[str, Any]) -> bool:
+    """Whether a socket is bound to its device only when its datagrams wait again: they come from another device."""
+    has_device = entry["type"] == DGRAM and bool(entry["opts"].get("so_bound_dev"))
+    return has_device and entry["proto"] in (UDP, UDPLITE) and bool(entry.get("firn", {}).get("datagrams"))
 
 
 def _in_the_way(made: Made, error: OSError) -> RestoreError:

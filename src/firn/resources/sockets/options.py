@@ -1,13 +1,22 @@
-"""Socket options (images: sk_opts_entry). Source: include/uapi/asm-generic/socket.h, socket(7)."""
+"""Socket options of all families (images: sk_opts_entry). Source: include/uapi/asm-generic/socket.h, socket(7).
+
+What CRIU has a field for is always written. Of the rest firn keeps the bytes, where they differ from those of a new
+socket of the same kind; so also at the levels of the families, each of which has its list. The owner of the socket's
+inode is kept too: it decides who may share its port, and firewalls look at it (fchown(2) of a socket sets it).
+docs/socket-options.md has the whole table, with what cannot be read from the kernel or set.
+"""
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import struct
 
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
+from firn.errors import ImageError
+from firn.resources.sockets import common
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,11 +26,15 @@ if TYPE_CHECKING:
 SOL_SOCKET = 1
 SO_SNDBUF, SO_RCVBUF, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 7, 8, 32, 33
 SO_LINGER, SO_PASSCRED, SO_PEEK_OFF, SO_BUF_LOCK = 13, 16, 42, 72
-SO_BINDTODEVICE, SO_ATTACH_FILTER = 25, 26
+SO_BINDTODEVICE, SO_ATTACH_FILTER, SO_MARK = 25, 26, 36
+SO_TIMESTAMPING, SO_TIMESTAMPING_NEW, SO_PASSRIGHTS = 37, 65, 83
+_OPT_ID = 1 << 7
+_STREAM, _TCP = 1, 6
+_SIZE = 256
 
 # Field of sk_opts_entry, option, its value in a new socket.
 NUMBERS = (
-    ("so_priority", 12, 0), ("so_rcvlowat", 18, 1), ("so_mark", 36, 0), ("so_oobinline", 10, 0),
+    ("so_priority", 12, 0), ("so_rcvlowat", 18, 1), ("so_mark", SO_MARK, 0), ("so_oobinline", 10, 0),
 )  # fmt: skip
 SWITCHES = (
     ("reuseaddr", 2), ("so_passcred", SO_PASSCRED), ("so_passsec", 34), ("so_dontroute", 5), ("so_no_check", 11),
@@ -29,19 +42,96 @@ SWITCHES = (
 )  # fmt: skip
 TIMEOUTS = (("so_snd_tmo", 21), ("so_rcv_tmo", 20))
 
-# What the images have no field for: option, its value in a new socket, name.
-UNKNOWN = (
-    (29, 0, "SO_TIMESTAMP"), (35, 0, "SO_TIMESTAMPNS"), (44, 0, "SO_LOCK_FILTER"), (76, 0, "SO_PASSPIDFD"),
-    (83, 1, "SO_PASSRIGHTS"), (SO_PEEK_OFF, -1, "SO_PEEK_OFF"), (37, 0, "SO_TIMESTAMPING"), (40, 0, "SO_RXQ_OVFL"),
-)  # fmt: skip
+# SO_DEBUG, _TIMESTAMP, _TIMESTAMPNS (old and new), _TIMESTAMPING (old and new: these come last, for they decide which
+# of both the socket has), _RXQ_OVFL, _WIFI_STATUS, _NOFCS, _SELECT_ERR_QUEUE, _BUSY_POLL, _MAX_PACING_RATE,
+# _INCOMING_CPU, _ZEROCOPY, _TXTIME, _PREFER_BUSY_POLL, _BUSY_POLL_BUDGET, _RESERVE_MEM, _TXREHASH, _RCVMARK,
+# _PASSPIDFD, _RCVPRIORITY, _PASSRIGHTS, _INQ; at the very end _PEEK_OFF and _LOCK_FILTER, after which no filter can be
+# set.
+KEPT = (1, 29, 35, 63, 64, SO_TIMESTAMPING, SO_TIMESTAMPING_NEW, 40, 41, 43, 45, 46, 47, 49, 60, 61, 69, 70, 73, 74, 75,
+        76, 82, SO_PASSRIGHTS, 84, SO_PEEK_OFF, 44)  # fmt: skip
+"""Options at SOL_SOCKET that CRIU's message has no field for, in the order in which they are set."""
+
 _OPTIONAL = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+_UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOTCONN, errno.EINVAL)
 _TIMEVAL = struct.Struct("<qq")
 _INSTRUCTION = struct.Struct("<HBBI")
 
 
+_new: dict[tuple[Any, ...], list[tuple[int, bytes]]] = {}
+"""(Number, value) of options in new sockets, by family, type, protocol, level and numbers."""
+
+
+def value(sock: socket, level: int, number: int) -> bytes | None:
+    """The bytes of an option; None if this kernel or kind of socket does not know it."""
+    try:
+        return sock.getsockopt(level, number, _SIZE)
+    except OSError as error:
+        if error.errno in _UNKNOWN:
+            return None
+        raise
+
+
+def new(sock: socket) -> socket:
+    """A new socket of the same kind."""
+    try:
+        return _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, sock.proto)
+    except PermissionError:
+        # A ping socket, for which we are in the wrong group. Other datagram sockets start with the same values.
+        return _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC, 0)
+
+
+def _of_new(sock: socket, level: int, numbers: tuple[int, ...]) -> list[tuple[int, bytes]]:
+    """What a new socket does not know, one that is in use does not know either, and is left out."""
+    key = sock.family, sock.type, sock.proto, level, numbers
+    if key not in _new:
+        fresh = new(sock)
+        try:
+            _new[key] = [
+                (number, usual) for number in numbers if (usual := value(fresh, level, number)) is not None
+            ]
+        finally:
+            fresh.close()
+    return _new[key]
+
+
+def differing(
+    sock: socket, level: int, numbers: tuple[int, ...], passed: tuple[int, ...] = ()
+) -> list[tuple[int, bytes]]:
+    """(Number, value) of the options *numbers* of one level that a new socket has otherwise, without those *passed*
+    over."""
+    return [
+        (number, now)
+        for number, usual in _of_new(sock, level, numbers)
+        if number not in passed and (now := value(sock, level, number)) is not None and now != usual
+    ]
+
+
+def kept(sock: socket, level: int, numbers: tuple[int, ...], passed: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    """firn_option of what :func:`differing` finds."""
+    return [
+        {"level": level, "number": number, "value": now} for number, now in differing(sock, level, numbers, passed)
+    ]
+
+
+def set_kept(sock: socket, kept: list[dict[str, Any]], allowed: dict[int, tuple[int, ...]]) -> None:
+    """Set options again, which must be among those *allowed* by level. Raises :class:`OSError`, :class:`ImageError`."""
+    for option in kept:
+        level, number = option.get("level", 0), option.get("number", 0)
+        if number not in allowed.get(level, ()):
+            raise ImageError(f"a socket has the impossible option {level}:{number}")
+        try:
+            sock.setsockopt(level, number, option.get("value", b""))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (level {level}, number {number})") from None
+
+
 def unsupported(sock: socket) -> list[str]:
     """The options of *sock* that are set and cannot be saved."""
-    return [f"{name} = {value}" for number, usual, name in UNKNOWN if (value := _number(sock, number, usual)) != usual]
+    if sock.type != _STREAM or sock.proto != _TCP or sock.family == _socket.AF_UNIX:
+        return []
+    # Only a connected stream takes it, and then counts its bytes from there.
+    stamps = int.from_bytes((value(sock, SOL_SOCKET, SO_TIMESTAMPING) or b"")[:4], "little")
+    return [f"SO_TIMESTAMPING = {stamps:#x} (with SOF_TIMESTAMPING_OPT_ID)"] if stamps & _OPT_ID else []
 
 
 def collect(sock: socket) -> dict[str, Any]:
@@ -67,7 +157,9 @@ def collect(sock: socket) -> dict[str, Any]:
     program = _get_filter(sock.fileno())
     if program:
         entry["so_filter"] = program
-    return entry
+    st = os.fstat(sock.fileno())
+    own = {"options": kept(sock, SOL_SOCKET, KEPT), "uid": st.st_uid, "gid": st.st_gid}
+    return entry | common.own_fields(own)
 
 
 def _number(sock: socket, number: int, usual: int) -> int:
@@ -134,3 +226,7 @@ def restore(sock: socket, entry: dict[str, Any]) -> None:
         sock.setsockopt(SOL_SOCKET, SO_BINDTODEVICE, os.fsencode(entry["so_bound_dev"]))
     if entry.get("so_filter"):
         _set_filter(sock.fileno(), entry["so_filter"])
+    own = entry.get("firn", {})
+    if own.get("uid") or own.get("gid"):
+        os.fchown(sock.fileno(), own.get("uid", 0), own.get("gid", 0))
+    set_kept(sock, own.get("options", []), {SOL_SOCKET: KEPT})

@@ -32,11 +32,12 @@ _MSGHDR = struct.Struct("<QI4xQQQQI4x")
 
 
 class Record:
-    """One message, or a run of stream bytes; ``fds`` are descriptors of ours, ``sender`` names a datagram's sender."""
+    """One message, or a run of stream bytes; ``fds`` are descriptors of ours, ``sender`` names a datagram's sender,
+    ``credentials`` is its struct ucred if the socket asks for that."""
 
     __slots__ = ("credentials", "data", "fds", "flags", "sender")
 
-    def __init__(self, data: bytes, fds: list[int], flags: int, sender: bytes, credentials: bool) -> None:
+    def __init__(self, data: bytes, fds: list[int], flags: int, sender: bytes, credentials: bytes) -> None:
         self.data = data
         self.fds = fds
         self.flags = flags
@@ -56,12 +57,13 @@ def _peek(sock: socket, size: int) -> Record | None:
     except BlockingIOError:
         return None
     fds: list[int] = []
-    credentials = False
+    credentials = b""
     for level, kind, content in control:
         if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
             step = range(0, len(content) - len(content) % _INTEGER, _INTEGER)
             fds += [int.from_bytes(content[at : at + _INTEGER], "little") for at in step]
-        credentials |= (level, kind) == (SOL_SOCKET, SCM_CREDENTIALS)
+        if (level, kind) == (SOL_SOCKET, SCM_CREDENTIALS):
+            credentials = content
     record = Record(data, fds, flags, os.fsencode(address or b""), credentials)
     if flags & MSG_CTRUNC:
         record.close()
@@ -86,6 +88,7 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
     """The *count* bytes in the queue of a stream, cut where descriptors hang. They stay there."""
     records: list[Record] = []
     at = 0
+    before = sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
     try:
         while at < count:
             record = _peek_at(sock, at, count - at)
@@ -94,13 +97,13 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
             if record.fds:
                 plain = _before_descriptors(sock, at, len(record.data))
                 if plain:
-                    records.append(Record(record.data[:plain], [], 0, b"", False))
+                    records.append(Record(record.data[:plain], [], 0, b"", record.credentials))
                     record.data = record.data[plain:]
                     at += plain
             records.append(record)
             at += len(record.data)
     finally:
-        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
     return records
 
 
@@ -132,10 +135,12 @@ def peek_messages(sock: socket, ended: bool) -> list[Record]:
     """
     records: list[Record] = []
     passing = sock.getsockopt(SOL_SOCKET, SO_PASSCRED)
+    before = sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
     if ended:
         sock.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
     try:
         # An empty message that was peeked at before is not seen at an offset again.
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
         first = _peek(sock, 1)
         if first is None or (ended and not first.credentials):
             return records
@@ -155,18 +160,22 @@ def peek_messages(sock: socket, ended: bool) -> list[Record]:
             records.append(record)
             at += len(record.data)
     finally:
-        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
         if ended:
             sock.setsockopt(SOL_SOCKET, SO_PASSCRED, passing)
 
 
-def send(sock: socket, data: bytes, fds: list[int], stream: bool, to: str | bytes = "") -> None:
+def send(
+    sock: socket, data: bytes, fds: list[int], stream: bool, to: str | bytes = "", credentials: bytes = b""
+) -> None:
     """Put one record into the queue of the peer, or of the socket named *to*; sender's buffer permitting, which is made
-    large. Raises :class:`OSError`."""
+    large. *credentials* (struct ucred) may be others' if we are root. Raises :class:`OSError`."""
     set_buffer(sock, SO_SNDBUF, _ROOM)
     control = [(SOL_SOCKET, SCM_RIGHTS, b"".join(fd.to_bytes(_INTEGER, "little") for fd in fds))] if fds else []
+    if credentials:
+        control.append((SOL_SOCKET, SCM_CREDENTIALS, credentials))
     while True:
         done = sock.sendmsg([data], control, MSG_DONTWAIT, to) if to else sock.sendmsg([data], control, MSG_DONTWAIT)
-        data, control = data[done:], []
+        data, control = data[done:], control[len(control) - bool(credentials) :]
         if not stream or not data:
             return

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import _socket
 import errno
-import fcntl
 import os
 import stat
 
-from firn.abi import fcntl as fc
 from firn.errors import ImageError, RestoreError
 from firn.host.sockdiag import CLOSE, ESTABLISHED, LISTEN
 from firn.resources.base import UNIXSK
-from firn.resources.sockets import options, queues
+from firn.resources.sockets import common, options, queues
+from firn.resources.sockets.standins import UCRED, Identity, StandIns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,10 +60,17 @@ class Made:
 
     inode = property(lambda self: self.entry["ino"])
     type = property(lambda self: self.entry["type"])
+    who = property(lambda self: self._identity("peer"))
+    connector = property(lambda self: self._identity("connector"))
     name = property(lambda self: self.entry["name"] if self.entry["name"][:1] == b"\0" else
                     self.entry["name"].split(b"\0")[0])  # fmt: skip
     listens = property(lambda self: self.entry["state"] == LISTEN)
     external = property(lambda self: bool(self.entry["uflags"] & EXTERNAL))
+
+    def _identity(self, field: str) -> Identity | None:
+        """Whom SO_PEERCRED tells of (peer), who made the connection that waits (connector); None if that is unknown."""
+        entry = self.entry.get("firn", {}).get(field)
+        return None if entry is None else Identity(entry)
 
     def get(self) -> _socket.socket:
         """The socket, which must have been made by now."""
@@ -80,10 +86,6 @@ class Made:
 
 def _new(kind: int) -> _socket.socket:
     return _socket.socket(AF_UNIX, kind | SOCK_CLOEXEC, 0)
-
-
-def _pair(kind: int) -> tuple[_socket.socket, _socket.socket]:
-    return _socket.socketpair(AF_UNIX, kind | SOCK_CLOEXEC, 0)
 
 
 class Rebuild:
@@ -105,6 +107,8 @@ class Rebuild:
         for kind, number in context.files:
             self.types.setdefault(number, kind)
         self._temporary: list[_socket.socket] = []
+        self._senders: dict[bytes, _socket.socket] = {}
+        self._standins = StandIns()
 
     def run(self) -> None:
         """All stages."""
@@ -121,6 +125,7 @@ class Rebuild:
         except OSError as error:
             raise RestoreError(f"unix sockets cannot be made again: {error}") from error
         finally:
+            self._standins.close()
             for helper in self._temporary:
                 helper.close()
             for made in self.made.values():
@@ -165,7 +170,7 @@ class Rebuild:
                 made.sock = _new(made.type)
                 self._bind(made)
                 if made.listens:
-                    made.sock.listen(len(self.made) + 1)
+                    self._standins.listen(made.who, made.sock, len(self.made) + 1)
             elif made.entry["peer"] and made.peer is None:
                 waiting.append(made)
             else:
@@ -179,16 +184,16 @@ class Rebuild:
                 raise ImageError(f"{made}: its peer {made.entry['peer']} is not there")
             made.sock = _new(made.type)
             self._bind(made)
-            made.sock.connect(listener.address())
+            self._standins.connect(made.connector, made.sock, listener.address())
 
     def _make_datagram(self, made: Made) -> None:
         if made.sock is not None:
             return
         if made.peer is not None:
-            made.sock, made.peer.sock = _pair(DGRAM)
+            made.sock, made.peer.sock = self._standins.pair(made.who, DGRAM)
             self._bind(made.peer)
         elif self._had_peer(made):
-            made.sock, made.helper = _pair(DGRAM)
+            made.sock, made.helper = self._standins.pair(made.who, DGRAM)
             self._temporary.append(made.helper)
         else:
             made.sock = _new(DGRAM)
@@ -207,7 +212,7 @@ class Rebuild:
             server = peer
         client = peer if server is made else made
         if not server.name:
-            server.sock, other = _pair(server.type)
+            server.sock, other = self._standins.pair(server.who, server.type)
         else:
             server.sock, other = self._connect_through(server, client)
         if client is not None:
@@ -235,13 +240,14 @@ class Rebuild:
             own = listener = Made(server.id, {**server.entry, "deleted": True})
             own.sock = _new(server.type)
             self._bind(own)
-            own.sock.listen(1)
+        # The client is told of who listened, the server of who connected.
+        self._standins.listen(client.who if client else None, listener.get(), len(self.made) + 1)
         other = _new(server.type)
         try:
             if client is not None:
                 client.sock = other
                 self._bind(client)
-            other.connect(listener.address())
+            self._standins.connect(server.who, other, listener.address())
             fd, _ = listener.get()._accept()  # type: ignore[attr-defined]
             return _socket.socket(fileno=fd), other
         finally:
@@ -286,11 +292,38 @@ class Rebuild:
                 if scm["type"] != queues.SCM_RIGHTS:
                     raise ImageError(f"sk-queues.img: a message for {made} has something of type {scm['type']}")
                 fds += [self._queued(number) for number in scm["rights"]]
+            own = record.get("firn", {})
             try:
-                queues.send(sender, data, fds, made.type == STREAM, to)
+                from_whom, where = sender, to
+                if own.get("sender"):
+                    from_whom, where = self._named_sender(own["sender"]), made.address()
+                queues.send(from_whom, data, fds, made.type == STREAM, where, self._credentials(own))
             except OSError as error:
                 raise RestoreError(f"the queue of {made} cannot be filled: {error.strerror}") from None
         options.set_buffer(sender, options.SO_SNDBUF, size)
+
+    def _credentials(self, own: dict[str, Any]) -> bytes:
+        """The struct ucred that a message bears; its process exists now."""
+        if "credentials" not in own:
+            return b""
+        who = Identity(own["credentials"])
+        self._standins.hold(who.pid)
+        return UCRED.pack(who.pid, who.uid, who.gid)
+
+    def _named_sender(self, name: bytes) -> _socket.socket:
+        """The datagram socket of that name, or a temporary one in its place."""
+        wanted = name if name[:1] == b"\0" else name.split(b"\0")[0]
+        for other in self.made.values():
+            if other.type == DGRAM and other.name == wanted and not other.external:
+                return other.get()
+        if wanted not in self._senders:
+            helper = self._senders[wanted] = _new(DGRAM)
+            self._temporary.append(helper)
+            if wanted[:1] == b"\0":
+                helper.bind(wanted)
+            else:
+                os.close(_bind_in_own_root(helper, wanted))
+        return self._senders[wanted]
 
     def _queued(self, number: int) -> int:
         """Our descriptor of a file that is in a message."""
@@ -344,14 +377,11 @@ class Rebuild:
         except OSError as error:
             raise RestoreError(f"an option of {made} cannot be set: {error.strerror}") from None
         if made.listens:
-            sock.listen(min(entry["backlog"], 0x7FFFFFFF))
+            self._standins.listen(made.who, sock, min(entry["backlog"], 0x7FFFFFFF))
         how = entry.get("shutdown", 0)
         if how:
             sock.shutdown(how - 1)  # SHUT_RD 0, SHUT_WR 1, SHUT_RDWR 2
-        owner, flags = entry["fown"], entry["flags"]
-        if owner.get("pid") or owner.get("signum"):
-            flags &= ~fc.FASYNC
-        fcntl.fcntl(sock.fileno(), fc.F_SETFL, flags)
+        common.set_flags(sock.fileno(), entry)
 
 
 def _bind_on_disk(sock: _socket.socket, name: bytes, directory: str) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 
 from firn.abi import nr, poll
 from firn.abi.libc import syscall
 from firn.host import holders, procfs, sockdiag
 from firn.resources.base import Kind, Open
-from firn.resources.sockets import options, queues
+from firn.resources.sockets import common, options, queues
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ EXTERNAL = 1
 """uflags: a service outside the tree."""
 _SIOCUNIXFILE = 0x89E0
 _DELETED = " (deleted)"
+_SO_PEERCRED, _SO_PEERGROUPS = 17, 59
+_UCRED = struct.Struct("<III")
+_NOBODY = 0xFFFFFFFF
+_MOST_GROUPS = 1024
 _HELP = "dump that process too, or close the socket"
 _NO_OPTIONS = {
     "so_sndbuf": 0, "so_rcvbuf": 0, "so_snd_tmo_sec": 0, "so_snd_tmo_usec": 0, "so_rcv_tmo_sec": 0,
@@ -43,13 +48,14 @@ _NO_OWNER = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
 
 class Queued:
     """One record of a queue: its descriptors by file id; those that lead to a socket which is just being collected are
-    still in ``unknown``."""
+    still in ``unknown``. ``sender`` is the name of a datagram's sender that would not send it again by itself."""
 
-    __slots__ = ("ids", "record", "unknown")
+    __slots__ = ("ids", "record", "sender", "unknown")
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self.ids: list[int] = []
+        self.sender = b""
         self.unknown: dict[int, Open] = {}
 
 
@@ -107,7 +113,6 @@ class UnixSockets(Kind):
             reasons = self._obstacles(found, copy)
             if not reasons:
                 self._collect_queue(found, copy, context)
-                reasons = _queue_obstacles(found, copy)
             for reason in reasons:
                 context.refuse(open, reason, "close it before the dump, or let the program finish with it")
             return None if reasons else self._message(found, copy, context)
@@ -140,6 +145,7 @@ class UnixSockets(Kind):
         if listener is not None:
             # Not the diag number, which nobody needs: the place in the listener's queue, which the images cannot tell.
             message |= {"peer": listener.inode, "backlog": listener.waiting.index(seen.inode)}
+        message |= common.own_fields(_identities(copy, open.pid, listener is not None))
         if f"unix[{seen.inode}]" in context.options.external:
             message |= {"peer": 0, "state": sockdiag.CLOSE, "shutdown": 0}
         try:
@@ -166,6 +172,9 @@ class UnixSockets(Kind):
         else:
             records = queues.peek_messages(copy, seen.type == SEQPACKET and bool(seen.shutdown & 1))
         found.queue = [Queued(record) for record in records]
+        if not copy.getsockopt(options.SOL_SOCKET, options.SO_PASSCRED):
+            for record in records:
+                record.credentials = b""
         for index, queued in enumerate(found.queue):
             for place, fd in enumerate(queued.record.fds):
                 self._add_queued(found, index, place, fd, context)
@@ -253,16 +262,21 @@ class UnixSockets(Kind):
                 context.refuse(found.open, "has a client that is gone and was not accepted yet", "let it be accepted")
 
     def _check_senders(self, found: Socket, context: DumpContext) -> None:
-        """The restore sends from the peer, else from a socket without a name."""
+        """The restore sends from the peer, else from a socket without a name, unless it is told the sender's name."""
         if found.seen.type != DGRAM or not found.queue:
             return
         peers = [other.seen for other in self.sockets.values() if other.seen.peer == found.seen.inode]
         name = peers[0].name.rstrip(b"\0") if peers else b""
         for queued in found.queue:
-            if queued.record.sender.rstrip(b"\0") != name:
-                sender = show(queued.record.sender) or "a socket without name"
-                context.refuse(found.open, f"has a datagram from {sender} in its queue, and images have no senders")
+            sender = queued.record.sender
+            if sender.rstrip(b"\0") == name:
+                continue
+            paired = any(peer.inode == found.seen.peer for peer in peers)
+            if not sender or not found.seen.name or paired or sender[:1] not in (b"/", b"\0"):
+                what = show(sender) or "a socket without name"
+                context.refuse(found.open, f"has a datagram from {what} in its queue, which cannot send it again")
                 return
+            queued.sender = sender
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -277,7 +291,9 @@ class UnixSockets(Kind):
                     entry: dict[str, Any] = {"id_for": found.id, "length": len(queued.record.data)}
                     if queued.ids:
                         entry["scm"] = [{"type": queues.SCM_RIGHTS, "rights": queued.ids}]
-                    writer.add(entry)
+                    credentials = queued.record.credentials
+                    who = _identity(credentials) if credentials else None
+                    writer.add(entry | common.own_fields({"credentials": who, "sender": queued.sender}))
                     writer.payload(queued.record.data)
 
     def close(self) -> None:
@@ -303,10 +319,28 @@ class UnixSockets(Kind):
         return self._rebuild.take(number)
 
 
-def _queue_obstacles(found: Socket, copy: socket) -> list[str]:
-    if found.queue and copy.getsockopt(options.SOL_SOCKET, options.SO_PASSCRED):
-        return ["has messages with credentials in its queue (SO_PASSCRED), which images cannot hold"]
-    return []
+def _identity(credentials: bytes) -> dict[str, Any]:
+    return dict(zip(("pid", "uid", "gid"), _UCRED.unpack(credentials), strict=True))
+
+
+def _identities(copy: socket, pid: int, waits: bool) -> dict[str, Any]:
+    """firn_unix: whom SO_PEERCRED tells of; with *waits* also process *pid*, of whom the server will be told."""
+    found: dict[str, Any] = {}
+    peer = _identity(copy.getsockopt(options.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
+    if peer["uid"] != _NOBODY:
+        found["peer"] = peer
+        try:
+            groups = copy.getsockopt(options.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS)
+        except OSError:
+            groups = b""
+        if groups:
+            peer["groups"] = groups
+    if waits and pid != os.getpid():
+        status = procfs.status(pid)
+        uid, gid = (int(status[field].split()[1]) for field in ("Uid", "Gid"))
+        groups = b"".join(int(group).to_bytes(4, "little") for group in status["Groups"].split())
+        found["connector"] = {"pid": pid, "uid": uid, "gid": gid, "groups": groups}
+    return found
 
 
 def _external(seen: UnixSocket) -> dict[str, Any]:

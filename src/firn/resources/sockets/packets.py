@@ -1,0 +1,56 @@
+"""Packets to sockets of this machine as if somebody else had sent them (ip(7), raw(7), ipv6(7): whole headers)."""
+
+from __future__ import annotations
+
+import _socket
+import struct
+
+from firn.resources.sockets.inet_options import AF_INET, AF_INET6
+from firn.resources.sockets.options import SO_MARK, SOL_SOCKET
+
+_RAW_PROTOCOL = 255
+LOCK_MARK = 0xC114
+"""The mark of packets that a locked network lets through; CRIU's, for a lock may be CRIU's."""
+MAPPED = bytes(10) + b"\xff\xff"
+
+
+def text(address: bytes) -> str:
+    """An address of 4 or 16 bytes for people, and for calls."""
+    return _socket.inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
+
+
+def unmapped(address: bytes) -> bytes:
+    """What travels: of an IPv4 address in an IPv6 one, the former."""
+    return address[12:] if len(address) == 16 and address.startswith(MAPPED) else address
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071."""
+    if len(data) % 2:
+        data += b"\0"
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return int(~total & 0xFFFF)
+
+
+def pseudo(source: bytes, target: bytes, protocol: int, length: int) -> bytes:
+    """What a checksum covers besides the packet; that of IPv4 (RFC 768) has the same sum as that of IPv6 (RFC 8200)."""
+    return source + target + struct.pack(">II", length, protocol)
+
+
+def send(source: bytes, target: bytes, protocol: int, body: bytes, mark: int = 0) -> None:
+    """Send *body* from *source* to *target*, addresses of 4 or 16 bytes. Raises :class:`OSError`."""
+    if len(source) == 4:
+        # The kernel fills in the identification and the checksum.
+        head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, protocol, 0)
+    else:
+        head = struct.pack(">IHBB", 6 << 28, len(body), protocol, 64)
+    family = AF_INET if len(target) == 4 else AF_INET6
+    channel = _socket.socket(family, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _RAW_PROTOCOL)
+    try:
+        if mark:
+            channel.setsockopt(SOL_SOCKET, SO_MARK, mark)
+        channel.sendto(head + source + target + body, (text(target), 0))
+    finally:
+        channel.close()
