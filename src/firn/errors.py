@@ -55,14 +55,18 @@ class RestoreError(FirnError):
 
 
 class Obstacle:
-    """One thing that stands against a dump: the *thing*, the *reason*, and the option or action that would *help*."""
+    """One thing that stands against a dump: the *thing*, the *reason*, and the option or action that would *help*.
 
-    __slots__ = ("help", "reason", "thing")
+    It is *passing* if the program itself will do away with it, as it goes on.
+    """
 
-    def __init__(self, thing: str, reason: str, help: str = "") -> None:
+    __slots__ = ("help", "passing", "reason", "thing")
+
+    def __init__(self, thing: str, reason: str, help: str = "", passing: bool = False) -> None:
         self.thing = thing
         self.reason = reason
         self.help = help
+        self.passing = passing
 
     def __str__(self) -> str:
         return f"{self.thing}: {self.reason}" + (f"; {self.help}" if self.help else "")

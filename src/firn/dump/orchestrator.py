@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
+"""Seconds that the target gets to do away with what passes by itself, one after the other; 0 ends it."""
 
 
 class Dump:
@@ -85,6 +87,39 @@ class Dump:
             getattr(self, name)()
             faults.point(f"dump.{name}.done")
 
+    def look(self) -> None:
+        """The phases up to *collect*; once more, a moment later, if nothing stands against the dump but what passes by
+        itself, as a connection does that waits to be accepted."""
+        for moment in _MOMENTS:
+            try:
+                for name in ("observe", "freeze", "collect"):
+                    self.phase(name)
+                return
+            except Refused as refused:
+                if not moment or self.freezer is not None or not all(one.passing for one in refused.obstacles):
+                    raise
+                self.log.info(f"the tree runs on for {moment * 1000:g} ms: {refused.obstacles[0]}")
+                self._start_over()
+                time.sleep(moment)
+
+    def _start_over(self) -> None:
+        """Back to before *observe*; the target runs."""
+        try:
+            self._unlock()
+        finally:
+            self.tree.release()
+        if self.collected is not None:
+            self.collected.finder.undo()
+            self.collected.close()
+            self.collected = None
+        if self.lock is not None:
+            self.lock.close()
+            self._make_lock()
+        os.close(self.pidfd)
+        self.pidfd = -1
+        self.obstacles.clear()
+        self.waiting, self.early_maps = {}, {}
+
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
@@ -106,9 +141,12 @@ class Dump:
 
             self.take_snapshots = take_all
         if self.options.tcp_established and not self.options.tcp_close:
-            from firn.resources.network import lock
+            self._make_lock()
 
-            self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
+    def _make_lock(self) -> None:
+        from firn.resources.network import lock
+
+        self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
 
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -329,8 +367,9 @@ def run(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]
     when all images are written and the target still stands; it raises to call the dump off."""
     work = Dump(options, log)
     try:
-        for name in ("prepare", "observe", "freeze", "collect", "contents"):
-            work.phase(name)
+        work.phase("prepare")
+        work.look()
+        work.phase("contents")
         if options.leave_running and not options.leave_stopped and post_dump is None:
             work.phase("release")
         work.phase("save")

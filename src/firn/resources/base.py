@@ -153,9 +153,9 @@ class DumpContext:
         self.lock: Lock | None = None
         self.warn = warn
 
-    def refuse(self, open: Open, reason: str, help: str = "") -> None:
-        """Note that *open* cannot be saved."""
-        self.obstacles.append(Obstacle(open.what, reason, help))
+    def refuse(self, open: Open, reason: str, help: str = "", passing: bool = False) -> None:
+        """Note that *open* cannot be saved; *passing*: not just now, but the program is about to change that."""
+        self.obstacles.append(Obstacle(open.what, reason, help, passing))
 
 
 class RestoreContext:

@@ -167,7 +167,7 @@ class Fanotify(_Watcher):
         lost = bool(overflow.unread(open.copy()))
         if lost and int(group["flags"], 16) & (ev.FAN_UNLIMITED_QUEUE | ev.FAN_REPORT_PIDFD):
             reason = "is a fanotify group with unread events, whose loss it cannot be told"
-            context.refuse(open, reason, "have it read them first, or try again")
+            context.refuse(open, reason, "have it read them first, or try again", passing=True)
             return None
         if lost:
             _note_unread(open, "fanotify group", "FAN_Q_OVERFLOW", context)

@@ -120,7 +120,7 @@ class InetSockets(Kind):
             self._add_raw(copy, message)
         if not is_tcp(copy) and not datagrams.is_udp(copy):
             for reason in self._raw.obstacles(copy, message["ino"]):
-                context.refuse(open, reason, "let the program read it first, or try again")
+                context.refuse(open, reason, "let the program read it first, or try again", passing=True)
         shutdown = listed.shutdown if listed is not None else self._shutdown(copy, message, over)
         if shutdown:
             message["shutdown"] = shutdown
@@ -261,7 +261,7 @@ def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[
     if state == LISTEN:
         if waiting and not context.options.skip_in_flight:
             reason = f"listens, and {waiting} connection{'s wait' if waiting > 1 else ' waits'} to be accepted"
-            context.refuse(open, reason, "let them be accepted, or drop them with --skip-in-flight")
+            context.refuse(open, reason, "let them be accepted, or drop them with --skip-in-flight", passing=True)
             return 0, 0
         return state, backlog
     if state in STATES:
@@ -274,7 +274,7 @@ def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[
             return 0, 0
         return state, 0
     if state != CLOSE:
-        context.refuse(open, "is a TCP connection in the middle of its handshake", "try again a moment later")
+        context.refuse(open, "is a TCP connection in the middle of its handshake", "try again", passing=True)
         return 0, 0
     if copy.getsockopt(TCP, TCP_REPAIR):
         context.refuse(open, "is in repair mode (TCP_REPAIR): somebody is at work on it", _CLOSE_IT)

@@ -259,7 +259,8 @@ class UnixSockets(Kind):
                 who = self._who(found, inode)
                 context.refuse(found.open, f"has a client outside the tree that it did not accept yet: {who}", _HELP)
             elif not inode:
-                context.refuse(found.open, "has a client that is gone and was not accepted yet", "let it be accepted")
+                reason = "has a client that is gone and was not accepted yet"
+                context.refuse(found.open, reason, "let it be accepted", passing=True)
 
     def _check_senders(self, found: Socket, context: DumpContext) -> None:
         """The restore sends from the peer, else from a socket without a name, unless it is told the sender's name."""
