@@ -32,7 +32,7 @@ from firn.resources import base, cpu, policies, process, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
-from firn.tracee.timelimit import TimeLimit
+from firn.tracee.timelimit import DeathWatch, TimeLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Dump:
         self.partners = policies.Partners()
         self.early_maps: dict[int, list[procfs.Map]] = {}
         self.tree = FrozenTree()
+        self.watch = DeathWatch(lambda: self.tree.followers())
         self.collected: Collected | None = None
         self.take_snapshots: Callable[[list[tuple[seize.Task, int]]], list[Snapshot]] | None = None
         self.snapshots: list[Snapshot] = []
@@ -108,6 +109,7 @@ class Dump:
             self._unlock()
         finally:
             self.tree.release()
+        self.watch.stop()
         if self.collected is not None:
             self.collected.finder.undo()
             self.collected.close()
@@ -190,6 +192,7 @@ class Dump:
                         self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
         except TargetError as error:
             raise find_vfork(self.pid) or error from None
+        self.watch.start()
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):
@@ -349,6 +352,7 @@ class Dump:
 
     def close(self) -> None:
         """Let go of what the dump held open."""
+        self.watch.stop()
         self.partners.close()
         if self.collected is not None:
             if self.options.leave_running:

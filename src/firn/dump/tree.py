@@ -51,6 +51,10 @@ class FrozenTree:
         """How many threads are frozen."""
         return sum(len(task.threads) for task in self.tasks)
 
+    def followers(self) -> list[int]:
+        """The ids of all threads but the leaders."""
+        return [thread.tid for task in self.tasks for thread in task.threads if thread.tid != task.pid]
+
     def release(self) -> None:
         """Let everything run on; one process's trouble does not keep the others."""
         trouble: list[Exception] = []
