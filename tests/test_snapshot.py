@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import Runner, Target, differences, firn_command, portrait
+from harness import CACHE, Runner, Target, differences, firn_command, portrait
 from test_workloads import test_workload as run_workload
 from workloads.forest import children, descendants, descriptors
 from workloads.table import PLAIN_WAYS, Workload
 
-pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
+pytestmark = [
+    pytest.mark.skipif(not firn_command(), reason="no firn command"),
+    pytest.mark.xdist_group("snapshot"),  # one after the other: they look for clones that were forgotten
+]
 OPTIONS = ("--leave-running", "--fork-snapshot")
 MODES = ("torn", "subreaper", "pair", "adopter")
 TABLE = [Workload("snapshot", mode, ways=PLAIN_WAYS) for mode in (*MODES, "limited")]
@@ -42,7 +45,7 @@ def _strangers(known: set[int]) -> list[str]:
                 program = os.readlink(folder / "exe")
             except OSError:
                 continue
-            if Path(program).name.startswith("snapshot-"):
+            if Path(program).parent == CACHE and Path(program).name.startswith("snapshot-"):
                 found.append(f"{folder.name} {program}")
     return found
 
