@@ -160,11 +160,12 @@ class Dump:
             self._look_for_shared()
         for pid in tree:
             try:
-                base.preload(pid)
+                speaker = procfs.speaker(pid)
+                base.preload(speaker)
                 self.waiting |= restart.observe(pid)
-                self.partners.of(procfs.status(pid))
+                self.partners.of(procfs.status(speaker))
                 if self.options.leave_running:
-                    self.early_maps[pid] = procfs.smaps(pid)
+                    self.early_maps[pid] = procfs.smaps(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue
 
@@ -183,7 +184,7 @@ class Dump:
         try:
             with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
                 held = self.freezer.hold(self.options.timeout) if self.freezer is not None else set()
-                self.tree = freeze(self.pid, self.obstacles, held)
+                self.tree = freeze(self.pid, held)
                 if self.freezer is not None:
                     for pid in self.freezer.take_strangers(self.tree.pids(), held):
                         self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
@@ -210,13 +211,13 @@ class Dump:
             if mine.sharer is not None:
                 mine.memory.pages_id = mine.sharer.memory.pages_id
                 continue
-            mine.memory.find(mine.pid, early=True)
+            mine.memory.find(mine.task.voice, early=True)
             if self.take_snapshots is not None:
-                mine.memory.hold_early()
+                mine.memory.hold_early(mine.task.voice)
         if self.take_snapshots is not None:
             self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self._owners()])
         else:
-            self._copy_pages([(mine.memory, mine.pid) for mine in self._owners()])
+            self._copy_pages([(mine.memory, mine.task.voice) for mine in self._owners()])
 
     def _owners(self) -> list[CollectedTask]:
         """The processes with a memory of their own; of those who share one, the first."""
