@@ -40,7 +40,7 @@ def pair() -> Iterator[Pair]:
     made.close()
 
 
-def _tables(namespace: int) -> list[str]:
+def locks(namespace: int) -> list[str]:
     channel = nftables.open_channel(namespace)
     try:
         return sorted(table.name for table in nftables.tables(channel) if table.name.startswith(("firn-", "CRIU-")))
@@ -99,7 +99,7 @@ def test_a_locked_connection_is_silent_and_no_other_is(pair: Pair, version: str)
         assert _silent(near) and _silent(locked)
         held.open()
         assert _gets(near, b"word") and _gets(locked, b"word"), "what was sent meanwhile comes after all"
-        assert _tables(namespace) == []
+        assert locks(namespace) == []
     finally:
         held.close()
     held = _lock(2, namespace, os.getpid())
@@ -134,7 +134,7 @@ def test_many_connections_at_once(pair: Pair) -> None:
     held.add(_loopback(1))  # what is locked already does no harm
     held.keep()
     held.close()
-    assert _tables(namespace) == ["CRIU-" + RUN_ID.format(3)]
+    assert locks(namespace) == ["CRIU-" + RUN_ID.format(3)]
     if subprocess.run(["which", "nft"], capture_output=True, check=False).returncode == 0:
         command = pair.command("nft", "list", "ruleset")
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -142,12 +142,12 @@ def test_many_connections_at_once(pair: Pair) -> None:
     failed = _lock(3, namespace, 0)  # a restore
     failed.add(_loopback(10))
     failed.close()
-    assert _tables(namespace) == ["CRIU-" + RUN_ID.format(3)]
+    assert locks(namespace) == ["CRIU-" + RUN_ID.format(3)]
     restored = _lock(3, namespace, 0)
     restored.add(_loopback(10))
     restored.open()
     restored.close()
-    assert _tables(namespace) == []
+    assert locks(namespace) == []
 
 
 def test_a_lock_that_was_not_kept_leaves_nothing(pair: Pair) -> None:
@@ -155,14 +155,14 @@ def test_a_lock_that_was_not_kept_leaves_nothing(pair: Pair) -> None:
     for connections in ([], _loopback(1)):
         held = _lock(4, namespace, os.getpid())
         held.add(connections)
-        assert len(_tables(namespace)) == 2
+        assert len(locks(namespace)) == 2
         held.close()
         held.close()
-        assert _tables(namespace) == []
+        assert locks(namespace) == []
     held = _lock(4, namespace, os.getpid())
     held.keep()  # of nothing
     held.close()
-    assert _tables(namespace) == []
+    assert locks(namespace) == []
 
 
 def test_what_cannot_be_locked_is_said_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_what_cannot_be_locked_is_said_when_it_matters(monkeypatch: pytest.Monke
 def test_no_name_is_made_of_what_is_no_run_id(pair: Pair, name: str) -> None:
     namespace = pair.here
     made = lock.NftLock(name, lock.Note(lock.Process(os.getpid()), lock.Process(0, 0), "/images"), namespace)
-    assert _tables(namespace) == [f"firn-{os.getpid()}"]
+    assert locks(namespace) == [f"firn-{os.getpid()}"]
     made.close()
 
 
@@ -289,7 +289,7 @@ class Story:
         self.images = runner.folder
 
     def tables(self) -> list[str]:
-        return [name[:5] for name in _tables(self.namespace)]
+        return [name[:5] for name in locks(self.namespace)]
 
     def unlock(self, *options: str) -> str:
         code, output = self.runner.firn("unlock", *options)
@@ -438,10 +438,10 @@ def test_unlock_is_careful(runner: Runner, pair: Pair, tmp_path: Path) -> None:
     nftables.make(channel, "other")
     _, text = runner.firn("unlock", "--all")
     assert text.count("firn is at work") == 2 and f"{foreign}: made by CRIU; removed" in text
-    assert _tables(namespace) == ["CRIU-" + RUN_ID.format(6), "firn-" + RUN_ID.format(6)]
+    assert locks(namespace) == ["CRIU-" + RUN_ID.format(6), "firn-" + RUN_ID.format(6)]
     nftables.make(channel, foreign)
     _, text = runner.firn("unlock")
-    assert "made by CRIU; kept" in text and foreign in _tables(namespace)
+    assert "made by CRIU; kept" in text and foreign in locks(namespace)
     code, text = runner.firn("unlock", "--all", "-D", str(tmp_path))
     assert code == 1 and "exclude" in text
     code, text = runner.firn("unlock", "-D", str(tmp_path / "none"))
@@ -507,7 +507,7 @@ def test_a_restore_deletes_the_rules_of_another_tool(story: Story, pair: Pair) -
                           *_end(pair.THERE[0], story.client.sock.getsockname()[1]))  # fmt: skip
         iptables.add([near])
     channel = nftables.open_channel(story.namespace)
-    nftables.remove(channel, [name for name in _tables(story.namespace) if name.startswith("CRIU-")])
+    nftables.remove(channel, [name for name in locks(story.namespace) if name.startswith("CRIU-")])
     channel.close()
     assert "kept" in story.unlock() and story.client.stands_still()
     images = ImageDir.open(str(story.images), create_files=True)

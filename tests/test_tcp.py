@@ -192,7 +192,8 @@ def test_every_state_of_a_connection(runner: Runner, pair: Pair, version: int) -
 
 ECHO = BEGIN + """
 import random, selectors
-server = socket.create_server((sys.argv[2], 0), backlog=200)
+family = socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET
+server = socket.create_server((sys.argv[2], 0), backlog=200, family=family)
 server.setblocking(False)
 choose = selectors.DefaultSelector()
 choose.register(server, selectors.EVENT_READ)

@@ -3,6 +3,7 @@
 No program ``nft`` is needed. A table has two chains, of the packets that come in for this machine and of those that it
 sends, and one set of connections for each IP version. Each set has one element per connection: (own address . own port
 . other address . other port); the rules of the two chains fill the registers from opposite sides of the packet.
+A table may also close doors (:func:`close_doors`).
 Everything is changed in one transaction of the kernel: a table is there with all that belongs to it, or not at all.
 
 Where in the path: the own side of a packet must be what the *socket* sees, also where NAT rewrites it. Packets that
@@ -33,6 +34,10 @@ _ADDRESS, _PORT = {4: 7, 16: 8}, 13
 """The numbers that nft gives to the types ipv4_addr, ipv6_addr, inet_service."""
 _TYPE_BITS = 6
 _SETS = {4: b"conns4\0", 16: b"conns6\0"}
+_DOORS = {4: b"doors4\0", 16: b"doors6\0"}
+_INPUT, _OUTPUT = b"input\0", b"output\0"
+_FLAGS_OFFSET, _SYN, _RST, _ACK = 13, 2, 4, 16
+"""Where the flags are in a TCP header, and some of them (RFC 9293)."""
 _AT_ONCE = 1000
 """Elements in one message: an attribute must stay below 64 KiB."""
 _USERDATA_COMMENT = 0
@@ -57,15 +62,19 @@ class Connection:
         self.dport = dport
 
     def key(self) -> bytes:
-        """The element of the set: each part is filled up to whole registers of four bytes."""
-        near, far = (port.to_bytes(2, "big") + b"\0\0" for port in (self.sport, self.dport))
-        return self.source + near + self.destination + far
+        """The element of the set."""
+        return door(self.source, self.sport) + door(self.destination, self.dport)
 
     def __repr__(self) -> str:
         import _socket
 
         near, far = (_socket.inet_ntop(self.family, raw) for raw in (self.source, self.destination))
         return f"{near}:{self.sport}-{far}:{self.dport}"
+
+
+def door(address: bytes, port: int) -> bytes:
+    """An address (4 or 16 bytes, network order) and a port as in an element of a set: whole registers of four bytes."""
+    return address + port.to_bytes(2, "big") + b"\0\0"
 
 
 class Table:
@@ -112,15 +121,44 @@ def make(channel: Channel, name: str, comment: str = "", owned: bool = False) ->
 
 def arm(channel: Channel, name: str, connections: Iterable[Connection] = ()) -> None:
     """Let the table *name*, just made, drop the packets of *connections*. Raises :class:`OSError`."""
-    requests = [_set(name, width) for width in _SETS]
-    requests += _chain(name, b"input\0", nf.NF_INET_LOCAL_IN, nf.NF_IP_PRI_NAT_SRC + 50, incoming=True)
-    requests += _chain(name, b"output\0", nf.NF_INET_LOCAL_OUT, nf.NF_IP_PRI_RAW, incoming=False)
+    requests = [_set(name, _SETS[width], width, (_ADDRESS[width], _PORT) * 2) for width in _SETS]
+    requests += _chain(name, _INPUT, nf.NF_INET_LOCAL_IN, nf.NF_IP_PRI_NAT_SRC + 50, incoming=True)
+    requests += _chain(name, _OUTPUT, nf.NF_INET_LOCAL_OUT, nf.NF_IP_PRI_RAW, incoming=False)
     _change(channel, f"arming nftables table {name}", [*requests, *_elements(name, connections)])
 
 
 def add(channel: Channel, name: str, connections: Iterable[Connection]) -> None:
     """Let the armed table *name* drop the packets of *connections* too. Raises :class:`OSError`."""
     _change(channel, f"adding to nftables table {name}", _elements(name, connections))
+
+
+def close_doors(channel: Channel, name: str, doors: Iterable[bytes], incoming: bool) -> None:
+    """Let the armed table *name* give no answer to new clients at *doors* (see :func:`door`; address 0: any address).
+
+    *incoming*: their SYN is dropped, for a listening socket that shall get no more connections. Otherwise only resets
+    in answer are, for one that is gone: another server in its place can be reached. To be called once for a table.
+    Raises :class:`OSError`.
+    """
+    requests = []
+    for width, protocol, first in _VERSIONS:
+        mine = [each for each in dict.fromkeys(doors) if len(each) == width + 4]
+        if not mine:
+            continue
+        requests.append(_set(name, _DOORS[width], width, (_ADDRESS[width], _PORT)))
+        value = attribute(nf.NFTA_DATA_VALUE, bytes(width))
+        wildcard = _expression(
+            b"immediate\0",
+            attribute(nf.NFTA_IMMEDIATE_DREG, _number(nf.NFT_REG32_00))
+            + attribute(nf.NFTA_IMMEDIATE_DATA, value, nested=True),
+        )
+        port = _payload(nf.NFT_REG32_00 + width // 4, nf.NFT_PAYLOAD_TRANSPORT_HEADER, 2 * incoming, 2)
+        address = _payload(nf.NFT_REG32_00, nf.NFT_PAYLOAD_NETWORK_HEADER, first + width * incoming, width)
+        flags = _flags(_SYN | _ACK, _SYN) if incoming else _flags(_RST, _RST)
+        for key in (address + port, wildcard + port):
+            rule = _tcp(protocol) + flags + key + _drop_if_in(_DOORS[width], width)
+            requests.append(_rule(name, _INPUT if incoming else _OUTPUT, rule))
+        requests += _list(name, _DOORS[width], [_element_head(width + 4) + each for each in mine])
+    _change(channel, f"closing doors in nftables table {name}", requests)
 
 
 def remove(channel: Channel, names: Sequence[str]) -> None:
@@ -158,18 +196,19 @@ def _text(kind: int, text: str) -> bytes:
     return attribute(kind, text.encode("utf-8", "surrogateescape") + b"\0")
 
 
-def _set(table: str, width: int) -> bytes:
+def _set(table: str, name: bytes, width: int, types: tuple[int, ...]) -> bytes:
+    """A set whose elements are addresses of *width* bytes and ports, as *types* says."""
     number = 0
-    for each in (_ADDRESS[width], _PORT, _ADDRESS[width], _PORT):
+    for each in types:
         number = number << _TYPE_BITS | each
     return _message(
         nf.NFT_MSG_NEWSET,
         nf.NLM_F_CREATE,
         _text(nf.NFTA_SET_TABLE, table)
-        + attribute(nf.NFTA_SET_NAME, _SETS[width])
+        + attribute(nf.NFTA_SET_NAME, name)
         + attribute(nf.NFTA_SET_FLAGS, _number(0))
         + attribute(nf.NFTA_SET_KEY_TYPE, _number(number))
-        + attribute(nf.NFTA_SET_KEY_LEN, _number(2 * (width + 4)))
+        + attribute(nf.NFTA_SET_KEY_LEN, _number(len(types) // 2 * (width + 4)))
         + attribute(nf.NFTA_SET_ID, _number(width)),
     )
 
@@ -179,27 +218,33 @@ def _elements(table: str, connections: Iterable[Connection]) -> list[bytes]:
     for connection in connections:
         width = len(connection.source)
         elements.setdefault(width, []).append(_ELEMENT_HEADS[width] + connection.key())
+    return [request for width, each in elements.items() for request in _list(table, _SETS[width], each)]
+
+
+def _list(table: str, name: bytes, elements: list[bytes]) -> list[bytes]:
     return [
         _message(
             nf.NFT_MSG_NEWSETELEM,
             nf.NLM_F_CREATE,
             _text(nf.NFTA_SET_ELEM_LIST_TABLE, table)
-            + attribute(nf.NFTA_SET_ELEM_LIST_SET, _SETS[width])
-            + attribute(nf.NFTA_SET_ELEM_LIST_ELEMENTS, b"".join(each[first : first + _AT_ONCE]), nested=True),
+            + attribute(nf.NFTA_SET_ELEM_LIST_SET, name)
+            + attribute(nf.NFTA_SET_ELEM_LIST_ELEMENTS, b"".join(elements[first : first + _AT_ONCE]), nested=True),
         )
-        for width, each in elements.items()
-        for first in range(0, len(each), _AT_ONCE)
+        for first in range(0, len(elements), _AT_ONCE)
     ]
 
 
-def _element_head(width: int) -> bytes:
-    """What stands before the key of an element: the same for all, and made once, for there may be thousands."""
-    key = bytes(2 * (width + 4))
+def _element_head(size: int) -> bytes:
+    """What stands before the key of an element, of *size* bytes: the same for all."""
+    key = bytes(size)
     value = attribute(nf.NFTA_SET_ELEM_KEY, attribute(nf.NFTA_DATA_VALUE, key), nested=True)
     return attribute(nf.NFTA_LIST_ELEM, value, nested=True).removesuffix(key)
 
 
-_ELEMENT_HEADS = {width: _element_head(width) for width in _SETS}
+_ELEMENT_HEADS = {width: _element_head(2 * (width + 4)) for width in _SETS}
+"""Made once, for there may be thousands of elements."""
+_VERSIONS = ((4, nf.NFPROTO_IPV4, 12), (16, nf.NFPROTO_IPV6, 8))
+"""Of IP: the width of an address, the number, and the offset of the source in the header."""
 
 
 def _chain(table: str, name: bytes, hook: int, priority: int, incoming: bool) -> list[bytes]:
@@ -212,29 +257,34 @@ def _chain(table: str, name: bytes, hook: int, priority: int, incoming: bool) ->
         + attribute(nf.NFTA_CHAIN_TYPE, b"filter\0")
     )
     rules = [_equal(nf.NFT_META_MARK, MARK.to_bytes(4, sys.byteorder)) + _verdict(nf.NF_ACCEPT)]
-    for width, protocol, first in ((4, nf.NFPROTO_IPV4, 12), (16, nf.NFPROTO_IPV6, 8)):
-        rules.append(
-            _equal(nf.NFT_META_NFPROTO, bytes((protocol,)))
-            + _equal(nf.NFT_META_L4PROTO, bytes((_TCP,)))
-            + _key(width, first, incoming)
-            + _expression(
-                b"lookup\0",
-                attribute(nf.NFTA_LOOKUP_SET, _SETS[width])
-                + attribute(nf.NFTA_LOOKUP_SREG, _number(nf.NFT_REG32_00))
-                + attribute(nf.NFTA_LOOKUP_SET_ID, _number(width)),
-            )
-            + _expression(b"counter\0", b"")
-            + _verdict(nf.NF_DROP)
-        )
-    head = _text(nf.NFTA_RULE_TABLE, table) + attribute(nf.NFTA_RULE_CHAIN, name)
-    return [_message(nf.NFT_MSG_NEWCHAIN, nf.NLM_F_CREATE, chain)] + [
-        _message(
-            nf.NFT_MSG_NEWRULE,
-            nf.NLM_F_CREATE | nf.NLM_F_APPEND,
-            head + attribute(nf.NFTA_RULE_EXPRESSIONS, rule, nested=True),
-        )
-        for rule in rules
-    ]
+    for width, protocol, first in _VERSIONS:
+        rules.append(_tcp(protocol) + _key(width, first, incoming) + _drop_if_in(_SETS[width], width))
+    return [_message(nf.NFT_MSG_NEWCHAIN, nf.NLM_F_CREATE, chain), *(_rule(table, name, rule) for rule in rules)]
+
+
+def _rule(table: str, chain: bytes, expressions: bytes) -> bytes:
+    return _message(
+        nf.NFT_MSG_NEWRULE,
+        nf.NLM_F_CREATE | nf.NLM_F_APPEND,
+        _text(nf.NFTA_RULE_TABLE, table)
+        + attribute(nf.NFTA_RULE_CHAIN, chain)
+        + attribute(nf.NFTA_RULE_EXPRESSIONS, expressions, nested=True),
+    )
+
+
+def _tcp(protocol: int) -> bytes:
+    """Go on only with TCP packets of an IP version."""
+    return _equal(nf.NFT_META_NFPROTO, bytes((protocol,))) + _equal(nf.NFT_META_L4PROTO, bytes((_TCP,)))
+
+
+def _drop_if_in(name: bytes, number: int) -> bytes:
+    """Drop the packet if what the registers hold is in the set *name*, which has that *number* if it is new."""
+    lookup = (
+        attribute(nf.NFTA_LOOKUP_SET, name)
+        + attribute(nf.NFTA_LOOKUP_SREG, _number(nf.NFT_REG32_00))
+        + attribute(nf.NFTA_LOOKUP_SET_ID, _number(number))
+    )
+    return _expression(b"lookup\0", lookup) + _expression(b"counter\0", b"") + _verdict(nf.NF_DROP)
 
 
 def _expression(name: bytes, data: bytes) -> bytes:
@@ -244,16 +294,34 @@ def _expression(name: bytes, data: bytes) -> bytes:
 
 def _equal(key: int, value: bytes) -> bytes:
     """Go on only with packets whose meta information *key* is *value*."""
-    register = _number(nf.NFT_REG32_00)
+    register = attribute(nf.NFTA_META_DREG, _number(nf.NFT_REG32_00))
+    return _expression(b"meta\0", register + attribute(nf.NFTA_META_KEY, _number(key))) + _compare(value)
+
+
+def _compare(value: bytes) -> bytes:
+    """Go on only if the first register holds *value*."""
     wanted = attribute(nf.NFTA_DATA_VALUE, value)
     return _expression(
-        b"meta\0", attribute(nf.NFTA_META_DREG, register) + attribute(nf.NFTA_META_KEY, _number(key))
-    ) + _expression(
         b"cmp\0",
-        attribute(nf.NFTA_CMP_SREG, register)
+        attribute(nf.NFTA_CMP_SREG, _number(nf.NFT_REG32_00))
         + attribute(nf.NFTA_CMP_OP, _number(nf.NFT_CMP_EQ))
         + attribute(nf.NFTA_CMP_DATA, wanted, nested=True),
     )
+
+
+def _flags(mask: int, wanted: int) -> bytes:
+    """Go on only with packets of which these of the TCP flags are *wanted*."""
+    mine, zero = (attribute(nf.NFTA_DATA_VALUE, bytes((each,))) for each in (mask, 0))
+    masked = _expression(
+        b"bitwise\0",
+        attribute(nf.NFTA_BITWISE_SREG, _number(nf.NFT_REG32_00))
+        + attribute(nf.NFTA_BITWISE_DREG, _number(nf.NFT_REG32_00))
+        + attribute(nf.NFTA_BITWISE_LEN, _number(1))
+        + attribute(nf.NFTA_BITWISE_MASK, mine, nested=True)
+        + attribute(nf.NFTA_BITWISE_XOR, zero, nested=True),
+    )
+    where = nf.NFT_PAYLOAD_TRANSPORT_HEADER, _FLAGS_OFFSET, 1
+    return _payload(nf.NFT_REG32_00, *where) + masked + _compare(bytes((wanted,)))
 
 
 def _key(width: int, first: int, incoming: bool) -> bytes:
@@ -267,15 +335,20 @@ def _key(width: int, first: int, incoming: bool) -> bytes:
             (nf.NFT_PAYLOAD_NETWORK_HEADER, first + width * destination, width),
             (nf.NFT_PAYLOAD_TRANSPORT_HEADER, 2 * destination, 2),
         ):
-            loads += _expression(
-                b"payload\0",
-                attribute(nf.NFTA_PAYLOAD_DREG, _number(register))
-                + attribute(nf.NFTA_PAYLOAD_BASE, _number(base))
-                + attribute(nf.NFTA_PAYLOAD_OFFSET, _number(offset))
-                + attribute(nf.NFTA_PAYLOAD_LEN, _number(size)),
-            )
+            loads += _payload(register, base, offset, size)
             register += (size + 3) // 4
     return loads
+
+
+def _payload(register: int, base: int, offset: int, size: int) -> bytes:
+    """Load *size* bytes of the header *base*."""
+    return _expression(
+        b"payload\0",
+        attribute(nf.NFTA_PAYLOAD_DREG, _number(register))
+        + attribute(nf.NFTA_PAYLOAD_BASE, _number(base))
+        + attribute(nf.NFTA_PAYLOAD_OFFSET, _number(offset))
+        + attribute(nf.NFTA_PAYLOAD_LEN, _number(size)),
+    )
 
 
 def _verdict(code: int) -> bytes:

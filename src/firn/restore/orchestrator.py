@@ -143,16 +143,16 @@ class Restore:
     def _lock(self) -> None:
         """Where the dump's lock is not, on another machine, peers must not learn either that the sockets are new."""
         inventory, files = self.checkpoint.inventory, self.checkpoint.files
-        wanted = self.options.tcp_established and not self.options.tcp_close
-        if not wanted or not any(kind == base.INETSK for kind, _ in files):
+        if not any(kind == base.INETSK for kind, _ in files):
             return
         from firn.host.sockdiag import destroy_orphans
         from firn.resources.network import lock
-        from firn.resources.sockets.connections import connections
+        from firn.resources.sockets.connections import connections, listens
 
-        found = connections(files)
+        found = connections(files) if self.options.tcp_established and not self.options.tcp_close else []
         method = inventory.get("network_lock_method", lock.IPTABLES)
-        if found and method != lock.SKIP:
+        # The dump's lock is also one against refusing new clients, and goes with whatever is restored.
+        if (found or listens(files)) and method != lock.SKIP:
             self.lock = lock.for_restore(inventory.get("dump_criu_run_id", ""), self.options.images_dir, method)
             try:
                 self.lock.add(found)

@@ -16,6 +16,11 @@ restore              ``CRIU-ID`` if the dump was  ``firn-ID`` goes with firn; ``
 restored             none
 ===================  ===========================  =======================================================
 
+New clients of a listening socket are not refused either while a killed tree is away: they hear nothing, so they try
+again. From the freeze on ``firn-ID`` drops their SYN, so that none is connected who would be lost with the tree.
+``CRIU-ID`` drops only the resets that answer it where nobody listens: if the tree is never restored, and another server
+takes its port, that one can be reached. Rules of iptables do none of this.
+
 ID is the run id of the dump (``dump_criu_run_id`` of the inventory), so the restore needs nothing but the images, and
 CRIU's restore removes the table ``CRIU-ID`` as it does its own. Tables that vanish with their maker are new in Linux
 5.13; before, ``firn-ID`` stays too, and ``firn unlock`` removes it.
@@ -129,6 +134,10 @@ class Lock:
         """Lock *connections* (each as the saved socket sees it), all in one step, both directions. May be called again
         with more. Raises :class:`OSError` and :class:`KernelError`; then what was locked before still is."""
 
+    def close_doors(self, doors: Iterable[bytes]) -> None:
+        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`), which end with the dump. Once.
+        Raises :class:`OSError`."""
+
     def keep(self) -> None:
         """From now on the lock stays when firn ends, for the restore. Raises :class:`OSError`."""
 
@@ -157,6 +166,7 @@ class NftLock(Lock):
         self._held = HELD + run_id if known else ""
         self._own = OWN + (run_id if known else str(note.maker.pid))
         self._connections: list[Connection] = []
+        self._doors: list[bytes] = []
         self._note = note
         self._dumps = note.tree.pid > 0
         self._kept = False
@@ -190,11 +200,18 @@ class NftLock(Lock):
         nftables.add(self._open_channel(), self._own, more)
         self._connections += more
 
+    def close_doors(self, doors: Iterable[bytes]) -> None:
+        """Drop the SYN of new clients."""
+        self._doors = list(doors)
+        self.used |= bool(self._doors)
+        nftables.close_doors(self._open_channel(), self._own, self._doors, incoming=True)
+
     def keep(self) -> None:
         """Lock the same in the table that stays."""
-        if self._connections:
+        if self._connections or self._doors:
             nftables.arm(self._open_channel(), self._held, self._connections)
             self._kept = True
+            nftables.close_doors(self._open_channel(), self._held, self._doors, incoming=False)
 
     def open(self) -> None:
         """Remove all tables of this dump."""

@@ -58,6 +58,7 @@ class InetSockets(Kind):
         self._diag: dict[int, dict[int, sockdiag.TcpConnection]] = {}
         self._saved: list[tuple[Open, dict[str, Any]]] = []
         self._connections: list[tcp.Connection] = []
+        self._listeners: list[tuple[_socket.socket, Open, dict[str, Any]]] = []
         self._rebuild: InetRebuild | None = None
         self._raw = raw.Table()
         self._keys: dict[int, set[int]] = {}
@@ -83,6 +84,9 @@ class InetSockets(Kind):
             message = self._message(copy, open, context, state, backlog) if state else None
             if message is not None and state in STATES and is_tcp(copy) and not context.options.tcp_close:
                 self._connections.append(tcp.Connection(copy, message, open.what))
+                kept = True
+            elif message is not None and state == LISTEN and context.lock is not None:
+                self._listeners.append((copy, open, message))
                 kept = True
             return message
         finally:
@@ -179,10 +183,14 @@ class InetSockets(Kind):
                 context.refuse(open, reason, "let the program read them first")
         if self._connections and not context.options.leave_running:
             self._find_holders(context)
-        if context.obstacles or not self._connections:
+        if context.obstacles:
             return
-        if context.lock is not None:
+        if context.lock is not None and self._connections:
             context.lock.add([connections.connection(each.message) for each in self._connections])
+        if context.lock is not None and self._listeners and not _stays(context):
+            context.lock.close_doors([door for _, _, message in self._listeners for door in connections.doors(message)])
+            for copy, open, _ in self._listeners:  # who came after we looked, and before the doors were closed
+                _tcp_state(copy, open, context)
         for connection in self._connections:
             for reason in connection.read():
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))
@@ -198,8 +206,13 @@ class InetSockets(Kind):
 
     def killed(self) -> None:
         """Nothing of the connections may be heard: our copies, the last, vanish in repair mode."""
+        self._close_listeners()
         while self._connections:
             self._connections.pop().vanish()
+
+    def _close_listeners(self) -> None:
+        while self._listeners:
+            self._listeners.pop()[0].close()
 
     def save(self, images: ImageDir) -> None:
         """What flows through the connections."""
@@ -223,7 +236,8 @@ class InetSockets(Kind):
             self._rebuild.resume()
 
     def close(self) -> None:
-        """Close what was rebuilt and not taken, and our copies of connections."""
+        """Close what was rebuilt and not taken, and our copies of sockets."""
+        self._close_listeners()
         while self._connections:
             self._connections.pop().sock.close()
         if self._rebuild is not None:
@@ -235,6 +249,11 @@ def is_supported(family: int, kind: int, protocol: int) -> bool:
     if kind == RAW:
         return 0 <= protocol <= _HIGHEST_RAW
     return (kind, protocol) in SUPPORTED or (kind == DGRAM and protocol == PINGS.get(family))
+
+
+def _stays(context: DumpContext) -> bool:
+    """Whether the tree lives on after the dump, so that nobody is refused."""
+    return bool(context.options.leave_running or context.options.leave_stopped)
 
 
 def _foreign(copy: _socket.socket) -> list[tuple[str, str]]:
