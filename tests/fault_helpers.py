@@ -236,7 +236,8 @@ class Steady:
 
     def end(self) -> None:
         pids = self.pids() if self.process.poll() is None else []
-        os.killpg(self.pid, signal.SIGKILL)
+        if self.process.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
         for pid in pids[1:]:
             # The test is the reaper of orphans.

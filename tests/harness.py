@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from workloads.likeness import Portrait, differences, portrait
+from workloads.likeness import Portrait, differences, portrait, speaker
 from workloads.table import Workload
 
 __all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "low_numbers_in_use",
@@ -130,8 +130,8 @@ class Target:
         return self.status is not None
 
     def state(self) -> str:
-        """The state letter of /proc/PID/stat."""
-        return Path(f"/proc/{self.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        """The state letter of /proc/PID/stat; that of a thread that lives, if the first one has exited."""
+        return Path(f"/proc/{speaker(self.pid)}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
 
     def fate(self) -> str:
         return "runs" if self.status is None else str(_fate(self.status))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,10 @@ CUTS = {"SIGKILL": _kill, "SIGTERM": _terminate, "error": _fail}
 def _cut_everywhere(
     runner: Runner, cut: Callable[[], None], left: bool, processes: int, options: dict[str, bool]
 ) -> list[str]:
-    """Cut off a dump before every one of its calls; what was wrong afterwards. *left*: a mapping may be left behind."""
+    """Cut off a dump before one call after the other; what was wrong afterwards. *left*: a mapping may be left behind.
+
+    Each run of the suite takes every fifth call, from another one on; with FIRN_EVERY_CALL in the environment all.
+    """
     found = []
     images = Path(runner.folder) / "cut"
     target = Steady(runner.folder, processes)
@@ -42,7 +47,10 @@ def _cut_everywhere(
         status, calls = dump_cut_off(target.pid, images, 0, cut, options)
         assert not status and not target.trouble()
         assert calls > 50
-        for at in range(1, calls + 1):
+        step = 1 if os.environ.get("FIRN_EVERY_CALL") else 5
+        first = random.randint(1, step)
+        print(f"from call {first} of {calls} on")
+        for at in range(first, calls + 1, step):
             areas = target.areas()
             status, _ = dump_cut_off(target.pid, images, at, cut, options)
             trouble = target.trouble()
@@ -68,6 +76,23 @@ def test_dump_ends_before_any_call(runner: Runner, how: str, processes: int, opt
     """Nobody can clean up after SIGKILL: a mapping may be left then."""
     found = _cut_everywhere(runner, CUTS[how], how == "SIGKILL", processes, options)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_target_is_killed_by_somebody(runner: Runner, processes: int) -> None:
+    """The dump fails, and does not wait for ever for a leader whose other threads nobody has taken."""
+    calls = 0
+    for part in range(6):
+        target = Steady(runner.folder, processes)
+        try:
+            if not calls:
+                _, calls = dump_cut_off(target.pid, Path(runner.folder) / "cut", 0, _fail, {})
+            killed = partial(os.killpg, target.pid, signal.SIGKILL)
+            status, _ = dump_cut_off(target.pid, Path(runner.folder) / "cut", calls * (part + 1) // 8, killed, {})
+            assert os.waitstatus_to_exitcode(status) == 1
+        finally:
+            target.end()
+            reap_orphans(target.pid)
 
 
 # -- through the command ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import Runner, Target, differences, firn_command, portrait
+from harness import CACHE, Runner, Target, differences, firn_command, portrait
 from test_workloads import test_workload as run_workload
 from workloads.forest import children, descendants, descriptors
 from workloads.table import PLAIN_WAYS, Workload
@@ -45,7 +45,7 @@ def _strangers(known: set[int]) -> list[str]:
                 program = os.readlink(folder / "exe")
             except OSError:
                 continue
-            if Path(program).name.startswith("snapshot-"):
+            if Path(program).parent == CACHE and Path(program).name.startswith("snapshot-"):
                 found.append(f"{folder.name} {program}")
     return found
 

@@ -118,6 +118,12 @@ def _descriptors(proc: Path, into: Portrait) -> None:
         into[f"fd.{name}"] = f"{target} pos {info.get('pos')} flags {info.get('flags')}"
 
 
+def speaker(pid: int) -> int:
+    """The thread that shows what the process has: the first one, or if that has exited another one."""
+    tids = [pid, *sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))]
+    return next((tid for tid in tids if _read(Path(f"/proc/{tid}/stat")).rpartition(")")[2][1] not in "ZX"), pid)
+
+
 def portrait(pid: int) -> Portrait:
     """Everything comparable about process *pid*: field name -> text. Raises OSError if it is gone."""
     proc = Path(f"/proc/{pid}")
@@ -126,6 +132,7 @@ def portrait(pid: int) -> Portrait:
     stat = _read(proc / "stat").rpartition(")")[2].split()
     for number, name in STAT_FIELDS.items():
         result[f"stat.{name}"] = stat[number - 3]
+    proc = Path(f"/proc/{speaker(pid)}")
     for name in PLAIN_FILES:
         result[name] = _read(proc / name)
     for name in ("exe", "cwd", "root"):

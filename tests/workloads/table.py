@@ -24,7 +24,7 @@ class Workload:
 
     ``needs``: abilities of firn that are not built yet; the checkpoint ways are skipped, with the name.
     ``dump``/``restore``: extra options. ``refused``: patterns which must all be in what a dump without these options
-    says, which must be refused. ``may_refuse``: a pattern with which any dump may be refused.
+    says, which must be refused.
     ``ways``: the ways it is run in. ``once``: its check cannot be asked twice of one process.
     ``stop``: the runner stops the program before the dump and continues it after the restore.
     ``unlike``: portrait fields that may differ for this workload (regular expressions).
@@ -37,7 +37,6 @@ class Workload:
     dump: tuple[str, ...] = ()
     restore: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
-    may_refuse: str = ""
     ways: tuple[str, ...] = PLAIN_WAYS + CHECKPOINT_WAYS
     once: bool = False
     stop: bool = False
@@ -90,7 +89,10 @@ TABLE: list[Workload] = [
     *_all("thread_state", "masks altstack on-altstack names"),
     *_all("scheduling", "fifo rr batch idle deadline nice affinity ioprio slack"),
     *_all("registers", "integer bases x87 sse avx avx512 masks pkru all"),
-    Workload("leader", "gone", may_refuse="leader|zombie|exited"),
+    Workload("leader", "gone"),
+    Workload("leader", "child", once=True, ways=(*PLAIN_WAYS, "twice")),
+    Workload("leader", "halted", stop=True, ways=(*PLAIN_WAYS, "leave")),
+    Workload("leader", "whole", dump=("--file-locks",)),
     *_waits("nanosleep nanosleep-rest clock-relative clock-monotonic clock-realtime clock-boottime"),
     *_waits("poll poll-file select futex futex-until condition sigtimedwait"),
     # They have another mask while they wait, and the time may be over.

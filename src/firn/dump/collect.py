@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 
 from firn.abi import fcntl as fc
-from firn.abi import nr
 from firn.abi import signal as sig
-from firn.abi.libc import syscall
 from firn.dump import task as one
 from firn.dump.task import CollectedTask, Questions
-from firn.errors import Obstacle
+from firn.errors import KernelError, Obstacle
 from firn.host import kcmp, procfs
-from firn.resources import births, cgroups, process, seccomp, semaphores
+from firn.resources import base, births, cgroups, process, seccomp, semaphores
 from firn.resources.files.descriptors import Collector, Descriptor
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
@@ -52,7 +50,7 @@ class Collected:
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.semaphore_sets = semaphores.used_sets()
-        self.namespaces = Namespaces([task.pid for task in tree.tasks], obstacles)
+        self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""
@@ -119,9 +117,13 @@ def _collect_descriptors(got: Collected) -> None:
     for mine in got.tasks:
         number = mine.ids["files_id"]
         if number not in tables:
-            pidfd = syscall(f"pidfd_open {mine.pid}", nr.pidfd_open, mine.pid, 0)
             try:
-                tables[number] = got.collector.collect(mine.pid, pidfd)
+                pidfd = base.pidfd_for_copies(mine.pid, mine.task.voice)
+            except KernelError as error:
+                got.obstacles.append(Obstacle(f"process {mine.pid}", error.message, error.hint))
+                continue
+            try:
+                tables[number] = got.collector.collect(mine.pid, mine.task.voice, pidfd)
             finally:
                 os.close(pidfd)
         mine.descriptors = tables[number]
@@ -158,18 +160,19 @@ def _check_borders(got: Collected, shell_job: bool) -> None:
         )
     parent = root.stat.ppid
     if parent and parent != os.getpid():
-        for field, _, name in births.SHARED:
-            if _same_outside(root.pid, parent, _KCMP[field]):
-                got.obstacles.append(
-                    Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
-                )
+        for name in _shared_outside(root.task.voice, parent):
+            got.obstacles.append(
+                Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
+            )
 
 
-def _same_outside(pid: int, other: int, what: int) -> bool:
+def _shared_outside(tid: int, other: int) -> list[str]:
+    """What task *tid* shares with process *other*, as far as we may know it."""
     try:
-        return kcmp.same(pid, other, what)
+        speaker = procfs.speaker(other)
+        return [name for field, _, name in births.SHARED if kcmp.same(tid, speaker, _KCMP[field])]
     except OSError:
-        return False
+        return []
 
 
 def _number_objects(got: Collected) -> None:
@@ -177,9 +180,9 @@ def _number_objects(got: Collected) -> None:
     for field, code in _KCMP.items():
         known: list[tuple[int, int, int]] = []
         for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
-            found, place = kcmp.search(known, code, mine.pid)
+            found, place = kcmp.search(known, code, mine.task.voice)
             if found is None:
-                known.insert(place, (mine.pid, 0, number))
+                known.insert(place, (mine.task.voice, 0, number))
             mine.ids[field] = number if found is None else found
     for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
         if mine.ids["vm_id"] != number:

@@ -32,7 +32,7 @@ from firn.resources import base, cpu, policies, process, restart
 from firn.resources.memory import areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
-from firn.tracee.timelimit import TimeLimit
+from firn.tracee.timelimit import DeathWatch, TimeLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Dump:
         self.partners = policies.Partners()
         self.early_maps: dict[int, list[procfs.Map]] = {}
         self.tree = FrozenTree()
+        self.watch = DeathWatch(lambda: self.tree.followers())
         self.collected: Collected | None = None
         self.take_snapshots: Callable[[list[tuple[seize.Task, int]]], list[Snapshot]] | None = None
         self.snapshots: list[Snapshot] = []
@@ -108,6 +109,7 @@ class Dump:
             self._unlock()
         finally:
             self.tree.release()
+        self.watch.stop()
         if self.collected is not None:
             self.collected.finder.undo()
             self.collected.close()
@@ -160,11 +162,12 @@ class Dump:
             self._look_for_shared()
         for pid in tree:
             try:
-                base.preload(pid)
+                speaker = procfs.speaker(pid)
+                base.preload(speaker)
                 self.waiting |= restart.observe(pid)
-                self.partners.of(procfs.status(pid))
+                self.partners.of(procfs.status(speaker))
                 if self.options.leave_running:
-                    self.early_maps[pid] = procfs.smaps(pid)
+                    self.early_maps[pid] = procfs.smaps(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue
 
@@ -183,12 +186,13 @@ class Dump:
         try:
             with TimeLimit(self.options.timeout, f"freezing the tree of process {self.pid}"):
                 held = self.freezer.hold(self.options.timeout) if self.freezer is not None else set()
-                self.tree = freeze(self.pid, self.obstacles, held)
+                self.tree = freeze(self.pid, held)
                 if self.freezer is not None:
                     for pid in self.freezer.take_strangers(self.tree.pids(), held):
                         self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
         except TargetError as error:
             raise find_vfork(self.pid) or error from None
+        self.watch.start()
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
         if not seize.same_process(self.pid, self.pidfd):
@@ -210,13 +214,13 @@ class Dump:
             if mine.sharer is not None:
                 mine.memory.pages_id = mine.sharer.memory.pages_id
                 continue
-            mine.memory.find(mine.pid, early=True)
+            mine.memory.find(mine.task.voice, early=True)
             if self.take_snapshots is not None:
-                mine.memory.hold_early()
+                mine.memory.hold_early(mine.task.voice)
         if self.take_snapshots is not None:
             self.snapshots = self.take_snapshots([(mine.task, mine.trace_options()) for mine in self._owners()])
         else:
-            self._copy_pages([(mine.memory, mine.pid) for mine in self._owners()])
+            self._copy_pages([(mine.memory, mine.task.voice) for mine in self._owners()])
 
     def _owners(self) -> list[CollectedTask]:
         """The processes with a memory of their own; of those who share one, the first."""
@@ -348,6 +352,7 @@ class Dump:
 
     def close(self) -> None:
         """Let go of what the dump held open."""
+        self.watch.stop()
         self.partners.close()
         if self.collected is not None:
             if self.options.leave_running:

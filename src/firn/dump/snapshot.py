@@ -42,7 +42,7 @@ class Snapshot:
         scratch = task.prepare()
         target = task.program(size=_AREA)
         first, snapshot = 0, Snapshot(0)
-        ptrace.request("options", pt.SETOPTIONS, task.pid, 0, options | pt.O_TRACECLONE)
+        ptrace.request("options", pt.SETOPTIONS, task.voice, 0, options | pt.O_TRACECLONE)
         try:
             first = _clone(task, target, sched.CLONE_VM | sched.CLONE_FS | sched.CLONE_FILES)
             middle = Program(_runner(task, first), scratch, scratch.area(_AREA), _AREA)
@@ -56,7 +56,7 @@ class Snapshot:
                 Snapshot(first).end()
                 target.call("wait4", nr.wait4, first, 0, pt.WALL, 0)
                 target.run()
-            ptrace.request("options", pt.SETOPTIONS, task.pid, 0, options)
+            ptrace.request("options", pt.SETOPTIONS, task.voice, 0, options)
         return snapshot
 
     def end(self) -> None:

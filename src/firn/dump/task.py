@@ -39,9 +39,11 @@ class CollectedTask:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.pid = task.pid
-        self.stat = procfs.stat(task.pid)
+        self.stat = procfs.stat(task.pid, task.pid)
+        self.voice_stat = procfs.stat(task.pid, task.voice) if task.headless else self.stat
+        """The first has what is the process's, this one what a thread has only while it lives (memory, flags)."""
         self.statuses = {thread.tid: procfs.status(task.pid, thread.tid) for thread in task.threads}
-        self.cgroups = cgroups.Cgroups(task.pid)
+        self.cgroups = cgroups.Cgroups(task.voice)
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
@@ -62,25 +64,25 @@ class CollectedTask:
         """The pstree_entry."""
         return {
             "pid": self.pid, "ppid": ppid, "pgid": self.stat.pgrp, "sid": self.stat.session,
-            "threads": [thread.tid for thread in self.task.threads],
+            "threads": [tid for tid, _ in self.cores],
         }  # fmt: skip
 
 
 def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | None) -> None:
     """First part: what is seen from outside, and with it most obstacles."""
-    pid = mine.pid
+    pid, voice = mine.pid, mine.task.voice
     _suspend_seccomp(mine)
     _leave_critical_sections(mine)
-    _check_label(pid, got.obstacles)
+    _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
     if mine.sharer is None:
-        maps = procfs.smaps(pid) if early_maps is None else _current_maps(pid, early_maps)
+        maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
         mine.areas = areas.classify(pid, maps, got.obstacles)
-        areas.find_backing(pid, mine.areas, got.obstacles)
+        areas.find_backing(voice, mine.areas, got.obstacles)
         _add_segments(got, mine)
-    cwd, root = _named_link(got, pid, "cwd"), _named_link(got, pid, "root")
-    mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[pid]["Umask"], 8)}
-    mine.exe_id = _named_link(got, pid, "exe")
+    cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
+    mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[voice]["Umask"], 8)}
+    mine.exe_id = _named_link(got, mine, "exe")
 
 
 def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
@@ -100,24 +102,24 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
     """Must come before the first program: the kernel forgets a thread's rseq critical section when it runs outside of
     it."""
     for thread in mine.task.threads:
-        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.pid, thread.tid, thread.regs)
+        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread.tid, thread.regs)
 
 
-def _check_label(pid: int, obstacles: list[Obstacle]) -> None:
+def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
     try:
-        label = procfs.read(f"/proc/{pid}/attr/current").rstrip(b"\0\n").decode()
+        label = procfs.read(f"/proc/{mine.task.voice}/attr/current").rstrip(b"\0\n").decode()
     except OSError:
         return
     if label and not label.startswith("unconfined"):
         obstacles.append(
-            Obstacle(f"process {pid}", f"runs under the security label {label!r}", "labels are not supported yet")
+            Obstacle(f"process {mine.pid}", f"runs under the security label {label!r}", "labels are not supported yet")
         )
 
 
-def _named_link(got: Collected, pid: int, name: str) -> int:
+def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
     """The file id of what /proc/PID/*name* leads to."""
-    link = f"/proc/{pid}/{name}"
-    return _plain_file(got, f"process {pid}: {name}", link, os.stat(link), 0)
+    link = f"/proc/{mine.task.voice}/{name}"
+    return _plain_file(got, f"process {mine.pid}: {name}", link, os.stat(link), 0)
 
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
@@ -141,10 +143,10 @@ def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
             key = (area.stat.st_dev, area.stat.st_ino, area.map.name, area.mode)
             if key not in known:
                 what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
-                known[key] = _plain_file(got, what, area.link(mine.pid), area.stat, area.mode)
+                known[key] = _plain_file(got, what, area.link(mine.task.voice), area.stat, area.mode)
             area.shmid = known[key]
         elif area.kind == "shmem":
-            area.shmid = _memory_object(got, mine.pid, area)
+            area.shmid = _memory_object(got, mine.task.voice, area)
 
 
 def _add_segments(got: Collected, mine: CollectedTask) -> None:
@@ -157,7 +159,7 @@ def _add_segments(got: Collected, mine: CollectedTask) -> None:
 
             got.segments = DumpedSegments(got.objects.numbers)
         what = f"process {mine.pid}: mapping {area.map.start:x}-{area.map.end:x}"
-        area.shmid = got.segments.add(what, area.link(mine.pid), area.stat, got.obstacles)
+        area.shmid = got.segments.add(what, area.link(mine.task.voice), area.stat, got.obstacles)
 
 
 def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
@@ -179,7 +181,7 @@ class Questions:
     def __init__(self, mine: CollectedTask, partners: policies.Partners, stopped: list[int]) -> None:
         task = mine.task
         self.mine = mine
-        posix = procfs.timers(task.pid)
+        posix = procfs.timers(task.voice)
         size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
         task.prepare(extra=size)
         self.program = task.program(size=size)
@@ -195,7 +197,7 @@ class Questions:
             own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
         self.policies = {
-            thread.tid: policies.ask(own, mine.pid, partners.of(mine.statuses[thread.tid]))
+            thread.tid: policies.ask(own, task.voice, partners.of(mine.statuses[thread.tid]))
             for thread, own, _ in self.threads
         }
         for _, own, _ in self.threads:
@@ -203,11 +205,11 @@ class Questions:
 
     def answer(self, got: Collected, waiting: dict[int, restart.Waiting], frozen_at: int) -> None:
         """Second part: wait for the programs, and build the records from what they brought."""
-        mine, pid, program = self.mine, self.mine.pid, self.program
+        mine, pid, program, voice = self.mine, self.mine.pid, self.program, self.mine.task.voice
         for _, own, _ in self.threads:
             own.finish()
         answers = process.Answers(program, self.process)
-        tc = process.save(pid, mine.stat, answers)
+        tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
         tc["timers"] = timers.answer(program, self.timers)
@@ -220,7 +222,7 @@ class Questions:
         ]
         self._find_undo(got)
         self._settle_timers()
-        tc["signals_s"] = signals.queue(ptrace.pending_signals(pid, shared=True))
+        tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
@@ -229,21 +231,31 @@ class Questions:
             core = _thread_core(got, mine, thread, one, waiting, frozen_at)
             core["thread_core"]["firn"] |= fields
             mine.cores.append((thread.tid, core))
-        numa.collect(pid, mine.areas, (rare[0].get("numa_mode", 0), rare[0].get("numa_nodes", b"")))
+        numa.collect(voice, mine.areas, (rare[0].get("numa_mode", 0), rare[0].get("numa_nodes", b"")))
         tc["blk_sigset"] = mine.task.leader.mask
+        if mine.task.headless:
+            mine.cores.insert(0, (pid, self._exited_core(got, tc)))
         mine.cores[0][1]["tc"] = tc
         self._collect_memory(got, answers)
 
+    def _exited_core(self, got: Collected, tc: dict[str, Any]) -> dict[str, Any]:
+        """The core_entry of a first thread that has exited."""
+        from firn.resources.threads import exited
+
+        mine, voice = self.mine, self.mine.cores[0][1]["thread_core"]
+        own = creds.collect(procfs.status(mine.pid, mine.pid), voice["creds"]["secbits"])
+        return exited.save_core(mine.task, tc, own, got.cgroup_sets.number(mine.cgroups))
+
     def _collect_memory(self, got: Collected, answers: process.Answers) -> None:
-        mine, pid = self.mine, self.mine.pid
+        mine, pid, voice = self.mine, self.mine.pid, self.mine.task.voice
         if mine.sharer is not None:
             mine.mm = mine.sharer.mm
             mine.memory = ProcessPages(pid, [], False)
             return
         _add_mapped_files(got, mine)
-        mine.mm = layout.save(pid, mine.stat, answers, mine.exe_id)
-        mine.mm["aios"] = [aio.save(pid, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]
-        future = layout.locks_future(pid, mine.statuses[pid], mine.task)
+        mine.mm = layout.save(voice, mine.voice_stat, answers, mine.exe_id)
+        mine.mm["aios"] = [aio.save(voice, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]
+        future = layout.locks_future(voice, mine.statuses[voice], mine.task)
         keys = pkeys.answer(self.program, self.keys)
         if future or keys:
             mine.mm["firn"] = {"lock_future": future, "pkeys": keys}
@@ -264,7 +276,7 @@ class Questions:
         for thread, program, _ in self.threads:
             status, leader = mine.statuses[thread.tid], thread is mine.task.leader
             if int(status["SigPnd"], 16) or (leader and int(status["ShdPnd"], 16)):
-                shared = ptrace.pending_signals(mine.pid, shared=True) if leader else []
+                shared = ptrace.pending_signals(thread.tid, shared=True) if leader else []
                 private = ptrace.pending_signals(thread.tid, shared=False)
                 signals.settle_timers(program, mine.pid, thread.tid, shared, private)
 
@@ -285,7 +297,7 @@ def _thread_core(
     core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
     core["blk_sigset"] = thread.mask
     deliverable = restart.is_deliverable(status, thread.mask)
-    interrupted = restart.save(mine.pid, thread, waiting, deliverable, frozen_at)
+    interrupted = restart.save(mine.task.voice, thread, waiting, deliverable, frozen_at)
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry

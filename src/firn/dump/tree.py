@@ -11,7 +11,7 @@ import os
 
 from firn.abi import nr
 from firn.abi import signal as sig
-from firn.errors import FirnError, Obstacle, TargetError
+from firn.errors import FirnError, TargetError
 from firn.host import procfs
 from firn.tracee import seize
 
@@ -50,6 +50,10 @@ class FrozenTree:
     def threads(self) -> int:
         """How many threads are frozen."""
         return sum(len(task.threads) for task in self.tasks)
+
+    def followers(self) -> list[int]:
+        """The ids of all threads but the leaders."""
+        return [thread.tid for task in self.tasks for thread in task.threads if thread.tid != task.pid]
 
     def release(self) -> None:
         """Let everything run on; one process's trouble does not keep the others."""
@@ -91,7 +95,7 @@ def walk(root: int) -> Iterator[int]:
             continue
 
 
-def freeze(root: int, obstacles: list[Obstacle], held: Container[int] = ()) -> FrozenTree:
+def freeze(root: int, held: Container[int] = ()) -> FrozenTree:
     """Freeze *root* and all its descendants. Raises TargetError if one of them cannot be traced; then all run on.
 
     Threads in *held* are seized already.
@@ -100,7 +104,7 @@ def freeze(root: int, obstacles: list[Obstacle], held: Container[int] = ()) -> F
     try:
         tree.tasks.append(seize.freeze(root, held))
         tree.parents[root] = 0
-        while _freeze_newcomers(tree, obstacles, held):
+        while _freeze_newcomers(tree, held):
             pass
     except BaseException:
         tree.release()
@@ -128,24 +132,24 @@ def find_vfork(root: int) -> TargetError | None:
     return None
 
 
-def _freeze_newcomers(tree: FrozenTree, obstacles: list[Obstacle], held: Container[int]) -> bool:
+def _freeze_newcomers(tree: FrozenTree, held: Container[int]) -> bool:
     """One pass over the children of all frozen processes; whether there was a new one."""
     found = False
     for task in list(tree.tasks):
         for child in procfs.children(task.pid):
             if child not in tree.parents:
                 found = True
-                _take(tree, child, task.pid, obstacles, held)
+                _take(tree, child, task.pid, held)
     return found
 
 
-def _take(
-    tree: FrozenTree, child: int, parent: int, obstacles: list[Obstacle], held: Container[int]
-) -> None:
-    """Freeze *child*, or note it as a zombie. One that is gone is looked for again: its pid may soon be another's."""
+def _take(tree: FrozenTree, child: int, parent: int, held: Container[int]) -> None:
+    """Freeze *child*, or note it as a zombie, if no thread of it lives. One that is gone is looked for again: its pid
+    may soon be another's."""
     try:
         stat = procfs.stat(child)
-        if stat.state not in "ZX":
+        living = stat.state not in "ZX" or _is_running(child)
+        if living:
             frozen = seize.freeze(child, held)
             tree.tasks.append(frozen)
             stat = procfs.stat(child)
@@ -154,19 +158,17 @@ def _take(
                 tree.tasks.remove(frozen)
                 frozen.release()
                 return
-        elif procfs.threads(child) != [child]:
-            obstacles.append(Obstacle(f"process {child}", "its first thread has exited while others live"))
     except (TargetError, OSError) as error:
         if isinstance(error, TargetError) and _is_running(child):
             raise
         return
     tree.parents[child] = parent
-    if stat.state in "ZX":
+    if not living:
         tree.zombies.append(Zombie(stat))
 
 
 def _is_running(pid: int) -> bool:
     try:
-        return procfs.stat(pid).state not in "ZX"
+        return procfs.stat(procfs.speaker(pid)).state not in "ZX"
     except OSError:
         return False

@@ -92,6 +92,15 @@ def threads(pid: int) -> list[int]:
     return tids
 
 
+def speaker(pid: int) -> int:
+    """The id under which /proc, kcmp(2) and process_vm_readv(2) know the memory, files and directories of *pid*: its
+    own, or that of another thread if its first one has exited. (That one has none of these any more, fs/proc/base.c;
+    and /proc/TID is there for every thread, though it is not listed.)"""
+    if stat(pid).state not in "ZX":
+        return pid
+    return next((tid for tid in threads(pid) if stat(pid, tid).state not in "ZX"), pid)
+
+
 class Map:
     """One line of /proc/PID/maps, with the VmFlags of smaps when those were read (else None)."""
 

@@ -7,12 +7,14 @@ imported when the first of them is met: before the freeze, from a look at the ru
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
+from firn.abi import events as ev
 from firn.abi import nr
 from firn.abi.libc import syscall
-from firn.errors import Obstacle
+from firn.errors import KernelError, Obstacle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,16 +79,18 @@ class Open:
 
     ``path`` is its magic link and ``link`` what that reads; ``flags`` are O_* without O_CLOEXEC, ``position`` the file
     offset; ``info`` the fields of its fdinfo file, ``info["lines"]`` its whole text; ``what`` names it in messages.
+    ``tid`` is the id under which the kernel knows the descriptors of process ``pid`` (:func:`.procfs.speaker`).
     """
 
-    __slots__ = ("_copy", "fd", "flags", "info", "link", "path", "pid", "pidfd", "position", "stat", "what")
+    __slots__ = ("_copy", "fd", "flags", "info", "link", "path", "pid", "pidfd", "position", "stat", "tid", "what")
 
-    def __init__(self, pid: int, pidfd: int, fd: int, info: dict[str, str]) -> None:
+    def __init__(self, pid: int, pidfd: int, fd: int, info: dict[str, str], tid: int = 0) -> None:
         self.pid = pid
+        self.tid = tid or pid
         self.pidfd = pidfd
         self.fd = fd
         self.info = info
-        self.path = f"/proc/{pid}/fd/{fd}"
+        self.path = f"/proc/{self.tid}/fd/{fd}"
         self.link = os.readlink(self.path)
         self.stat = os.stat(self.path)
         self.flags = int(info["flags"], 8) & ~0o2000000
@@ -105,6 +109,21 @@ class Open:
         if self._copy >= 0:
             os.close(self._copy)
             self._copy = -1
+
+
+def pidfd_for_copies(pid: int, tid: int) -> int:
+    """A pidfd with which pidfd_getfd(2) copies descriptors of process *pid*, whose :func:`.procfs.speaker` is *tid*.
+    KernelError if that is another thread and the kernel has no pidfds of threads.
+
+    The call asks the very task that the pidfd is of: ESRCH if that is a first thread that has exited (kernel/pid.c).
+    """
+    try:
+        return syscall(f"pidfd_open {tid}", nr.pidfd_open, tid, 0 if tid == pid else ev.PIDFD_THREAD)
+    except OSError as error:
+        if tid == pid or error.errno != errno.EINVAL:
+            raise
+    reason = "its first thread has exited, by which alone this kernel copies descriptors"
+    raise KernelError(reason, "Linux 6.9 or later (PIDFD_THREAD)")
 
 
 class DumpContext:

@@ -267,7 +267,7 @@ def prime(runner: Runner, program: Program, site: int, regs: tuple[int, ...], en
     """
     number, remaining = entry["nr"], entry["remaining_ns"]
     spec = program.area + program.size - 64
-    memory.write(runner.pid, spec, _TIMESPEC.pack(remaining // 10**9, remaining % 10**9))
+    memory.write(program.scratch.pid, spec, _TIMESPEC.pack(remaining // 10**9, remaining % 10**9))
     changes = {"ip": site, "ax": number}
     for name in ("di", "si", "dx", "r10", "r8", "r9"):
         changes[name] = regs[cpu.REG_NAMES.index(name)]

@@ -62,7 +62,7 @@ def settle_timers(program: Program, pid: int, tid: int, shared: list[bytes], pri
         for at in places[:own]:
             program.call(f"rt_tgsigqueueinfo {number}", nr.rt_tgsigqueueinfo, pid, tid, number, at)
         for at in places[own:]:
-            program.call(f"rt_sigqueueinfo {number}", nr.rt_sigqueueinfo, pid, number, at)
+            program.call(f"rt_sigqueueinfo {number}", nr.rt_sigqueueinfo, tid, number, at)
         program.run()
 
 
@@ -101,13 +101,17 @@ def infos(entry: dict[str, Any] | None) -> list[bytes]:
     return found
 
 
-def plan_queue(program: Program, pid: int, tid: int | None, entry: dict[str, Any] | None) -> None:
-    """Queue pending signals again: for the process, or for thread *tid*."""
+def plan_queue(program: Program, pid: int, tid: int, shared: bool, entry: dict[str, Any] | None) -> None:
+    """Have thread *tid* of process *pid* queue pending signals again: for the process if *shared*, or for itself.
+
+    Any siginfo may only be sent to the id of the thread itself, and rt_sigqueueinfo(2) takes that of any thread for its
+    process (do_rt_sigqueueinfo in kernel/signal.c).
+    """
     for info in infos(entry):
         number = info_number(info)
         at = program.data(info)
-        if tid is None:
-            program.call(f"rt_sigqueueinfo {number}", nr.rt_sigqueueinfo, pid, number, at)
+        if shared:
+            program.call(f"rt_sigqueueinfo {number}", nr.rt_sigqueueinfo, tid, number, at)
         else:
             program.call(f"rt_tgsigqueueinfo {number}", nr.rt_tgsigqueueinfo, pid, tid, number, at)
 

@@ -9,6 +9,7 @@ from firn.resources import births
 from firn.resources.base import MEMFD
 from firn.resources.memory import areas, attach
 from firn.resources.process import ALIVE, DEAD, STOPPED
+from firn.resources.threads import exited
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Process:
         self.zombie = self.tc["task_state"] == DEAD
         self.tids: list[int] = [self.pid] if self.zombie else item.get("threads", [])
         self._check_ids()
+        self.leader_exited = not self.zombie and exited.load(self.pid, self.tc, self.tids)
         self.cores = [leader] + [images.read_one("CORE", tid) for tid in self.tids[1:]]
         if self.zombie:
             return

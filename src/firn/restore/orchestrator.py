@@ -200,6 +200,9 @@ class Restore:
 
             tasks = {task.pid: (task.leader.program, task.descriptors) for task in self._family().tasks}
             locks.restore(self.images, self.opener, tasks)
+        for task in self._family().tasks:
+            if task.process.leader_exited:
+                task.end_leader()
 
     def state(self) -> None:
         """The rest."""

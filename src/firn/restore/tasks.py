@@ -76,7 +76,7 @@ class RestoredTask:
 
     @property
     def leader(self) -> RestoredThread:
-        """The thread-group leader."""
+        """The thread that stands for the process: the thread-group leader, until that exits (:meth:`end_leader`)."""
         return self.threads[0]
 
     def wanted(self) -> list[tuple[int, ...]]:
@@ -187,6 +187,19 @@ class RestoredTask:
             thread.runner = await_birth(thread.tid, self.pid, self.leader.runner, self.scratch)
             thread.program = Program(thread.runner, self.scratch, self.scratch.area(THREAD_AREA), THREAD_AREA)
 
+    def end_leader(self) -> None:
+        """The first thread exits, as it had before the dump; from here on the next one stands for the process."""
+        from firn.resources.threads import exited
+
+        first = self.threads[0]
+        threads.plan_own(first.program, first.core, first.core.get("comm", self.tc["comm"]))
+        creds.plan(first.program, first.core["creds"], features.cap_last_cap())
+        first.program.run()
+        threads.set_scheduling(first.tid, first.core)
+        self.threads = self.threads[1:]
+        self.scratch.pid = self.leader.tid
+        exited.leave(first.runner, self.scratch.code + cpu.SYSCALL_AT, self.tc)
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def set_state(self, filters: list[dict[str, Any]]) -> None:
@@ -198,7 +211,7 @@ class RestoredTask:
         # Alone: an action that ignores a signal discards it where it is pending (do_sigaction in kernel/signal.c), and
         # with the signal that ends a program another thread would never stop.
         program.run()
-        signals.plan_queue(program, self.pid, None, tc.get("signals_s"))
+        signals.plan_queue(program, self.pid, self.leader.tid, True, tc.get("signals_s"))
         timers.plan(program, tc["timers"], features.timer_restore_ids())
         future = self.process.mm.get("firn", {}).get("lock_future", 0)
         if future:
@@ -235,7 +248,7 @@ class RestoredTask:
         threads.plan_own(program, thread.core, comm)
         policies.plan(program, thread.core)
         program.call("set_tid_address", nr.set_tid_address, thread.info["clear_tid_addr"])
-        signals.plan_queue(program, self.pid, thread.tid, thread.core.get("signals_p"))
+        signals.plan_queue(program, self.pid, thread.tid, False, thread.core.get("signals_p"))
 
     def _run_all(self) -> None:
         """Run the programs of all threads at once."""
@@ -277,7 +290,7 @@ class RestoredTask:
         """Have threads that were interrupted in a call begin it again: the last of what needs the scratch area."""
         site = self.scratch.code + cpu.SYSCALL_AT
         for thread in self.threads:
-            waiting = restart.stored(self.pid, thread.core, thread.info["gpregs"], thread.regs)
+            waiting = restart.stored(self.leader.tid, thread.core, thread.info["gpregs"], thread.regs)
             if waiting:
                 thread.regs = restart.prime(thread.runner, thread.program, site, thread.regs, waiting)
 
@@ -317,16 +330,17 @@ class RestoredTask:
     def _stop_by(self, number: int) -> bool:
         """Send the leader a stop signal; whether that stops it. It does not if the signal is handled, or ignored in an
         orphaned group."""
+        leader = self.leader.tid
         for thread in self.threads:
             ptrace.set_sigmask(thread.tid, sig.ALL & ~sig.bit(number))
-        syscall(f"tgkill {self.pid}", nr.tgkill, self.pid, self.pid, number)
-        ptrace.request("continue", pt.CONT, self.pid)
-        while (stop := ptrace.wait_stop(self.pid)).event or stop.signal != number:
-            ptrace.request("continue", pt.CONT, self.pid)
+        syscall(f"tgkill {leader}", nr.tgkill, self.pid, leader, number)
+        ptrace.request("continue", pt.CONT, leader)
+        while (stop := ptrace.wait_stop(leader)).event or stop.signal != number:
+            ptrace.request("continue", pt.CONT, leader)
         # Whatever the signal does, the task stops before it is back in its own code.
-        ptrace.request("interrupt", pt.INTERRUPT, self.pid)
-        ptrace.request("continue", pt.CONT, self.pid, 0, number)
-        if ptrace.wait_stop(self.pid).signal != number:
+        ptrace.request("interrupt", pt.INTERRUPT, leader)
+        ptrace.request("continue", pt.CONT, leader, 0, number)
+        if ptrace.wait_stop(leader).signal != number:
             return False
         for thread in self.threads[1:]:
             ptrace.request("continue", pt.CONT, thread.tid)
@@ -344,18 +358,18 @@ class RestoredTask:
     def _stop_signal(self) -> int:
         """The signal that a stopped task was stopped by."""
         number: int = self.tc.get("stop_signo", sig.SIGSTOP)
-        blocked = self.tc["blk_sigset"] >> (number - 1) & 1
+        blocked = self.leader.mask >> (number - 1) & 1
         return number if number in sig.STOP_SIGNALS and not blocked else sig.SIGSTOP
 
     def _leave_syscall_exit(self) -> None:
         """From the stop after a call into one where the kernel looks at restart codes again."""
-        regs = list(self.leader.regs)
+        regs, leader = list(self.leader.regs), self.leader.tid
         regs[cpu.ORIG_AX] = cpu.NO_SYSCALL
-        ptrace.set_regs(self.pid, regs)
-        ptrace.request("interrupt", pt.INTERRUPT, self.pid)
-        ptrace.request("continue", pt.CONT, self.pid)
-        while ptrace.wait_stop(self.pid).event != pt.EVENT_STOP:
-            ptrace.request("continue", pt.CONT, self.pid)
+        ptrace.set_regs(leader, regs)
+        ptrace.request("interrupt", pt.INTERRUPT, leader)
+        ptrace.request("continue", pt.CONT, leader)
+        while ptrace.wait_stop(leader).event != pt.EVENT_STOP:
+            ptrace.request("continue", pt.CONT, leader)
 
 
 def plan_clone(program: Program, tid: int, flags: int, exit_signal: int) -> None:

@@ -89,7 +89,11 @@ class Freezer:
     def take_strangers(self, tree: Iterable[int], held: set[int]) -> list[int]:
         """Freeze what was seized and is not of the *tree*, until :meth:`let_go`; their pids."""
         for pid in sorted(set(self.pids()) - set(tree)):
-            if pid in held:
+            try:
+                mine = held.intersection(procfs.threads(pid))
+            except OSError:
+                continue  # it has ended
+            if mine:
                 self.strangers.append(seize.freeze(pid, held))
         return [task.pid for task in self.strangers]
 

@@ -85,12 +85,7 @@ class Runner:
 
     def single(self, site: int, number: int, *args: int) -> int:
         """Make one call by registers alone, at the system-call instruction at *site*; OSError on failure."""
-        padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
-        di, si, dx, r10, r8, r9 = padded
-        regs = self.registers(ip=site, ax=number, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
-        self.code = 0
-        self._leave(regs, sig.ALL)
-        self._to_syscall_stop()
+        self.enter(site, number, *args)
         self._to_syscall_stop()
         result = ptrace.get_regs(self.tid)[cpu.AX]
         if self.own_mask is not None:
@@ -99,6 +94,15 @@ class Runner:
             error = _MASK + 1 - result
             raise OSError(error, f"system call {number} in task {self.tid}: {os.strerror(error)}")
         return result
+
+    def enter(self, site: int, number: int, *args: int) -> None:
+        """The first half of :meth:`single`: up to the stop at which the call begins."""
+        padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
+        di, si, dx, r10, r8, r9 = padded
+        regs = self.registers(ip=site, ax=number, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
+        self.code = 0
+        self._leave(regs, sig.ALL)
+        self._to_syscall_stop()
 
     def settle(self) -> None:
         """Whatever came in between: give the task its own state again. TargetError if it cannot be stopped.

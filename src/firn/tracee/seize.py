@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 
 from firn.abi import mman, nr
 from firn.abi import ptrace as pt
@@ -40,6 +41,7 @@ _SIGINFO = struct.Struct("<iii")
 """si_signo, si_errno, si_code."""
 _SI_TKILL = -6
 _STOP_CHOICE = (sig.SIGURG, sig.SIGWINCH, sig.SIGCHLD)
+_POLL_S = 0.0002
 _SYNCHRONOUS = (4, 5, 7, 8, 11, 31)
 """SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS: the kernel forces them on a task even if it ignores them."""
 
@@ -81,8 +83,18 @@ class Task:
 
     @property
     def leader(self) -> Thread:
-        """The thread-group leader."""
+        """The thread that stands for the process: the thread-group leader, or another one if that has exited."""
         return self.threads[0]
+
+    @property
+    def voice(self) -> int:
+        """Its id, under which the kernel knows memory and files of the process (:func:`firn.host.procfs.speaker`)."""
+        return self.threads[0].tid
+
+    @property
+    def headless(self) -> bool:
+        """Whether the first thread has exited while others live (pthread_exit(3)). It cannot be traced any more."""
+        return self.threads[0].tid != self.pid
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -99,7 +111,7 @@ class Task:
             runner.home = thread.home
             thread.runner = runner
             if runner.home and runner.unwanted():
-                memory.force_write(self.pid, runner.home, self._way_home(thread))
+                memory.force_write(self.voice, runner.home, self._way_home(thread))
         return thread.runner
 
     def _way_home(self, thread: Thread) -> bytes:
@@ -133,7 +145,7 @@ class Task:
             data_size = _pages(65536 + extra + len(self.threads) * THREAD_AREA)
             code, self.room = self._places(code_size + data_size)
             # Known before it is there, so that it goes whatever happens meanwhile.
-            self.scratch = Scratch(self.pid, code, code + code_size, data_size)
+            self.scratch = Scratch(self.voice, code, code + code_size, data_size)
             self._map_scratch(self.scratch, code_size)
             content = bytearray(homes + len(self.threads) * cpu.HOME_SIZE)
             content[: len(cpu.INTERPRETER)] = cpu.INTERPRETER
@@ -144,7 +156,7 @@ class Task:
                 thread.home = code + at
                 if thread.runner is not None:
                     thread.runner.home = thread.home
-            memory.force_write(self.pid, code, bytes(content))
+            memory.force_write(self.voice, code, bytes(content))
         return self.scratch
 
     def _map_scratch(self, scratch: Scratch, code_size: int) -> None:
@@ -167,7 +179,7 @@ class Task:
 
     def _places(self, size: int) -> tuple[int, int]:
         """Two addresses: of a gap for *size* bytes, and of room for one-off code."""
-        lines = procfs.read(f"/proc/{self.pid}/maps").splitlines()
+        lines = procfs.read(f"/proc/{self.voice}/maps").splitlines()
         gap, room = _find_gap(lines, size), self._find_room(lines)
         if not gap or not room:
             raise TargetError(f"process {self.pid} has no room for system calls of ours in its memory")
@@ -186,7 +198,7 @@ class Task:
     def _is_room(self, address: int) -> bool:
         """Whether nobody uses the code at *address*: there are zeros, or what a firn that was killed has left."""
         try:
-            there = memory.force_read(self.pid, address, cpu.HOME_SIZE)
+            there = memory.force_read(self.voice, address, cpu.HOME_SIZE)
         except OSError:
             return False
         if any(address <= thread.regs[cpu.IP] < address + cpu.HOME_SIZE for thread in self.threads):
@@ -196,12 +208,12 @@ class Task:
     def _lone(self, thread: Thread, number: int, *args: int) -> int:
         """Make one call outside the scratch area; OSError if it fails."""
         runner = self.runner(thread)
-        memory.force_write(self.pid, self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
+        memory.force_write(self.voice, self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
         try:
             return runner.single(self.room, number, *args)
         finally:
             runner.settle()
-            memory.force_write(self.pid, self.room, bytes(cpu.HOME_SIZE))
+            memory.force_write(self.voice, self.room, bytes(cpu.HOME_SIZE))
 
     def program(
         self, thread: Thread | None = None, size: int = 49152, status: dict[str, str] | None = None
@@ -238,11 +250,12 @@ class Task:
             if number == sig.SIGSTOP:
                 self.stop_again = True
             elif self.scratch is not None:
-                memory.write(self.pid, self.scratch.data, info)
+                memory.write(self.voice, self.scratch.data, info)
                 if code == _SI_TKILL:
                     self._lone(thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, self.scratch.data)
                 else:
-                    self._lone(thread, nr.rt_sigqueueinfo, self.pid, number, self.scratch.data)
+                    # To its own id: nobody may send such a siginfo to another one, be it that of its process.
+                    self._lone(thread, nr.rt_sigqueueinfo, thread.tid, number, self.scratch.data)
             del runner.seen[0]
 
     def release(self) -> None:
@@ -274,7 +287,7 @@ class Task:
     def alive(self) -> bool:
         """Whether the process is still there and no zombie."""
         try:
-            return procfs.stat(self.pid).state not in "ZX"
+            return procfs.stat(self.pid, self.voice).state not in "ZX"
         except OSError:
             return False
 
@@ -282,11 +295,11 @@ class Task:
         """After a SIGKILL: wait until the process is dead. Its parent sees a child killed by signal 9.
 
         A traced thread's death is reported to its tracer first, and the leader's only after all other threads' were
-        taken; then the real parent is told.
+        taken; then the real parent is told. A leader that had exited before is traced only if it did so just then.
         """
-        for thread in [*self.threads[1:], self.leader]:
+        for tid in [*(thread.tid for thread in self.threads if thread.tid != self.pid), self.pid]:
             try:
-                while os.waitpid(thread.tid, pt.WALL)[1] & 0xFF == 0x7F:
+                while os.waitpid(tid, pt.WALL)[1] & 0xFF == 0x7F:
                     pass
             except ChildProcessError:
                 pass
@@ -373,6 +386,8 @@ def ask_to_stop(pid: int, tid: int) -> bool:
 def _await_freeze(task: Task, tid: int) -> bool:
     """Wait until *tid* sits in its stop; signals that come first are delivered. False if it died."""
     while True:
+        if tid == task.pid and len(task.threads) > 1 and not _tells(tid):
+            return False
         try:
             stop = ptrace.wait_stop(tid)
         except ptrace.Died:
@@ -382,6 +397,19 @@ def _await_freeze(task: Task, tid: int) -> bool:
                 task.stop_signal = stop.signal
             return True
         ptrace.request("continue", pt.CONT, tid, 0, stop.signal)
+
+
+def _tells(pid: int) -> bool:
+    """Wait until the first thread of *pid* has something to tell its tracer. False if it has exited: that is told only
+    when all others have ended (delay_group_leader in kernel/exit.c)."""
+    try:
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None:
+            if procfs.stat(pid, pid).state in "ZX":
+                return False
+            time.sleep(_POLL_S)
+    except OSError:
+        pass  # it is gone, which the next wait tells
+    return True
 
 
 def check_target(pid: int) -> procfs.Stat:
@@ -419,15 +447,12 @@ def freeze(pid: int, held: Container[int] = ()) -> Task:
             for tid in fresh:
                 if tid in held or ask_to_stop(pid, tid):
                     task.threads.append(Thread(tid))
-            for thread in task.threads[seized:]:
+            # The first thread last: it may have to be asked more than once.
+            for thread in reversed(task.threads[seized:]):
                 if not _await_freeze(task, thread.tid):
                     task.threads.remove(thread)
-        if not task.threads or task.threads[0].tid != pid:
-            if not task.threads:
-                raise TargetError(f"process {pid} ended before it could be frozen")
-            raise TargetError(
-                f"process {pid}: its first thread has exited while others live", "such processes are not supported yet"
-            )
+        if not task.threads:
+            raise TargetError(f"process {pid} ended before it could be frozen")
         for thread in task.threads:
             thread.read_state()
     except BaseException:

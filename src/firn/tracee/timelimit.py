@@ -1,13 +1,22 @@
-"""A limit on how long something may take, by SIGALRM: waits for other processes end by it (``--timeout``)."""
+"""What keeps a wait for another process from lasting for ever, by SIGALRM: a limit (``--timeout``), and a watch for
+frozen threads that somebody else has killed."""
 
 from __future__ import annotations
 
 import _signal
+import os
 
+from firn.abi import ptrace as pt
 from firn.errors import TargetError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 _ITIMER_REAL = 0
 _SIGALRM = 14
+_EVERY = 1.0
+"""Seconds."""
 
 
 class TimeLimit:
@@ -30,3 +39,40 @@ class TimeLimit:
         if self.seconds > 0:
             _signal.setitimer(_ITIMER_REAL, 0)
             _signal.signal(_SIGALRM, self._old)
+
+
+class DeathWatch:
+    """Takes, every now and then, the ends of threads that were frozen and got killed by somebody (the OOM killer, say).
+
+    The kernel tells a tracer of a leader's end only after it was told of those of all other threads (ptrace(2)), so a
+    wait for a leader would never return. Nothing is watched outside of the main thread, which alone gets signals.
+    """
+
+    def __init__(self, others: Callable[[], Iterable[int]]) -> None:
+        """*others*: the ids of the frozen threads that are not leaders, now."""
+        self._others = others
+        self._old: object = None
+        self._on = False
+
+    def start(self) -> None:
+        """From now on."""
+        try:
+            self._old = _signal.signal(_SIGALRM, self._look)
+        except ValueError:
+            return
+        self._on = True
+        _signal.setitimer(_ITIMER_REAL, _EVERY, _EVERY)
+
+    def _look(self, _number: int, _frame: object) -> None:
+        for tid in self._others():
+            try:
+                os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | pt.WALL)
+            except ChildProcessError:
+                continue
+
+    def stop(self) -> None:
+        """No longer."""
+        if self._on:
+            _signal.setitimer(_ITIMER_REAL, 0)
+            _signal.signal(_SIGALRM, self._old)
+            self._on = False

@@ -69,6 +69,8 @@ MESSAGES = {
         8 thp_flags u32?
         20 exit_signal u32?
         21 stop_told bool?
+        22 leader_exited bool?
+        23 leader_mask u64? hex
     """,
     "firn_mm": """
         1 lock_future u32? hex

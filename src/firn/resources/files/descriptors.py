@@ -145,11 +145,12 @@ class Collector:
         self.external = ExternalFiles(options.external)
         self._types: dict[int, int] = {}
 
-    def collect(self, pid: int, pidfd: int) -> list[Descriptor]:
-        """All descriptors of *pid*, ascending; what cannot be saved is added to the obstacles."""
+    def collect(self, pid: int, tid: int, pidfd: int) -> list[Descriptor]:
+        """All descriptors of *pid*, ascending, which *tid* (:class:`.base.Open`) and *pidfd* lead to; what cannot be
+        saved is added to the obstacles."""
         found: list[Descriptor] = []
-        for fd in sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd")):
-            open = base.Open(pid, pidfd, fd, procfs.fdinfo(pid, fd))
+        for fd in sorted(int(name) for name in os.listdir(f"/proc/{tid}/fd")):
+            open = base.Open(pid, pidfd, fd, procfs.fdinfo(tid, fd), tid)
             try:
                 added = self.add(open)
             finally:
@@ -188,11 +189,11 @@ class Collector:
     def add(self, open: base.Open) -> tuple[int, int] | None:
         """Add a description to the table, once: (file id, type), or None if it is refused."""
         key = (open.stat.st_dev, open.stat.st_ino, open.flags, open.position)
-        known, place = self.descriptions.find(key, open.pid, open.fd)
+        known, place = self.descriptions.find(key, open.tid, open.fd)
         added = self._new(open) if known is None else (known, self._types[known])
         if known is None and added is not None:
             self._types[added[0]] = added[1]
-            self.descriptions.insert(key, place, open.pid, open.fd, added[0])
+            self.descriptions.insert(key, place, open.tid, open.fd, added[0])
         if "lock" in open.info and added is not None:
             self.locks.add(open, added[0])
         return added

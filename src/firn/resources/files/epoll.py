@@ -27,7 +27,7 @@ from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import ImageError
 from firn.host import procfs
-from firn.resources.base import EVENTPOLL, Kind, Open
+from firn.resources.base import EVENTPOLL, Kind, Open, pidfd_for_copies
 from firn.resources.files.events import set_status
 
 TYPE_CHECKING = False
@@ -230,7 +230,7 @@ class _Search:
             slot = bytearray(ev.EPOLL_SLOT.pack(open.fd, number, seen.get(number, 0)))
             seen[number] = seen.get(number, 0) + 1
             inode = int(item["ino"], 16)
-            place = self._place(owner, open.pid, slot, number, inode)
+            place = self._place(owner, open.tid, slot, number, inode)
             if place is None:
                 reason = f"is an epoll instance whose target {number} (inode {inode}) is open nowhere in the tree"
                 self.context.refuse(open, reason, "remove it from the instance")
@@ -252,10 +252,11 @@ class _Search:
 
     def _file(self, pid: int, fd: int) -> dict[str, int]:
         """Type and id of the file that descriptor *fd* of *pid* leads to, which was collected before."""
-        info = procfs.fdinfo(pid, fd)
+        speaker = procfs.speaker(pid)
+        info = procfs.fdinfo(speaker, fd)
         info.pop("lock", None)
-        pidfd = syscall(f"pidfd_open {pid}", nr.pidfd_open, pid, 0)
-        open = Open(pid, pidfd, fd, info)
+        pidfd = pidfd_for_copies(pid, speaker)
+        open = Open(pid, pidfd, fd, info, speaker)
         try:
             added = self.context.add_open(open)
         finally:
@@ -269,7 +270,7 @@ class _Search:
             if pid == open.pid:
                 break
             for fd in self._by_inode(pid).get(open.stat.st_ino, ()):
-                if syscall("kcmp", nr.kcmp, open.pid, pid, fc.KCMP_FILE, open.fd, fd) == 0:
+                if syscall("kcmp", nr.kcmp, open.tid, procfs.speaker(pid), fc.KCMP_FILE, open.fd, fd) == 0:
                     return pid
         return open.pid
 
@@ -279,12 +280,13 @@ class _Search:
         if known is None:
             known = self._inodes[pid] = {}
             try:
-                names = os.listdir(f"/proc/{pid}/fd")
+                speaker = procfs.speaker(pid)
+                names = os.listdir(f"/proc/{speaker}/fd")
             except OSError:
                 names = []  # a zombie has none
             for fd in sorted(int(name) for name in names):
                 try:
-                    known.setdefault(os.stat(f"/proc/{pid}/fd/{fd}").st_ino, []).append(fd)
+                    known.setdefault(os.stat(f"/proc/{speaker}/fd/{fd}").st_ino, []).append(fd)
                 except FileNotFoundError:
                     continue  # our own, of the list
         return known
@@ -298,8 +300,9 @@ class _Search:
                 candidates = [fd for fd in candidates if fd > _LAST_STANDARD]
             if number in candidates:
                 candidates = [number, *candidates]
+            speaker = procfs.speaker(pid) if candidates else pid
             for fd in candidates:
                 what = f"kcmp of descriptor {fd} of process {pid} and epoll target {number}"
-                if not syscall(what, nr.kcmp, pid, holder, ev.KCMP_EPOLL_TFD, fd, address_of(slot)):
+                if not syscall(what, nr.kcmp, speaker, holder, ev.KCMP_EPOLL_TFD, fd, address_of(slot)):
                     return pid, fd
         return None

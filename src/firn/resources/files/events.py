@@ -91,7 +91,7 @@ class TimerFd(Kind):
             # Due at this very moment, or off: the second look tells.
             isec, insec, vsec, vnsec = _remaining(copy)
         now = time.time_ns()
-        info = procfs.fdinfo(open.pid, open.fd)
+        info = procfs.fdinfo(open.tid, open.fd)
         ticks = int(info["ticks"])
         if (vsec or vnsec) and info["it_value"] == "(0, 0)":
             # It expired between the two looks; restored with the time of the first one, it does so once more.

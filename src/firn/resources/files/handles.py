@@ -153,10 +153,11 @@ class Finder:
         """The magic links of all descriptors of all processes."""
         for pid in self.context.pids:
             try:
-                names = os.listdir(f"/proc/{pid}/fd")
+                speaker = procfs.speaker(pid)
+                names = os.listdir(f"/proc/{speaker}/fd")
             except OSError:
                 continue  # a zombie
-            yield from (f"/proc/{pid}/fd/{name}" for name in names)
+            yield from (f"/proc/{speaker}/fd/{name}" for name in names)
 
     def _likely(self, pid: int, device: int) -> Iterator[str]:
         for mount in self.mounts:
@@ -168,7 +169,7 @@ class Finder:
     def _open_places(self) -> Iterator[str]:
         """What the processes have open, and the folders that it lies in, nearest first."""
         paths = dict[str, None]()
-        links = [f"/proc/{pid}/{name}" for pid in self.context.pids for name in ("cwd", "exe")]
+        links = [f"/proc/{procfs.speaker(pid)}/{name}" for pid in self.context.pids for name in ("cwd", "exe")]
         for link in (*links, *self._links()):
             try:
                 path = os.readlink(link)

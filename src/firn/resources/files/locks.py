@@ -129,7 +129,7 @@ class Locks:
         if pid in self.pids:
             for holder, fd in holders:
                 try:
-                    same = syscall("kcmp", nr.kcmp, pid, holder, fc.KCMP_FILES, 0, 0) == 0
+                    same = syscall("kcmp", nr.kcmp, *map(procfs.speaker, (pid, holder)), fc.KCMP_FILES, 0, 0) == 0
                 except OSError:
                     continue  # a zombie, which has no descriptors
                 if same:

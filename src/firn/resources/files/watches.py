@@ -75,7 +75,7 @@ class _Watcher(Kind):
     def _handle(self, open: Open, item: dict[str, str], finder: Finder) -> dict[str, Any] | None:
         """The fh_entry of the inode of an fdinfo line, with its path; None if it was refused."""
         device, inode = int(item["sdev"], 16), int(item["ino"], 16)
-        path = finder.find(open.pid, device, inode, to_entry(item, ""))
+        path = finder.find(open.tid, device, inode, to_entry(item, ""))
         if path is None:
             reason = f"watches inode {inode} of device {device >> 20}:{device & 0xFFFFF}, whose path cannot be found"
             finder.context.refuse(open, reason, "open the file, or name its folder with --irmap-scan-path")

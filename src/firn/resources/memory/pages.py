@@ -80,15 +80,15 @@ class ProcessPages:
             for start, end in self.guards
         ]
 
-    def hold_early(self) -> None:
-        """Take the contents of what a fork leaves out: few pages, kept here until the others are copied."""
+    def hold_early(self, pid: int) -> None:
+        """Take the contents of what a fork of *pid* leaves out: few pages, kept here until the others are copied."""
         for low, high, marks in self.marked:
             if not marks & copyout.EARLY:
                 continue
             for start, end in self.runs:
                 first, last = max(low, start), min(high, end)
                 for at in range(first, last, 1 << 20):
-                    self.held.append((at, memory.force_read(self.pid, at, min(last - at, 1 << 20))))
+                    self.held.append((at, memory.force_read(pid, at, min(last - at, 1 << 20))))
 
     def copy_pages(self, pid: int, target: int) -> None:
         """Copy the pages out of *pid* (the process or its clone) into file *target*."""

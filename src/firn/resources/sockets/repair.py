@@ -10,6 +10,8 @@ import os
 
 from firn.abi import nr
 from firn.abi.libc import syscall
+from firn.host import procfs
+from firn.resources.base import pidfd_for_copies
 
 _SOL_SOCKET, _SO_REUSEADDR, _SO_PROTOCOL = 1, 2, 38
 _TCP, _TCP_REPAIR, _TCP_REPAIR_OFF_NO_WP = 6, 19, -1
@@ -17,8 +19,6 @@ _TCP, _TCP_REPAIR, _TCP_REPAIR_OFF_NO_WP = 6, 19, -1
 
 def end_repair(pid: int) -> int:
     """Switch repair mode off in all sockets of process *pid*, and its descendants'; how many there were."""
-    from firn.host import procfs
-
     ended, pids = 0, [pid]
     while pids:
         each = pids.pop()
@@ -34,10 +34,11 @@ def _end_repair(pid: int) -> int:
     import _socket
 
     ended = 0
-    pidfd = syscall(f"pidfd_open {pid}", nr.pidfd_open, pid, 0)
+    speaker = procfs.speaker(pid)
+    pidfd = pidfd_for_copies(pid, speaker)
     try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+        for name in os.listdir(f"/proc/{speaker}/fd"):
+            if not os.readlink(f"/proc/{speaker}/fd/{name}").startswith("socket:"):
                 continue
             fd = syscall(f"descriptor {name} of process {pid}", nr.pidfd_getfd, pidfd, int(name), 0)
             copy = _socket.socket(fileno=fd)
