@@ -24,7 +24,7 @@ from firn.resources.sockets.standins import Identity, StandIns
 UNLIKE = (r"fd\.\d+",)
 MODES = ("pairs", "listen", "waiting", "half", "datagrams", "rights", "options")
 TABLE = [Workload("unix_sockets", mode, once=mode not in ("listen", "options"), unlike=UNLIKE) for mode in MODES]
-TABLE += [Workload("unix_identity", mode, once=True, unlike=UNLIKE) for mode in ("peers", "letters")]
+TABLE += [Workload("unix_identity", mode, once=True, unlike=UNLIKE) for mode in ("peers", "letters", "relative")]
 TREES = ("pipes", "sockets")
 TABLE += [Workload("ipc_tree", mode, once=mode == "sockets", unlike=UNLIKE) for mode in TREES]
 

@@ -184,4 +184,35 @@ static void letters_harm(void)
 	recv(fds[3], got, 8, 0);
 }
 
-WORKLOAD({"peers", peers_set, peers_check, peers_harm}, {"letters", letters_set, letters_check, letters_harm})
+/* Names that are relative: of a removed file whose name is another's now, of a sender. And a seqpacket socket with a
+ * name and without a peer. */
+static void relative_set(void)
+{
+	struct sockaddr_un name = {AF_UNIX, "same"}, letter = {AF_UNIX, "letter"}, lone = {AF_UNIX, "lone"};
+	for (int i = 0; i < 4; i++)
+		NEED((fds[i] = socket(AF_UNIX, i == 3 ? SOCK_SEQPACKET : SOCK_DGRAM, 0)) >= 0);
+	NEED(!bind(fds[2], (void *)&letter, sizeof letter) && !bind(fds[3], (void *)&lone, sizeof lone));
+	for (int i = 0; i < 2; i++) {
+		NEED(!bind(fds[i], (void *)&name, sizeof name));
+		NEED(sendto(fds[2], i ? "new" : "old", 3, 0, (void *)&name, sizeof name) == 3);
+		NEED(i || !unlink("same"));
+	}
+}
+
+static int relative_check(void)
+{
+	struct sockaddr_un letter = {AF_UNIX, "letter"};
+	socklen_t length = sizeof letter.sun_family + sizeof "letter"; /* the kernel cuts what comes after the name */
+	CHECK_ALL(takes(fds[0], "old", 0, &letter, length));
+	CHECK_ALL(takes(fds[1], "new", 0, &letter, length));
+	CHECK(!listen(fds[3], 1));
+	return 1;
+}
+
+static void relative_harm(void)
+{
+	recv(fds[0], got, 8, 0);
+}
+
+WORKLOAD({"peers", peers_set, peers_check, peers_harm}, {"letters", letters_set, letters_check, letters_harm},
+	{"relative", relative_set, relative_check, relative_harm})

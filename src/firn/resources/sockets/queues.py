@@ -56,6 +56,10 @@ def _peek(sock: socket, size: int) -> Record | None:
         data, control, flags, address = sock.recvmsg(size, _CONTROL, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
     except BlockingIOError:
         return None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:  # a seqpacket socket that never was connected says so instead of "nothing"
+            return None
+        raise
     fds: list[int] = []
     credentials = b""
     for level, kind, content in control:

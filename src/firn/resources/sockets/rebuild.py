@@ -414,7 +414,10 @@ def _bind_in_own_root(sock: _socket.socket, name: bytes) -> int:
         sock.bind(name)
         at = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         os.unlink(name)
-        os.removedirs(folder)
+        try:
+            os.removedirs(folder)
+        except OSError:  # the name has no folder: this is the root itself
+            pass
         return at
     finally:
         os.fchdir(root)

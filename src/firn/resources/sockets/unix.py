@@ -273,7 +273,7 @@ class UnixSockets(Kind):
             if sender.rstrip(b"\0") == name:
                 continue
             paired = any(peer.inode == found.seen.peer for peer in peers)
-            if not sender or not found.seen.name or paired or sender[:1] not in (b"/", b"\0"):
+            if not sender or not found.seen.name or paired:
                 what = show(sender) or "a socket without name"
                 context.refuse(found.open, f"has a datagram from {what} in its queue, which cannot send it again")
                 return
