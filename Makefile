@@ -51,7 +51,10 @@ lint: venv
 	$(BIN)/mypy
 
 test: apt venv lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
+	@mkdir -p build; rm -f build/failed
+	FIRN_FAILED=$(CURDIR)/build/failed $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup || \
+	  { test -s build/failed && echo "what has failed, once more, with nothing beside it:" && \
+	    sort -u build/failed | tr '\n' '\0' | xargs -0 $(BIN)/python -m pytest -q; }
 
 bench: venv
 	$(BIN)/python bench/run.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -22,6 +23,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed:
         item.stash[FAILED] = True
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Notes what has failed, for ``make test`` to run it once more, alone."""
+    place = os.environ.get("FIRN_FAILED")
+    if report.failed and place:
+        with open(place, "a") as file:
+            file.write(report.nodeid.partition("@")[0] + "\n")
 
 
 def _too_long(number: int, frame: FrameType | None) -> None:

@@ -401,9 +401,9 @@ static void kill_friend(void)
 static int in_parent(void)
 {
 	char path[4096];
-	mode_t mask = umask(0);
+	/* Not by umask(2): the others, who share it, ask at the same time. */
+	long mask = strtol(field("/proc/self/status", "Umask"), NULL, 8);
 	CHECK(getcwd(path, sizeof path) && !strcmp(strrchr(path, '/') + 1, "inside") && mask == 0123);
-	umask(mask);
 	return 1;
 }
 
