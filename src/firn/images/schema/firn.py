@@ -113,6 +113,8 @@ MESSAGES = {
         2 groups firn_group*
         3 datagrams firn_datagram*
         4 unread bytes?
+        5 refused bool?
+        6 clamp u32?
     """,
     "firn_netlink": """
         1 groups bytes?
@@ -193,6 +195,8 @@ MESSAGES = {
         2 port u32?
         3 destination bytes?
         4 data bytes?
+        5 hops u32?
+        6 kind u32?
     """,
 }
 

@@ -16,8 +16,10 @@ second at first: what was measured of the way to the peer is not carried over).
 
 from __future__ import annotations
 
+import _socket
 import errno
 import fcntl
+import os
 import struct
 import time
 
@@ -34,6 +36,7 @@ from firn.abi.tcp import (
     TCP_INFO,
     TCP_LAST_ACK,
     TCP_MAX_WSCALE,
+    TCP_MAXSEG,
     TCP_NO_QUEUE,
     TCP_QUEUE_SEQ,
     TCP_RECV_QUEUE,
@@ -47,6 +50,7 @@ from firn.abi.tcp import (
     TCP_SEND_QUEUE,
     TCP_SYN_SENT,
     TCP_TIMESTAMP,
+    TCP_WINDOW_CLAMP,
     TCPI_OPT_SACK,
     TCPI_OPT_TIMESTAMPS,
     TCPI_OPT_WSCALE,
@@ -60,7 +64,7 @@ from firn.abi.tcp import (
 )
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options, packets
-from firn.resources.sockets.inet_options import AF_INET6, TCP
+from firn.resources.sockets.inet_options import AF_INET6, MAX_MSS, MIN_MSS, TCP
 from firn.resources.sockets.tcp import FIN_QUEUED, FIN_RECEIVED, STATES, WINDOW_FIELDS, count, switch_off
 
 TYPE_CHECKING = False
@@ -118,6 +122,8 @@ class Stream:
         self.sock = sock
         image = self._image
         try:
+            # The size of segments follows from it at connect(2) and, as the path stays the same, never again.
+            sock.setsockopt(TCP, TCP_MAXSEG, min(max(image["mss_clamp"], MIN_MSS), MAX_MSS))
             sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
         except PermissionError:
             raise RestoreError(f"{self.name} cannot be connected again", "this needs CAP_NET_ADMIN") from None
@@ -149,6 +155,7 @@ class Stream:
             why = f"{self.name} cannot be connected to {address[0]}, port {address[1]}: {error.strerror}"
             raise RestoreError(why, helps.get(error.errno or 0, "")) from None
         try:
+            self.sock.setsockopt(TCP, TCP_MAXSEG, 0)
             self._negotiate()
             self._fill()
             self._close(late=False)
@@ -248,11 +255,18 @@ class Stream:
             window = theirs % _WORD, _OPEN_WINDOW, _OPEN_WINDOW, _OPEN_WINDOW, theirs % _WORD
             self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window))
         source, target = self._raw("dst"), self._raw("src")
+        link = 0
+        if packets.is_link_local(target):
+            link = _socket.if_nametoindex(self.entry.get("ifname", ""))
+        elif self.entry["opts"].get("so_bound_dev"):
+            # It comes from the loopback device.
+            self._bind_to("")
         ports = self.entry["dst_port"], self.entry["src_port"]
         head = (*ports, theirs % _WORD, ours % _WORD, 5 << 4, flags, _OPEN_WINDOW)
         draft = struct.pack(">HHIIBBHHH", *head, 0, 0)
         check = packets.checksum(packets.pseudo(source, target, TCP, len(draft)) + draft)
-        packets.send(source, target, TCP, struct.pack(">HHIIBBHHH", *head, check, 0), packets.LOCK_MARK)
+        segment = struct.pack(">HHIIBBHHH", *head, check, 0)
+        packets.send(source, target, TCP, segment, packets.LOCK_MARK, link=link)
         end = time.monotonic() + _PATIENCE_S
         # Late, the true peer may have its say too.
         wanted = (reached, TCP_CLOSE) if late else (reached,)
@@ -261,6 +275,11 @@ class Stream:
                 why = f"{self.name} cannot be brought to {STATES[reached]}: a segment to it does not arrive"
                 raise RestoreError(why, "a firewall may drop it")
             time.sleep(0.0005)
+        if self.entry["opts"].get("so_bound_dev") and not link:
+            self._bind_to(self.entry["opts"]["so_bound_dev"])
+
+    def _bind_to(self, device: str) -> None:
+        self.sock.setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, os.fsencode(device))
 
     def _raw(self, side: str) -> bytes:
         words = self.entry[f"{side}_addr"]
@@ -281,6 +300,9 @@ class Stream:
                 while rest:
                     rest = rest[self.sock.send(rest, _MSG_DONTWAIT) :]
                 self._close(late=True)
+            clamp = self.entry.get("firn", {}).get("clamp", 0)
+            if clamp and clamp != self.sock.getsockopt(TCP, TCP_WINDOW_CLAMP):
+                self.sock.setsockopt(TCP, TCP_WINDOW_CLAMP, clamp.to_bytes(4, "little"))
             if self.entry.get("shutdown", 0) & 1 and self.state not in FIN_RECEIVED:
                 self.sock.shutdown(_SHUT_RD)
             if self._image["outq_len"]:
@@ -313,13 +335,30 @@ def _own_size(sock: socket, option: int, entry: dict[str, Any]) -> None:
         sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
 
 
+def be_refused(name: str, sock: socket) -> None:
+    """Make *sock*, which is new, one whose connection was refused, and which has told so: it may try another."""
+    closed = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
+    try:
+        # Nobody else can listen there meanwhile.
+        closed.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+        sock.setblocking(False)
+        sock.connect_ex(closed.getsockname())
+        end = time.monotonic() + _PATIENCE_S
+        while not sock.getsockopt(options.SOL_SOCKET, _SO_ERROR) and time.monotonic() < end:
+            time.sleep(0.0005)
+        sock.setblocking(True)
+    except OSError as error:
+        raise RestoreError(f"{name} cannot be made one that was refused: {error.strerror}") from None
+    finally:
+        closed.close()
+
+
 def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> None:
     """Make *sock*, which is new, one whose connection is over while *data* is still to be read.
 
-    A connection over loopback is reset by its other end: that leaves nothing behind, and what has arrived stays.
+    A connection over loopback is reset by its other end: that leaves nothing behind, and what has arrived stays. Options
+    come later: some keep segments away.
     """
-    import _socket
-
     server = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
     try:
         server.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
