@@ -24,7 +24,7 @@ IP, TCP, UDP, IPV6, UDPLITE, SOL_RAW = 0, 6, 17, 41, 136, 255
 IPV6_V6ONLY = 26
 MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
-TCP_ULP = 31
+IP_OPTIONS, TCP_ULP = 4, 31
 
 IP_FIELDS = {15: "freebind", 8: "pktinfo", 1: "tos", 2: "ttl"}
 TCP_FIELDS = {3: "cork", 1: "nodelay", 6: "keepcnt", 4: "keepidle", 5: "keepintvl"}

@@ -64,7 +64,7 @@ from firn.abi.tcp import (
 )
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options, packets
-from firn.resources.sockets.inet_options import AF_INET6, MAX_MSS, MIN_MSS, TCP
+from firn.resources.sockets.inet_options import AF_INET6, IP, IP_OPTIONS, MAX_MSS, MIN_MSS, TCP
 from firn.resources.sockets.tcp import FIN_QUEUED, FIN_RECEIVED, STATES, WINDOW_FIELDS, count, switch_off
 
 TYPE_CHECKING = False
@@ -82,6 +82,9 @@ _MSG_DONTWAIT = 0x40
 _SO_ERROR = 4
 _PATIENCE_S = 5.0
 _OPEN_WINDOW = 0xFFFF
+_IP_OPTIONS_ROOM = 40
+_DEFAULT_MSS, _STAMPS = 536, 12
+"""RFC 9293, 3.7.1; what timestamps take away in each segment (RFC 7323)."""
 
 
 class Stream:
@@ -122,14 +125,22 @@ class Stream:
         self.sock = sock
         image = self._image
         try:
-            # The size of segments follows from it at connect(2) and, as the path stays the same, never again.
-            sock.setsockopt(TCP, TCP_MAXSEG, min(max(image["mss_clamp"], MIN_MSS), MAX_MSS))
+            if self.state != TCP_SYN_SENT:
+                sock.setsockopt(TCP, TCP_MAXSEG, self._largest())
             sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
         except PermissionError:
             raise RestoreError(f"{self.name} cannot be connected again", "this needs CAP_NET_ADMIN") from None
         ours = self.state in (*FIN_QUEUED, TCP_FIN_WAIT2, TCP_SYN_SENT)
         self._sequence(TCP_SEND_QUEUE, image["outq_seq"] - image["outq_len"] - ours)
         self._sequence(TCP_RECV_QUEUE, image["inq_seq"] - image["inq_len"] - (self.state in FIN_RECEIVED))
+
+    def _largest(self) -> int:
+        """The size of segments, which the kernel reckons at connect(2), and later only when it sees a larger window than
+        ever: what the peer has offered, but no more than half of its window (tcp_sync_mss, tcp_ack_update_window)."""
+        window = self._image.get("max_window", 0)
+        half = window // 2 if window > _DEFAULT_MSS else window
+        size = min(self._image["mss_clamp"], half + _STAMPS) if half else self._image["mss_clamp"]
+        return min(max(size, MIN_MSS), MAX_MSS)
 
     def _sequence(self, queue: int, number: int) -> None:
         self._choose(queue)
@@ -155,7 +166,6 @@ class Stream:
             why = f"{self.name} cannot be connected to {address[0]}, port {address[1]}: {error.strerror}"
             raise RestoreError(why, helps.get(error.errno or 0, "")) from None
         try:
-            self.sock.setsockopt(TCP, TCP_MAXSEG, 0)
             self._negotiate()
             self._fill()
             self._close(late=False)
@@ -163,6 +173,7 @@ class Stream:
             if self._image["inq_len"]:
                 _own_size(self.sock, options.SO_RCVBUF, self.entry["opts"])
             self._set_window()
+            self._size_segments()
         except OSError as error:
             raise RestoreError(f"{self.name} cannot be connected again: {error.strerror}") from None
 
@@ -178,6 +189,13 @@ class Stream:
         self.sock.setsockopt(TCP, TCP_REPAIR_OPTIONS, wanted)
         if mask & TCPI_OPT_TIMESTAMPS and "timestamp" in image:
             self.sock.setsockopt(TCP, TCP_TIMESTAMP, (image["timestamp"] % _WORD).to_bytes(4, "little"))
+
+    def _size_segments(self) -> None:
+        """The limit of :meth:`begin` goes. Over the loopback device IPv4 had more than could be set: to set its options
+        once more makes the kernel reckon anew (do_ip_setsockopt in net/ipv4/ip_sockglue.c)."""
+        self.sock.setsockopt(TCP, TCP_MAXSEG, 0)
+        if self._image["mss_clamp"] > MAX_MSS:
+            self.sock.setsockopt(IP, IP_OPTIONS, self.sock.getsockopt(IP, IP_OPTIONS, _IP_OPTIONS_ROOM))
 
     def _fill(self) -> None:
         """Both queues, without what had not been sent."""
