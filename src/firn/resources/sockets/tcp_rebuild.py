@@ -382,10 +382,13 @@ def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> Non
         server.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
         server.listen(1)
         _make_room(sock, options.SO_RCVBUF, len(data))
+        for each in (sock, server):
+            each.settimeout(_PATIENCE_S)
         sock.connect(server.getsockname())
         fd, _ = server._accept()  # type: ignore[attr-defined]
         other = _socket.socket(fileno=fd)
         try:
+            other.settimeout(_PATIENCE_S)
             other.sendall(data)
             end = time.monotonic() + _PATIENCE_S
             while count(other, SIOCOUTQ) and time.monotonic() < end:
@@ -398,7 +401,8 @@ def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> Non
         if count(sock, SIOCINQ) != len(data):
             raise RestoreError(f"{name} does not get back what was not read", "a firewall may drop it")
         _own_size(sock, options.SO_RCVBUF, entry)
+        sock.setblocking(True)
     except OSError as error:
-        raise RestoreError(f"{name} does not get back what was not read: {error.strerror}") from None
+        raise RestoreError(f"{name} does not get back what was not read: {error.strerror or error}") from None
     finally:
         server.close()
