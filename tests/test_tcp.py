@@ -41,6 +41,10 @@ TABLE = [
              once=mode != "quiet", ways=MIXED)
     for mode in ("quiet", "queues", "half")
 ]  # fmt: skip
+TABLE += [
+    Workload("tcp_odd", mode, unlike=UNLIKE, dump=OPTION, restore=OPTION, once=mode != "segments")
+    for mode in ("half", "over", "ended", "queue", "segments")
+]  # fmt: skip
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 

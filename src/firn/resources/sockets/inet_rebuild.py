@@ -193,7 +193,8 @@ class InetRebuild:
     def _end(self, made: Made) -> None:
         """How a connection has ended, where that leaves more than a socket that is shut."""
         own = made.entry.get("firn", {})
-        if made.entry["type"] != STREAM or made.entry["state"] != CLOSE or not (own.get("unread") or own.get("refused")):
+        tells = own.get("unread") or own.get("refused")
+        if made.entry["type"] != STREAM or made.entry["state"] != CLOSE or not tells:
             return
         from firn.resources.sockets import tcp_rebuild
 

@@ -135,11 +135,12 @@ class Stream:
         self._sequence(TCP_RECV_QUEUE, image["inq_seq"] - image["inq_len"] - (self.state in FIN_RECEIVED))
 
     def _largest(self) -> int:
-        """The size of segments, which the kernel reckons at connect(2), and later only when it sees a larger window than
-        ever: what the peer has offered, but no more than half of its window (tcp_sync_mss, tcp_ack_update_window)."""
-        window = self._image.get("max_window", 0)
+        """The size of segments, which the kernel reckons at connect(2), and then only when it sees a window larger than
+        all before: what the peer has offered, but no more than half of its window (tcp_sync_mss in
+        net/ipv4/tcp_output.c, tcp_ack_update_window in tcp_input.c)."""
+        window: int = self._image.get("max_window", 0)
         half = window // 2 if window > _DEFAULT_MSS else window
-        size = min(self._image["mss_clamp"], half + _STAMPS) if half else self._image["mss_clamp"]
+        size: int = min(self._image["mss_clamp"], half + _STAMPS) if half else self._image["mss_clamp"]
         return min(max(size, MIN_MSS), MAX_MSS)
 
     def _sequence(self, queue: int, number: int) -> None:
@@ -374,8 +375,8 @@ def be_refused(name: str, sock: socket) -> None:
 def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> None:
     """Make *sock*, which is new, one whose connection is over while *data* is still to be read.
 
-    A connection over loopback is reset by its other end: that leaves nothing behind, and what has arrived stays. Options
-    come later: some keep segments away.
+    A connection over loopback is reset by its other end: that leaves nothing behind, and what has arrived stays.
+    Options come later: some keep segments away.
     """
     server = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
     try:
