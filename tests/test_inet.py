@@ -198,7 +198,7 @@ KEY = (
     + bytes((0, 0, 3, 0, 0, 0, 0, 0)) + b"key".ljust(80, b"\0")
 )  # fmt: skip
 """A struct tcp_md5sig (linux/tcp.h)."""
-LABEL = struct.pack(">16sIBBHHHI", socket.inet_pton(socket.AF_INET6, "::1"), 0, 0, 255, 1, 6, 6, 0)
+LABEL = struct.pack("<16s4sBBHHHI", socket.inet_pton(socket.AF_INET6, "::1"), b"", 0, 255, 1, 6, 6, 0)
 """A struct in6_flowlabel_req (linux/in6.h): any new label, for everybody (IPV6_FL_S_ANY)."""
 
 

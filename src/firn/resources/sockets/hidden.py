@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _FLOWLABEL_MGR, _RENEW, _ANY_SHARE = 32, 2, 1
-_LEASE = struct.Struct(">16sIBBHHHI")
-"""struct in6_flowlabel_req (linux/in6.h)."""
+_LEASE = struct.Struct("<16s4sBBHHHI")
+"""struct in6_flowlabel_req (linux/in6.h): address, label in network order, action, share, flags, times."""
 _STICKY = (54, 55, 57, 59)
 """IPV6_HOPOPTS, _RTHDRDSTOPTS, _RTHDR, _DSTOPTS: headers whose memory is charged too."""
 _ROUTERS = {2: "/proc/sys/net/ipv4/conf/all/mc_forwarding", 58: "/proc/sys/net/ipv6/conf/all/mc_forwarding"}
@@ -80,7 +80,7 @@ def _labels() -> list[int]:
 
 
 def _has_lease(sock: _socket.socket, label: int) -> bool:
-    request = _LEASE.pack(bytes(16), label, _RENEW, _ANY_SHARE, 0, 0, 0, 0)
+    request = _LEASE.pack(bytes(16), label.to_bytes(4, "big"), _RENEW, _ANY_SHARE, 0, 0, 0, 0)
     try:
         sock.setsockopt(IPV6, _FLOWLABEL_MGR, request)
     except OSError:
