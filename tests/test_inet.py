@@ -251,6 +251,21 @@ def test_a_datagram_from_afar_keeps_its_sender(runner: Runner) -> None:
     assert made.getsockopt(socket.IPPROTO_IP, 8) == 0 and made.getsockopt(socket.SOL_SOCKET, 42) == -1
 
 
+def test_options_find_their_network_device_by_its_name() -> None:
+    index, elsewhere = socket.if_nametoindex("lo"), 4242
+    options = [{"level": 0, "number": 50, "value": elsewhere.to_bytes(4, "big")},
+               {"level": 41, "number": 17, "value": elsewhere.to_bytes(4, "little")}]  # fmt: skip
+    entry = {"family": 10, "type": 2, "proto": 17, "opts": {}, "firn": {
+        "options": options, "devices": [{"index": elsewhere, "name": "lo"}]}}  # fmt: skip
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as made:
+        inet_options.restore(made, entry)
+        assert socket.ntohl(made.getsockopt(0, 50)) == made.getsockopt(41, 17) == index
+        assert inet_options.collect(made, False)["firn"]["devices"] == [{"index": index, "name": "lo"}]
+        entry["firn"]["devices"] = [{"index": elsewhere, "name": "nowhere"}]  # type: ignore[index]
+        with pytest.raises(OSError, match="nowhere is not there"):
+            inet_options.restore(made, entry)
+
+
 def test_diag_tells_how_sockets_are_shut() -> None:
     made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
     for sock in made:

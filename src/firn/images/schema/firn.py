@@ -115,6 +115,7 @@ MESSAGES = {
         4 unread bytes?
         5 refused bool?
         6 clamp u32?
+        7 devices firn_device*
     """,
     "firn_netlink": """
         1 groups bytes?

@@ -33,8 +33,9 @@ _ROUTERS = {2: "/proc/sys/net/ipv4/conf/all/mc_forwarding", 58: "/proc/sys/net/i
 """By protocol of the raw socket (IGMP, ICMPv6)."""
 
 
-def obstacles(sock: _socket.socket, message: dict[str, Any], over: bool) -> list[str]:
-    """Why the socket of an inet_sk_entry cannot be saved. *over*: of TCP, its connection has ended."""
+def obstacles(sock: _socket.socket, message: dict[str, Any], over: bool, labels: list[int]) -> list[str]:
+    """Why the socket of an inet_sk_entry cannot be saved. *over*: of TCP, its connection has ended; *labels*:
+    :func:`flow_labels`."""
     found = []
     tcp = sock.type == STREAM and sock.proto == TCP
     state = message["state"]
@@ -45,7 +46,7 @@ def obstacles(sock: _socket.socket, message: dict[str, Any], over: bool) -> list
     sends = state not in (TCP_CLOSE, TCP_LISTEN) if tcp else message["src_port"]
     if sends and options.value(sock, options.SOL_SOCKET, options.SO_ZEROCOPY) == b"\1\0\0\0":
         found.append("has SO_ZEROCOPY, and the kernel does not tell how much was sent so")
-    if sock.family == AF_INET6 and any(_has_lease(sock, label) for label in _labels()):
+    if sock.family == AF_INET6 and any(_has_lease(sock, label) for label in labels):
         found.append("has a lease of a flow label (IPV6_FLOWLABEL_MGR), which cannot be had again")
     if sock.type == RAW and _routes(sock.proto):
         found.append("is a raw socket of a kind that multicast routing is done with, and somebody here does it")
@@ -70,7 +71,7 @@ def _has_syn(sock: _socket.socket) -> bool:
     return False
 
 
-def _labels() -> list[int]:
+def flow_labels() -> list[int]:
     """All flow labels that somebody has a lease of."""
     try:
         with open("/proc/self/net/ip6_flowlabel", encoding="ascii") as file:

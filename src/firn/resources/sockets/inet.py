@@ -75,6 +75,7 @@ class InetSockets(Kind):
         self._raw = raw.Table()
         self._keys: dict[int, set[int]] = {}
         self._bound: dict[int, dict[int, int]] = {}
+        self._labels: list[int] | None = None
 
     # -- collect -----------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,9 @@ class InetSockets(Kind):
                 context.refuse(open, reason, "let the program read it first")
             if not any(own.values()):
                 del message["firn"]
-        for reason in hidden.obstacles(copy, message, over):
+        if self._labels is None:
+            self._labels = hidden.flow_labels()
+        for reason in hidden.obstacles(copy, message, over, self._labels):
             context.refuse(open, reason, _CLOSE_IT)
         self._saved.append((open, message))
         return message

@@ -16,7 +16,7 @@ from firn.resources.sockets import options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
 AF_INET, AF_INET6 = 2, 10
 STREAM, DGRAM, RAW = 1, 2, 3
@@ -56,6 +56,9 @@ KEPT = {
 
 _OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_QUICKACK, TCP_FASTOPEN_CONNECT)}
 """What a connection sets by itself, and what must not be done once more when it is made again."""
+_BY_INDEX: dict[tuple[int, int], Literal["big", "little"]] = {(IP, 50): "big", (IPV6, 17): "little", (IPV6, 76): "big"}
+"""Options whose value is the index of a network device (IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_UNICAST_IF), and its
+byte order."""
 _OF_DATAGRAMS = {IP: (32, 33), IPV6: (17, 18)}
 """Multicast options that a stream does not take, though accepted ones show other values than new ones."""
 
@@ -96,8 +99,33 @@ def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
         kept += options.kept(sock, level, KEPT[level], passed.get(level, ()))
     kept = [option for option in kept if not _is_derived(option)]
     if kept:
-        found["firn"] = {"options": kept}
+        found["firn"] = {"options": kept} | _devices(kept)
     return found
+
+
+def _index(option: dict[str, Any]) -> int:
+    """The index of the network device that an option names; 0 if it names none."""
+    order = _BY_INDEX.get((option.get("level", 0), option.get("number", 0)))
+    return int.from_bytes(option.get("value", b"")[:4], order) if order else 0
+
+
+def _devices(kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """The names of the network devices in options: elsewhere they have other indices."""
+    names = dict(_socket.if_nameindex()) if any(map(_index, kept)) else {}
+    found = [{"index": index, "name": names[index]} for index in sorted(set(map(_index, kept))) if index in names]
+    return {"devices": found} if found else {}
+
+
+def _here(option: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
+    """The option with the index that the device has here. Raises :class:`OSError` if it is not there."""
+    index = _index(option)
+    if index not in names:
+        return option
+    try:
+        index = _socket.if_nametoindex(names[index])
+    except OSError:
+        raise OSError(errno.ENODEV, f"the network device {names[index]} is not there") from None
+    return option | {"value": index.to_bytes(4, _BY_INDEX[option["level"], option["number"]])}
 
 
 def _is_derived(option: dict[str, Any]) -> bool:
@@ -143,7 +171,9 @@ def restore(sock: _socket.socket, entry: dict[str, Any]) -> None:
             if entry["opts"].get(f"tcp_{name}"):
                 sock.setsockopt(TCP, number, entry["opts"][f"tcp_{name}"].to_bytes(4, "little"))
     allowed = {level: KEPT[level] for level in levels(entry["family"], entry["type"], entry["proto"])}
-    options.set_kept(sock, entry.get("firn", {}).get("options", []), allowed)
+    own = entry.get("firn", {})
+    names = {device.get("index", 0): device.get("name", "") for device in own.get("devices", [])}
+    options.set_kept(sock, [_here(option, names) for option in own.get("options", [])], allowed)
 
 
 # -- multicast memberships -------------------------------------------------------------------------------------------

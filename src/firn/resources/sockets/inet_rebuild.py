@@ -279,7 +279,8 @@ def _comes_late(entry: dict[str, Any]) -> bool:
 
 def _in_the_way(made: Made, error: OSError) -> RestoreError:
     helps = {
-        errno.EADDRINUSE: "end the process that has it; a connection that is over keeps it for a minute (TIME-WAIT)",
+        errno.EADDRINUSE: "end the process that has it, or give its socket with --inherit-fd if they have shared it; a "
+        "connection that is over keeps it for a minute (TIME-WAIT)",
         errno.EADDRNOTAVAIL: "give this machine the address",
     }  # fmt: skip
     return RestoreError(f"{made} cannot have its address: {error.strerror}", helps.get(error.errno or 0, ""))

@@ -354,12 +354,22 @@ def _own_size(sock: socket, option: int, entry: dict[str, Any]) -> None:
         sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
 
 
+def _bind_here(sock: socket) -> None:
+    """Bind to the loopback device; with IPv6 switched off, an IPv6 socket gets an IPv4 address."""
+    try:
+        sock.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL or sock.family != AF_INET6:
+            raise
+        sock.bind(("::ffff:127.0.0.1", 0))
+
+
 def be_refused(name: str, sock: socket) -> None:
     """Make *sock*, which is new, one whose connection was refused, and which has told so: it may try another."""
     closed = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
     try:
         # Nobody else can listen there meanwhile.
-        closed.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+        _bind_here(closed)
         sock.setblocking(False)
         sock.connect_ex(closed.getsockname())
         end = time.monotonic() + _PATIENCE_S
@@ -380,7 +390,7 @@ def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> Non
     """
     server = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
     try:
-        server.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+        _bind_here(server)
         server.listen(1)
         _make_room(sock, options.SO_RCVBUF, len(data))
         for each in (sock, server):
