@@ -42,8 +42,8 @@ TABLE = [
     for mode in ("quiet", "queues", "half")
 ]  # fmt: skip
 TABLE += [
-    Workload("tcp_odd", mode, unlike=UNLIKE, dump=OPTION, restore=OPTION, once=mode != "segments")
-    for mode in ("half", "over", "ended", "queue", "segments")
+    Workload("inet_odd", mode, unlike=UNLIKE, dump=OPTION, restore=OPTION, once=mode not in ("outgoing", "segments"))
+    for mode in ("half", "over", "ended", "queue", "outgoing", "segments")
 ]  # fmt: skip
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")

@@ -30,7 +30,7 @@ from firn.abi.tcp import (
 from firn.errors import Obstacle
 from firn.host import families, holders, sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import common, connections, datagrams, hidden, inet_options, options, raw, tcp
+from firn.resources.sockets import common, connections, datagrams, hidden, inet_options, options, outgoing, raw, tcp
 from firn.resources.sockets.inet_options import (
     AF_INET,
     AF_INET6,
@@ -150,6 +150,7 @@ class InetSockets(Kind):
             message["firn"] = message.get("firn", {}) | _ended_or_goes_on(copy, state, over and shutdown == _SHUT_BOTH)
         if copy.type != STREAM:
             own = message.setdefault("firn", {})
+            self._add_outgoing(copy, open, context, message)
             own["groups"] = inet_options.memberships(copy)
             own["datagrams"] = datagrams.peek(copy) if datagrams.is_udp(copy) else []
             for reason in datagrams.obstacles(message):
@@ -162,6 +163,23 @@ class InetSockets(Kind):
             context.refuse(open, reason, _CLOSE_IT)
         self._saved.append((open, message))
         return message
+
+    def _add_outgoing(
+        self, copy: _socket.socket, open: Open, context: DumpContext, message: dict[str, Any]
+    ) -> None:
+        """The device for groups, if that is not among the options."""
+        if not message["src_port"] or not datagrams.is_udp(copy) or message["opts"].get("so_bound_dev"):
+            return
+        try:
+            more = outgoing.option(copy)
+        except LookupError as error:
+            reason = f"sends to groups through a device that is known by its index only (IP_MULTICAST_IF): {error}"
+            context.refuse(open, reason, "name the device by its address")
+            return
+        if more:
+            own = message["firn"]
+            own["options"] = own.get("options", []) + more
+            own |= inet_options.devices(own["options"])
 
     def _listed(self, copy: _socket.socket, inode: int) -> sockdiag.TcpConnection | None:
         """What the kernel's list of connections tells of this one."""

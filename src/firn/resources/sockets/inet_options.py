@@ -56,9 +56,11 @@ KEPT = {
 
 _OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_QUICKACK, TCP_FASTOPEN_CONNECT)}
 """What a connection sets by itself, and what must not be done once more when it is made again."""
-_BY_INDEX: dict[tuple[int, int], Literal["big", "little"]] = {(IP, 50): "big", (IPV6, 17): "little", (IPV6, 76): "big"}
-"""Options whose value is the index of a network device (IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_UNICAST_IF), and its
-byte order."""
+_BY_INDEX: dict[tuple[int, int], tuple[Literal["big", "little"], int]] = {
+    (IP, 50): ("big", 0), (IPV6, 17): ("little", 0), (IPV6, 76): ("big", 0), (IP, 32): ("little", 8),
+}  # fmt: skip
+"""Options that have the index of a network device (IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_UNICAST_IF; IP_MULTICAST_IF
+if it is a struct ip_mreqn): its byte order, and where it is."""
 _OF_DATAGRAMS = {IP: (32, 33), IPV6: (17, 18)}
 """Multicast options that a stream does not take, though accepted ones show other values than new ones."""
 
@@ -99,18 +101,18 @@ def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
         kept += options.kept(sock, level, KEPT[level], passed.get(level, ()))
     kept = [option for option in kept if not _is_derived(option)]
     if kept:
-        found["firn"] = {"options": kept} | _devices(kept)
+        found["firn"] = {"options": kept} | devices(kept)
     return found
 
 
 def _index(option: dict[str, Any]) -> int:
     """The index of the network device that an option names; 0 if it names none."""
-    order = _BY_INDEX.get((option.get("level", 0), option.get("number", 0)))
-    return int.from_bytes(option.get("value", b"")[:4], order) if order else 0
+    order, at = _BY_INDEX.get((option.get("level", 0), option.get("number", 0)), ("little", 1 << 16))
+    return int.from_bytes(option.get("value", b"")[at : at + 4], order)
 
 
-def _devices(kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """The names of the network devices in options: elsewhere they have other indices."""
+def devices(kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """The names of the network devices in options, as a field of firn_inet: elsewhere they have other indices."""
     names = dict(_socket.if_nameindex()) if any(map(_index, kept)) else {}
     found = [{"index": index, "name": names[index]} for index in sorted(set(map(_index, kept))) if index in names]
     return {"devices": found} if found else {}
@@ -125,7 +127,8 @@ def _here(option: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
         index = _socket.if_nametoindex(names[index])
     except OSError:
         raise OSError(errno.ENODEV, f"the network device {names[index]} is not there") from None
-    return option | {"value": index.to_bytes(4, _BY_INDEX[option["level"], option["number"]])}
+    order, at = _BY_INDEX[option["level"], option["number"]]
+    return option | {"value": option["value"][:at] + index.to_bytes(4, order) + option["value"][at + 4 :]}
 
 
 def _is_derived(option: dict[str, Any]) -> bool:

@@ -1,16 +1,22 @@
 /*
  * Internet sockets that take nothing from an ordinary sender, and connections that have ended or never were: filters,
- * bound devices and limits of the way that came after the data; what waits with its hops and kind; segment sizes.
+ * bound devices and limits of the way that came after the data; what waits with its hops and kind; the device for
+ * groups; segment sizes.
  */
 #include "workload.h"
 
+#include <arpa/inet.h>
 #include <linux/filter.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 
+#ifndef IP_TRANSPARENT
+#define IP_TRANSPARENT 19
+#endif
 #ifndef IP_MINTTL
 #define IP_MINTTL 21
 #endif
@@ -272,6 +278,37 @@ static void queue_harm(void)
 	recv(fds[0], got, 64, 0);
 }
 
+/* Sends to groups through a device that only its index names. */
+static void outgoing_set(void)
+{
+	struct ip_mreqn lo = {.imr_ifindex = (int)if_nametoindex("lo")};
+	struct sockaddr_in any = {.sin_family = AF_INET};
+	for (int i = 0; i < 2; i++) {
+		fds[i] = socket(AF_INET, SOCK_DGRAM, 0);
+		NEED(!bind(fds[i], (struct sockaddr *)&any, sizeof any));
+	}
+	NEED(!setsockopt(fds[0], IPPROTO_IP, IP_MULTICAST_IF, &lo, sizeof lo));
+	lo.imr_multiaddr.s_addr = inet_addr("239.7.7.9");
+	NEED(!setsockopt(fds[1], IPPROTO_IP, IP_ADD_MEMBERSHIP, &lo, sizeof lo));
+}
+
+static int outgoing_check(void)
+{
+	struct sockaddr_in group = at(port_of(fds[1]));
+	struct pollfd ready = {fds[1], POLLIN, 0};
+	group.sin_addr.s_addr = inet_addr("239.7.7.9");
+	CHECK(sendto(fds[0], "all", 3, 0, (struct sockaddr *)&group, sizeof group) == 3);
+	CHECK(poll(&ready, 1, 5000) == 1 && recv(fds[1], got, 64, MSG_DONTWAIT) == 3 && !memcmp(got, "all", 3));
+	CHECK(number(fds[0], IPPROTO_IP, IP_MULTICAST_TTL) == 1 && number(fds[0], IPPROTO_IP, IP_MULTICAST_LOOP) == 1);
+	CHECK(number(fds[0], IPPROTO_IP, IP_TRANSPARENT) == 0);
+	return 1;
+}
+
+static void outgoing_harm(void)
+{
+	set_number(fds[0], IPPROTO_IP, IP_MULTICAST_LOOP, 0);
+}
+
 static int exchange(int rounds)
 {
 	for (int i = 0; i < 2 * rounds; i++)
@@ -305,4 +342,5 @@ static void segments_harm(void)
 
 WORKLOAD({"half", half_set, half_check, half_harm}, {"over", over_set, over_check, over_harm},
 	 {"ended", ended_set, ended_check, ended_harm}, {"queue", queue_set, queue_check, queue_harm},
+	 {"outgoing", outgoing_set, outgoing_check, outgoing_harm},
 	 {"segments", segments_set, segments_check, segments_harm})
