@@ -303,6 +303,7 @@ TCP = Mirror(
         "TCPOPT_SACK_PERM": "TCPOPT_SACK_PERMITTED",
         "SIOCINQ": "FIONREAD",
         "SIOCOUTQ": "TIOCOUTQ",
+        "INFO_SSTHRESH": "offsetof(struct tcp_info, tcpi_rcv_ssthresh)",
     },
     structs={
         "REPAIR_OPT": ("struct tcp_repair_opt", "opt_code opt_val"),

@@ -25,6 +25,8 @@ TCP_MAX_WSCALE = 14
 INFO = struct.Struct("<B4xBB17xII")
 """Start of struct tcp_info: state, options, window scales (ours to read the peer's in the lower four bits); of a
 listening socket, how many connections wait to be accepted, and how many may."""
+INFO_SSTHRESH = 64
+"""Where struct tcp_info has the window's limit of the moment (tcpi_rcv_ssthresh)."""
 INFO_DELIVERED = 192
 """Where struct tcp_info has the number of segments that arrived at the peer, since Linux 4.18. The SYN is one."""
 REPAIR_OPT = struct.Struct("<II")

@@ -116,6 +116,7 @@ MESSAGES = {
         5 refused bool?
         6 clamp u32?
         7 devices firn_device*
+        8 ssthresh u32?
     """,
     "firn_netlink": """
         1 groups bytes?

@@ -18,6 +18,7 @@ from firn.abi import poll
 from firn.abi.tcp import (
     INFO,
     INFO_DELIVERED,
+    INFO_SSTHRESH,
     SIOCINQ,
     SIOCOUTQ,
     TCP_CLOSE,
@@ -297,9 +298,11 @@ def is_supported(family: int, kind: int, protocol: int) -> bool:
 
 def _ended_or_goes_on(copy: _socket.socket, state: int, over: bool) -> dict[str, Any]:
     """Of a TCP socket, for firn_inet: what was not read of a connection that is *over*, or that there never was one; of
-    one that goes on, its window's limit."""
+    one that goes on, its window's limits."""
     if state in STATES and state != TCP_SYN_SENT:
-        return {"clamp": copy.getsockopt(TCP, TCP_WINDOW_CLAMP)}
+        told = copy.getsockopt(TCP, TCP_INFO, INFO_SSTHRESH + 4)
+        threshold = int.from_bytes(told[INFO_SSTHRESH:], "little")
+        return {"clamp": copy.getsockopt(TCP, TCP_WINDOW_CLAMP), "ssthresh": threshold}
     unread = tcp.count(copy, SIOCINQ) if over else 0
     if unread:
         return {"unread": tcp.peek(copy, unread)}

@@ -83,6 +83,7 @@ _SO_ERROR = 4
 _PATIENCE_S = 5.0
 _OPEN_WINDOW = 0xFFFF
 _IP_OPTIONS_ROOM = 40
+_SOME = 4
 _DEFAULT_MSS, _STAMPS = 536, 12
 """RFC 9293, 3.7.1; what timestamps take away in each segment (RFC 7323)."""
 
@@ -125,7 +126,7 @@ class Stream:
         self.sock = sock
         image = self._image
         try:
-            if self.state != TCP_SYN_SENT:
+            if self.state != TCP_SYN_SENT and self._is_six() and self._has_room():
                 sock.setsockopt(TCP, TCP_MAXSEG, self._largest())
             sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
         except PermissionError:
@@ -134,10 +135,17 @@ class Stream:
         self._sequence(TCP_SEND_QUEUE, image["outq_seq"] - image["outq_len"] - ours)
         self._sequence(TCP_RECV_QUEUE, image["inq_seq"] - image["inq_len"] - (self.state in FIN_RECEIVED))
 
+    def _is_six(self) -> bool:
+        """Whether its packets are those of IPv6."""
+        return len(self._raw("dst")) != 4
+
+    def _has_room(self) -> bool:
+        """Whether some segments fit into its window: the kernel makes that a multiple of the limit."""
+        room: int = self.entry.get("firn", {}).get("ssthresh", 0)
+        return room >= _SOME * self._largest()
+
     def _largest(self) -> int:
-        """The size of segments, which the kernel reckons at connect(2), and then only when it sees a window larger than
-        all before: what the peer has offered, but no more than half of its window (tcp_sync_mss in
-        net/ipv4/tcp_output.c, tcp_ack_update_window in tcp_input.c)."""
+        """The limit for :meth:`_size_segments`: what the peer has offered, but no more than half of its window."""
         window: int = self._image.get("max_window", 0)
         half = window // 2 if window > _DEFAULT_MSS else window
         size: int = min(self._image["mss_clamp"], half + _STAMPS) if half else self._image["mss_clamp"]
@@ -192,10 +200,13 @@ class Stream:
             self.sock.setsockopt(TCP, TCP_TIMESTAMP, (image["timestamp"] % _WORD).to_bytes(4, "little"))
 
     def _size_segments(self) -> None:
-        """The limit of :meth:`begin` goes. Over the loopback device IPv4 had more than could be set: to set its options
-        once more makes the kernel reckon anew (do_ip_setsockopt in net/ipv4/ip_sockglue.c)."""
-        self.sock.setsockopt(TCP, TCP_MAXSEG, 0)
-        if self._image["mss_clamp"] > MAX_MSS:
+        """The kernel reckons the size of segments at connect(2), when it does not know what the peer takes, and then
+        only when it sees a window larger than all before (tcp_sync_mss in net/ipv4/tcp_output.c, tcp_ack_update_window
+        in tcp_input.c). To set the options of IPv4 once more makes it reckon anew (do_ip_setsockopt in
+        ip_sockglue.c). With IPv6 nothing does: so TCP_MAXSEG has limited it, which goes again."""
+        if self._is_six():
+            self.sock.setsockopt(TCP, TCP_MAXSEG, 0)
+        else:
             self.sock.setsockopt(IP, IP_OPTIONS, self.sock.getsockopt(IP, IP_OPTIONS, _IP_OPTIONS_ROOM))
 
     def _fill(self) -> None:
@@ -230,11 +241,22 @@ class Stream:
             # The peer's FIN is still to come.
             acknowledged = (acknowledged - 1) % _WORD
         try:
+            self._limit_window(window, acknowledged)
             self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window, acknowledged))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             raise ImageError(f"tcp-stream-{self.entry['ino']:x}.img: an impossible window") from None
+
+    def _limit_window(self, window: list[int], acknowledged: int) -> None:
+        """How large the window may become at all, and for now. A limit that grows takes the latter from the window of
+        this moment (the kernel's tcp_set_window_clamp; before Linux 6.8 any limit does)."""
+        own = self.entry.get("firn", {})
+        if own.get("clamp"):
+            now = WINDOW.pack(*window[:-1], own.get("ssthresh", 0), acknowledged)
+            self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, now)
+            self.sock.setsockopt(TCP, TCP_WINDOW_CLAMP, 1)  # the smallest there is
+            self.sock.setsockopt(TCP, TCP_WINDOW_CLAMP, own["clamp"].to_bytes(4, "little"))
 
     # -- closing -----------------------------------------------------------------------------------------------------
 
@@ -319,9 +341,6 @@ class Stream:
                 while rest:
                     rest = rest[self.sock.send(rest, _MSG_DONTWAIT) :]
                 self._close(late=True)
-            clamp = self.entry.get("firn", {}).get("clamp", 0)
-            if clamp and clamp != self.sock.getsockopt(TCP, TCP_WINDOW_CLAMP):
-                self.sock.setsockopt(TCP, TCP_WINDOW_CLAMP, clamp.to_bytes(4, "little"))
             if self.entry.get("shutdown", 0) & 1 and self.state not in FIN_RECEIVED:
                 self.sock.shutdown(_SHUT_RD)
             if self._image["outq_len"]:
