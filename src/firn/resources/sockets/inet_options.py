@@ -64,7 +64,7 @@ if it is a struct ip_mreqn): its byte order, and where it is."""
 _OF_DATAGRAMS = {IP: (32, 33), IPV6: (17, 18)}
 """Multicast options that a stream does not take, though accepted ones show other values than new ones."""
 
-MIN_MSS, MAX_MSS = 88, 32767
+_MIN_MSS, _MAX_MSS = 88, 32767
 """What may be set (TCPMIN_MSS and MAX_TCP_WINDOW of the kernel)."""
 _GROUP = struct.Struct("<I4x")
 _FILTER = struct.Struct("<II")
@@ -134,7 +134,7 @@ def _here(option: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
 def _is_derived(option: dict[str, Any]) -> bool:
     """Whether it is a segment size that nobody may set: IP options make the kernel compute one without a route."""
     size = int.from_bytes(option["value"][:4], "little")
-    return (option["level"], option["number"]) == (TCP, TCP_MAXSEG) and not MIN_MSS <= size <= MAX_MSS
+    return (option["level"], option["number"]) == (TCP, TCP_MAXSEG) and not _MIN_MSS <= size <= _MAX_MSS
 
 
 def _named(sock: _socket.socket, level: int, fields: dict[int, str]) -> dict[str, int]:

@@ -36,7 +36,6 @@ from firn.abi.tcp import (
     TCP_INFO,
     TCP_LAST_ACK,
     TCP_MAX_WSCALE,
-    TCP_MAXSEG,
     TCP_NO_QUEUE,
     TCP_QUEUE_SEQ,
     TCP_RECV_QUEUE,
@@ -64,7 +63,7 @@ from firn.abi.tcp import (
 )
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options, packets
-from firn.resources.sockets.inet_options import AF_INET6, IP, IP_OPTIONS, MAX_MSS, MIN_MSS, TCP
+from firn.resources.sockets.inet_options import AF_INET6, IP, IP_OPTIONS, TCP
 from firn.resources.sockets.tcp import FIN_QUEUED, FIN_RECEIVED, STATES, WINDOW_FIELDS, count, switch_off
 
 TYPE_CHECKING = False
@@ -83,9 +82,7 @@ _SO_ERROR = 4
 _PATIENCE_S = 5.0
 _OPEN_WINDOW = 0xFFFF
 _IP_OPTIONS_ROOM = 40
-_SOME = 4
-_DEFAULT_MSS, _STAMPS = 536, 12
-"""RFC 9293, 3.7.1; what timestamps take away in each segment (RFC 7323)."""
+_SND_WND, _MAX_WINDOW = WINDOW_FIELDS.index("snd_wnd"), WINDOW_FIELDS.index("max_window")
 
 
 class Stream:
@@ -126,8 +123,6 @@ class Stream:
         self.sock = sock
         image = self._image
         try:
-            if self.state != TCP_SYN_SENT and self._is_six() and self._has_room():
-                sock.setsockopt(TCP, TCP_MAXSEG, self._largest())
             sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
         except PermissionError:
             raise RestoreError(f"{self.name} cannot be connected again", "this needs CAP_NET_ADMIN") from None
@@ -138,18 +133,6 @@ class Stream:
     def _is_six(self) -> bool:
         """Whether its packets are those of IPv6."""
         return len(self._raw("dst")) != 4
-
-    def _has_room(self) -> bool:
-        """Whether some segments fit into its window: the kernel makes that a multiple of the limit."""
-        room: int = self.entry.get("firn", {}).get("ssthresh", 0)
-        return room >= _SOME * self._largest()
-
-    def _largest(self) -> int:
-        """The limit for :meth:`_size_segments`: what the peer has offered, but no more than half of its window."""
-        window: int = self._image.get("max_window", 0)
-        half = window // 2 if window > _DEFAULT_MSS else window
-        size: int = min(self._image["mss_clamp"], half + _STAMPS) if half else self._image["mss_clamp"]
-        return min(max(size, MIN_MSS), MAX_MSS)
 
     def _sequence(self, queue: int, number: int) -> None:
         self._choose(queue)
@@ -203,10 +186,8 @@ class Stream:
         """The kernel reckons the size of segments at connect(2), when it does not know what the peer takes, and then
         only when it sees a window larger than all before (tcp_sync_mss in net/ipv4/tcp_output.c, tcp_ack_update_window
         in tcp_input.c). To set the options of IPv4 once more makes it reckon anew (do_ip_setsockopt in
-        ip_sockglue.c). With IPv6 nothing does: so TCP_MAXSEG has limited it, which goes again."""
-        if self._is_six():
-            self.sock.setsockopt(TCP, TCP_MAXSEG, 0)
-        else:
+        ip_sockglue.c); with IPv6 the peer's next word does (:meth:`_set_window`)."""
+        if not self._is_six():
             self.sock.setsockopt(IP, IP_OPTIONS, self.sock.getsockopt(IP, IP_OPTIONS, _IP_OPTIONS_ROOM))
 
     def _fill(self) -> None:
@@ -240,6 +221,9 @@ class Stream:
         if self._late and self.state == TCP_CLOSING and acknowledged == image["inq_seq"]:
             # The peer's FIN is still to come.
             acknowledged = (acknowledged - 1) % _WORD
+        if self._is_six():
+            # Whatever the peer says is more than that; it is asked at the end of repair mode.
+            window[_SND_WND] = window[_MAX_WINDOW] = max(window[_SND_WND] - 1, 0)
         try:
             self._limit_window(window, acknowledged)
             self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window, acknowledged))
