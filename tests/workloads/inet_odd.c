@@ -24,7 +24,7 @@
 enum { PLAIN, HOPS, FILTER, DEVICE, KINDS };
 static int near[KINDS], far[KINDS], fds[4];
 static in_port_t ports[4];
-static int sizes[2];
+static int sizes[4];
 static char got[4096];
 
 static void set_number(int fd, int level, int option, int value)
@@ -309,11 +309,29 @@ static void outgoing_harm(void)
 	set_number(fds[0], IPPROTO_IP, IP_MULTICAST_LOOP, 0);
 }
 
+/* A connection over IPv6: fds[2] and fds[3]. */
+static void connect_six(void)
+{
+	struct sockaddr_in6 a = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+	socklen_t length = sizeof a;
+	int listening = socket(AF_INET6, SOCK_STREAM, 0);
+	if (listening < 0 || bind(listening, (struct sockaddr *)&a, sizeof a))
+		cannot_run("no IPv6 here");
+	NEED(!listen(listening, 1) && !getsockname(listening, (struct sockaddr *)&a, &length));
+	fds[2] = socket(AF_INET6, SOCK_STREAM, 0);
+	NEED(!connect(fds[2], (struct sockaddr *)&a, sizeof a));
+	fds[3] = accept(listening, NULL, NULL);
+	NEED(fds[3] >= 0);
+	close(listening);
+}
+
 static int exchange(int rounds)
 {
-	for (int i = 0; i < 2 * rounds; i++)
-		if (write(fds[i % 2], got, sizeof got) != sizeof got || recv(fds[!(i % 2)], got, sizeof got, MSG_WAITALL) < 1)
+	for (int i = 0; i < 4 * rounds; i++) {
+		int from = i % 4, to = from ^ 1;
+		if (write(fds[from], got, sizeof got) != sizeof got || recv(fds[to], got, sizeof got, MSG_WAITALL) < 1)
 			return 0;
+	}
 	return 1;
 }
 
@@ -322,16 +340,17 @@ static void segments_set(void)
 {
 	fds[0] = socket(AF_INET, SOCK_STREAM, 0);
 	fds[1] = served(fds[0], nothing);
+	connect_six();
 	NEED(exchange(20));
-	for (int i = 0; i < 2; i++)
+	for (int i = 0; i < 4; i++)
 		sizes[i] = number(fds[i], IPPROTO_TCP, TCP_MAXSEG);
 }
 
 static int segments_check(void)
 {
-	for (int i = 0; i < 2; i++)
-		CHECK(number(fds[i], IPPROTO_TCP, TCP_MAXSEG) >= sizes[i]);
 	CHECK(exchange(1));
+	for (int i = 0; i < 4; i++)
+		CHECK(number(fds[i], IPPROTO_TCP, TCP_MAXSEG) >= sizes[i]);
 	return 1;
 }
 
