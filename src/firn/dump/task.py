@@ -119,7 +119,14 @@ def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
 def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
     """The file id of what /proc/PID/*name* leads to."""
     link = f"/proc/{mine.task.voice}/{name}"
-    return _plain_file(got, f"process {mine.pid}: {name}", link, os.stat(link), 0)
+    what = f"process {mine.pid}: {name}"
+    number = _plain_file(got, what, link, procfs.link_stat(link), 0)
+    if got.finder.dead_process(number) in got.collector.context.pids:
+        # The stand-in for the dead process would have to be there until the tree is.
+        got.obstacles.append(
+            Obstacle(what, f"is {os.readlink(link)}, of something dead in a process of the tree", "leave it")
+        )
+    return number
 
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:

@@ -35,6 +35,8 @@ from firn.scripts import run_scripts, write_pidfile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
     from firn.resources.files.segments import RestoredSegments
@@ -126,19 +128,25 @@ class Restore:
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
             [process.pid for process in checkpoint.processes], self.options, self.log.warn,
-            lambda pid: birth.spawn(pid, False),
+            birth.stand_in,
         )  # fmt: skip
         self.family = Family(checkpoint, self.opener, self.options)
         try:
             self.family.open_files()
             self.opener.remove_temporary()
         finally:
-            birth.kill([[pid] for pid in self.opener.stand_ins])
+            self._end_stand_ins(self.family.dead_processes())
         if checkpoint.segments:
             from firn.resources.files.segments import RestoredSegments
 
             self.segments = RestoredSegments(self.images)
             self.segments.prepare(list(checkpoint.segments.values()))
+
+    def _end_stand_ins(self, kept: Collection[int] = ()) -> None:
+        """End those who stand in for dead processes, but those that are *kept*."""
+        assert self.opener is not None
+        ended = [self.opener.stand_ins.pop(pid) for pid in list(self.opener.stand_ins) if pid not in kept]
+        birth.kill(ended)
 
     def _lock(self) -> None:
         """Where the dump's lock is not, on another machine, peers must not learn either that the sockets are new."""
@@ -184,6 +192,7 @@ class Restore:
         family.end_zombies(self.log)
         for task in family.tasks:
             task.enter(self.log)
+        self._end_stand_ins()
         for task in family.tasks:
             task.join()
 
@@ -191,6 +200,8 @@ class Restore:
         """All other threads; what needs them or all descriptors."""
         for task in self._family().tasks:
             task.make_threads()
+        for task in self._family().tasks:
+            task.install_late()
         for task in self._family().tasks:
             task.finish_descriptors()
         assert self.opener is not None
@@ -260,6 +271,7 @@ class Restore:
         if self.family is not None:
             self.family.close()
         if self.opener is not None:
+            self._end_stand_ins()
             self.opener.close()
         if self.segments is not None:
             self.segments.close()

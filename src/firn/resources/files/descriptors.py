@@ -21,7 +21,8 @@ from firn.resources import base
 from firn.resources.files import locks
 from firn.resources.files.external import ExternalFiles
 from firn.resources.files.memfd import MemoryObjects
-from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder, process_of
+from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
+from firn.resources.files.procfiles import process_of
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False

@@ -5,7 +5,7 @@ State owned: the name under which a restore finds the file, and the contents of 
 the magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (deleted)`` when its directory entry is gone,
 but a file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to
 another file (replaced), or the file lives on under another hard link only: then a link of our own is needed
-(``--link-remap``). A file of /proc whose process is dead is opened again while a helper has that process's pid.
+(``--link-remap``). A file of /proc whose process or thread is dead is opened again while a helper has their ids.
 Labels of security modules (extended attributes) are not kept of unlinked files; the modules give them.
 """
 
@@ -19,6 +19,7 @@ from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import Obstacle
 from firn.resources.base import REG
+from firn.resources.files.procfiles import is_of_descriptor, process_of
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
@@ -97,6 +98,8 @@ class PathFinder:
         dead = process_of(name) if _is_procfs(st) else 0
         if not name.startswith("/"):
             self.obstacles.append(Obstacle(what, f"the path {name!r} leads out of its root"))
+        elif dead and is_of_descriptor(name):
+            self.obstacles.append(Obstacle(what, f"is {name}, of a descriptor that is closed", "close it too"))
         elif dead:
             # The descriptor keeps the file's place, so another one there is that of a later process.
             self.remaps.append({"orig_id": number, "remap_id": dead, "remap_type": PROCFS})
@@ -157,6 +160,10 @@ class PathFinder:
             self.table.entries.append({"type": REG, "id": remap_id, "reg": message})
             self.links[key] = (path, remap_id)
         self.remaps.append({"orig_id": number, "remap_id": self.links[key][1], "remap_type": LINKED})
+
+    def dead_process(self, number: int) -> int:
+        """The pid of the dead process that file *number* in /proc belongs to; 0 if it belongs to none."""
+        return next((r["remap_id"] for r in self.remaps if (r["orig_id"], r["remap_type"]) == (number, PROCFS)), 0)
 
     def undo(self) -> None:
         """Take back the links that were made (a failed dump, or one that leaves the target running)."""
@@ -227,12 +234,6 @@ def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
         for start, length in extents(ghost.fd, st.st_size):
             writer.add({"len": length, "off": start}, "ghost_chunk_entry")
             writer.payload((ghost.fd, start, length))
-
-
-def process_of(name: str) -> int:
-    """The process that the path *name* in /proc belongs to, 0 for none."""
-    words = name.split("/")
-    return int(words[2]) if words[:2] == ["", "proc"] and len(words) > 2 and words[2].isdecimal() else 0
 
 
 def _is_procfs(st: os.stat_result) -> bool:
