@@ -107,6 +107,7 @@ TABLE: list[Workload] = [
     *_all("identity", "limits umask cwd cwd-deleted chroot session loginuid"),
     *_all("seccomp", "strict one stacked tsync threads"),
     *_all("files", "positions append path path-link directory dup cloexec devices proc owner"),
+    *_all("procfiles", "dead shown"),
     *_all("ghosts", "ghost sparse two folder"),
     # It is called by its inode number.
     Workload("ghosts", "nameless", once=True, unlike=(r"fd\.\d+",)),

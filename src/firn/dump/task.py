@@ -17,6 +17,7 @@ from firn.resources import cgroups, creds, policies, process, restart, semaphore
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
+from firn.resources.files.procfiles import process_of, thread_of
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
@@ -121,11 +122,11 @@ def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
     link = f"/proc/{mine.task.voice}/{name}"
     what = f"process {mine.pid}: {name}"
     number = _plain_file(got, what, link, procfs.link_stat(link), 0)
-    if got.finder.dead_process(number) in got.collector.context.pids:
-        # The stand-in for the dead process would have to be there until the tree is.
-        got.obstacles.append(
-            Obstacle(what, f"is {os.readlink(link)}, of something dead in a process of the tree", "leave it")
-        )
+    pids, target = got.collector.context.pids, os.readlink(link)
+    thread = thread_of(target)
+    # A thread has its directories before others exist; and who stands in for the dead would be in the tree's way.
+    if got.finder.dead_process(number) in pids or (thread not in (0, process_of(target)) and process_of(target) in pids):
+        got.obstacles.append(Obstacle(what, f"is {target}, of a single thread of the tree", "change to another folder"))
     return number
 
 
