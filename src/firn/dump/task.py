@@ -125,7 +125,8 @@ def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
     pids, target = got.collector.context.pids, os.readlink(link)
     thread = thread_of(target)
     # A thread has its directories before others exist; and who stands in for the dead would be in the tree's way.
-    if got.finder.dead_process(number) in pids or (thread not in (0, process_of(target)) and process_of(target) in pids):
+    owner = process_of(target)
+    if got.finder.dead_process(number) in pids or (thread not in (0, owner) and owner in pids):
         got.obstacles.append(Obstacle(what, f"is {target}, of a single thread of the tree", "change to another folder"))
     return number
 
