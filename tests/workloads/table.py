@@ -128,5 +128,9 @@ TABLE: list[Workload] = [
     _refused("policies", "keyring", "has a process keyring"),
     _refused("policies", "landlock", "Landlock restricts it"),
     _refused("policies", "landlock-user", "Landlock restricts it"),
+    _refused("apart", "files", "thread .* has descriptors of its own"),
+    _refused("apart", "directories", "thread .* has directories of its own"),
+    _refused("apart", "namespace", "thread .* is in another uts namespace than its process"),
+    _refused("apart", "children", "has its children born into another time namespace"),
     _obstacle("strange", "io_uring", "userfaultfd", "perf", "(?i)bpf"),
 ]

@@ -50,7 +50,7 @@ class Collected:
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.semaphore_sets = semaphores.used_sets()
-        self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
+        self.namespaces = Namespaces([(task.pid, task.voice) for task in tree.tasks], obstacles)
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""

@@ -9,11 +9,24 @@ from __future__ import annotations
 import os
 import stat as st_mode
 
+from firn.abi import fcntl as fc
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import Obstacle
-from firn.host import features, procfs
-from firn.resources import cgroups, creds, policies, process, restart, semaphores, signals, stops, threads, timers
+from firn.host import features, kcmp, procfs
+from firn.resources import (
+    cgroups,
+    creds,
+    namespaces,
+    policies,
+    process,
+    restart,
+    semaphores,
+    signals,
+    stops,
+    threads,
+    timers,
+)
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
@@ -76,6 +89,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
+    _check_threads(mine, got.obstacles)
     if mine.sharer is None:
         maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
         mine.areas = areas.classify(pid, maps, got.obstacles)
@@ -104,6 +118,21 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
     it."""
     for thread in mine.task.threads:
         thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread.tid, thread.regs)
+
+
+_TABLES = ((fc.KCMP_FILES, "descriptors"), (fc.KCMP_FS, "directories"))
+
+
+def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
+    """What a thread can have for itself though usually a process has it (unshare(2), setns(2))."""
+    voice, others = mine.task.voice, mine.task.threads[1:]
+    known = namespaces.links(voice) if others else {}
+    for thread in others:
+        namespaces.check_thread(mine.pid, thread.tid, known, obstacles)
+        for table, name in _TABLES:
+            if not kcmp.same(voice, thread.tid, table):
+                reason = f"has {name} of its own (unshare), which images cannot hold"
+                obstacles.append(Obstacle(f"process {mine.pid}: thread {thread.tid}", reason, "use a process for it"))
 
 
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
@@ -310,7 +339,8 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
-    core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
+    leads = thread is mine.task.leader
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups if leads else cgroups.Cgroups(thread.tid))
     return {
         "mtype": threads.X86_64,
         "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),

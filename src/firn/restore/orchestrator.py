@@ -36,6 +36,7 @@ from firn.scripts import run_scripts, write_pidfile
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from typing import Any
 
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
@@ -115,8 +116,12 @@ class Restore:
             )
         mode = self.options.manage_cgroups
         self.moves = {
-            process.pid: cgroups.plan(self.images, process.cores[0]["thread_core"].get("cg_set", 0), mode)
+            process.pid: cgroups.plan(self.images, _cgroups_of(process.cores[0]), mode) for process in living
+        }
+        self.thread_moves = {
+            tid: cgroups.plan(self.images, _cgroups_of(core), mode, _cgroups_of(process.cores[0]))
             for process in living
+            for tid, core in zip(process.tids[1:], process.cores[1:], strict=True)
         }
 
     def open(self) -> None:
@@ -200,6 +205,8 @@ class Restore:
         """All other threads; what needs them or all descriptors."""
         for task in self._family().tasks:
             task.make_threads()
+        for tid, moves in self.thread_moves.items():
+            cgroups.move(tid, moves, self.log, thread=True)
         for task in self._family().tasks:
             task.install_late()
         for task in self._family().tasks:
@@ -277,6 +284,12 @@ class Restore:
             self.segments.close()
         if self.lock is not None:
             self.lock.close()
+
+
+def _cgroups_of(core: dict[str, Any]) -> int:
+    """The number of the set of control groups that a thread is in."""
+    number: int = core["thread_core"].get("cg_set", 0)
+    return max(number, cgroups.ROOT_SET)
 
 
 def restore(options: RestoreOptions, log: Log) -> Result:

@@ -133,7 +133,8 @@ def find_backing(pid: int, areas: list[Area], obstacles: list[Obstacle]) -> None
             if key not in seen:
                 seen[key] = os.stat(link)
         except OSError as error:
-            obstacles.append(_obstacle(pid, m, f"its file cannot be reached: {os.strerror(error.errno or 0)}"))
+            reason = f"its file cannot be reached: {os.strerror(error.errno or 0)}"
+            obstacles.append(_obstacle(pid, m, reason))
             continue
         area.stat = seen[key]
 
