@@ -1,4 +1,4 @@
-"""Rarely used interfaces. Source: include/uapi/linux/{mempolicy,keyctl,landlock,ptrace}.h."""
+"""Rarely used interfaces. Source: include/uapi/linux/{mempolicy,keyctl,landlock,ptrace,io_uring}.h."""
 
 from __future__ import annotations
 
@@ -18,5 +18,7 @@ KEYCTL_GET_KEYRING_ID = 0
 KEY_SPEC_THREAD_KEYRING = -1
 KEY_SPEC_PROCESS_KEYRING = -2
 LANDLOCK_CREATE_RULESET_VERSION = 1
+IORING_ENTER_REGISTERED_RING = 1 << 4
+IO_RINGFD_REG_MAX = 16
 SYSCALL_USER_DISPATCH_CONFIG = struct.Struct("<4Q")
 """struct ptrace_sud_config: mode, selector, offset, len (Linux 6.4)."""

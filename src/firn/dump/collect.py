@@ -99,6 +99,7 @@ def collect(dump: Dump) -> Collected:
             ]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
+        _check_listeners(got, tree)
         _identity(tree, got, dump)
     except BaseException:
         got.close()
@@ -145,6 +146,18 @@ def _check_terminals(got: Collected, dump: Dump) -> None:
         else:
             help = "keep it open, or use --shell-job (-j): then it comes back without"
             got.obstacles.append(Obstacle(f"process {mine.pid}", reason, help))
+
+
+def _check_listeners(got: Collected, tree: FrozenTree) -> None:
+    """A filter of the tree that asks somebody outside (seccomp_unotify(2)) would ask nobody after a restore."""
+    if not got.filters.asks():
+        return
+    from firn.host import holders
+
+    holder = holders.with_link("anon_inode:seccomp notify", set(tree.pids()))
+    if holder is not None:
+        reason = f"has a seccomp filter that asks a listener, which {holder} may be"
+        got.obstacles.append(Obstacle(f"process {tree.tasks[0].pid}", reason, "end it before the dump"))
 
 
 def _check_borders(got: Collected, shell_job: bool) -> None:

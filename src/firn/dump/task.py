@@ -128,11 +128,20 @@ def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
     voice, others = mine.task.voice, mine.task.threads[1:]
     known = namespaces.links(voice) if others else {}
     for thread in others:
+        what = f"process {mine.pid}: thread {thread.tid}"
+        if mine.statuses[thread.tid]["Name"].startswith("iou-") and _is_ring_worker(mine.pid, thread.tid):
+            reason = "is a worker of an io_uring, whose requests live in the kernel"
+            obstacles.append(Obstacle(what, reason, "close its rings before the dump"))
         namespaces.check_thread(mine.pid, thread.tid, known, obstacles)
         for table, name in _TABLES:
             if not kcmp.same(voice, thread.tid, table):
                 reason = f"has {name} of its own (unshare), which images cannot hold"
-                obstacles.append(Obstacle(f"process {mine.pid}: thread {thread.tid}", reason, "use a process for it"))
+                obstacles.append(Obstacle(what, reason, "use a process for it"))
+
+
+def _is_ring_worker(pid: int, tid: int) -> bool:
+    """Whether the thread is one of io_uring's. Newer kernels let it be traced, but it has no user space to run in."""
+    return bool(procfs.stat(pid, tid).flags & procfs.PF_IO_WORKER)
 
 
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:

@@ -69,6 +69,7 @@ class Stat:
 
 
 PF_KTHREAD = 0x00200000
+PF_IO_WORKER = 0x00000010
 
 
 def stat(pid: int, tid: int = 0) -> Stat:

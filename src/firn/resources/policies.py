@@ -4,7 +4,7 @@ Saved (images: firn_thread): NUMA policy of the thread (get_mempolicy(2), set_me
 (/proc/PID/status, PR_SET_SPECULATION_CTRL). Obstacles: syscall user dispatch (ptrace(2)
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: a call of ours inside the task would be sent to its handler), rights to I/O
 ports (regset NT_386_IOPERM), address tagging (untag_mask in status), core-scheduling cookies (PR_SCHED_CORE), thread
-and process keyrings that exist (keyctl(2)), Landlock domains.
+and process keyrings that exist (keyctl(2)), rings that only the thread knows (io_uring_register(2)), Landlock domains.
 
 A Landlock domain is shown nowhere. But a restricted thread may trace only what is in its own domain, and kcmp(2) asks
 just that: so every thread compares itself with a process that it might trace otherwise: us, if it has CAP_SYS_PTRACE,
@@ -167,22 +167,23 @@ def _told(number: int, code: int, *args: int) -> bool:
 class Asked:
     """Where the answers of one thread lie."""
 
-    __slots__ = ("at", "keyrings", "landlock", "policy")
+    __slots__ = ("at", "keyrings", "landlock", "policy", "ring")
 
-    def __init__(self, at: int, policy: int, keyrings: list[int], landlock: int) -> None:
+    def __init__(self, at: int, policy: int, keyrings: list[int], landlock: int, ring: int) -> None:
         self.at = at
         self.policy = policy
         self.keyrings = keyrings
         self.landlock = landlock
+        self.ring = ring
 
 
-SIZE = 5 * 64 + _MASK + 64
+SIZE = 6 * 64 + _MASK + 64
 """Bytes that :func:`ask` takes of a program."""
 
 
 def ask(program: Program, pid: int, partner: int) -> Asked:
     """Add the calls that only the thread itself can make; *partner*: see :class:`Partners`."""
-    program.reserve(4, _MASK + 8)
+    program.reserve(5, _MASK + 8)
     at = program.buffer(_MASK + 8)
     policy = program.call("get_mempolicy", nr.get_mempolicy, at, at + 8, _NODES + 1, 0, 0, flags=1)
     keyrings = [
@@ -190,7 +191,8 @@ def ask(program: Program, pid: int, partner: int) -> Asked:
         for ring in (pol.KEY_SPEC_THREAD_KEYRING, pol.KEY_SPEC_PROCESS_KEYRING)
     ]
     landlock = program.call("kcmp", nr.kcmp, pid, partner, 1, 0, 0, flags=1) if partner else -1
-    return Asked(at, policy, keyrings, landlock)
+    ring = program.call("io_uring_enter", nr.io_uring_enter, 0, 0, 0, pol.IORING_ENTER_REGISTERED_RING, 0, 0, flags=1)
+    return Asked(at, policy, keyrings, landlock, ring)
 
 
 def answer(
@@ -205,6 +207,9 @@ def answer(
     if asked.landlock >= 0 and results[asked.landlock] == -errno.EPERM:
         reason = "may not see processes of its own user: Landlock restricts it, which nobody can read or set again"
         obstacles.append(Obstacle(what, reason, "start it without Landlock"))
+    if _has_ring(program, asked.ring):
+        reason = "has an io_uring for itself (IORING_REGISTER_RING_FDS), whose requests live in the kernel"
+        obstacles.append(Obstacle(what, reason, "have it give that up before the dump"))
     fields: dict[str, Any] = {}
     raw = program.read(asked.at, _MASK + 8)
     mode = int.from_bytes(raw[:4], "little")
@@ -213,6 +218,20 @@ def answer(
     speculation = [which << 16 | _CONTROLS[status[name]] for name, which in _SPECULATION
                    if status.get(name) in _CONTROLS]  # fmt: skip
     return fields | ({"speculation": speculation} if speculation else {})
+
+
+def _has_ring(program: Program, first: int) -> bool:
+    """Whether the thread has a ring registered, at the place that call *first* has tried or at another one. That may
+    be a ring which no descriptor or mapping leads to. To enter it without anything to do has no effect."""
+    if program.results[first] in (-errno.EINVAL, -errno.ENOSYS):
+        return False  # it has never used a ring, or the kernel (before 5.18) has no such registrations
+    program.reserve(pol.IO_RINGFD_REG_MAX, 0)
+    tried = [first]
+    for place in range(1, pol.IO_RINGFD_REG_MAX):
+        flag = pol.IORING_ENTER_REGISTERED_RING
+        tried.append(program.call("io_uring_enter", nr.io_uring_enter, place, 0, 0, flag, 0, 0, flags=1))
+    program.run()
+    return any(program.results[call] != -errno.EBADF for call in tried)
 
 
 def plan(program: Program, core: dict[str, Any]) -> None:
