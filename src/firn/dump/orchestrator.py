@@ -24,7 +24,7 @@ from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
-from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
+from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_error, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_VFORK_PATIENCE = 3.0
+"""Seconds that a process gets to execute a program after vfork(2)."""
 _MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
 """Seconds that the target gets to do away with what passes by itself, one after the other; 0 ends it."""
 
@@ -160,6 +162,7 @@ class Dump:
         tree = list(walk(self.pid))
         if len(tree) > 1:
             self._look_for_shared()
+            await_vforks(self.pid, min(self.options.timeout or _VFORK_PATIENCE, _VFORK_PATIENCE))
         for pid in tree:
             try:
                 speaker = procfs.speaker(pid)
@@ -191,7 +194,7 @@ class Dump:
                     for pid in self.freezer.take_strangers(self.tree.pids(), held):
                         self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
         except TargetError as error:
-            raise find_vfork(self.pid) or error from None
+            raise vfork_error(find_vforks(self.pid)) or error from None
         self.watch.start()
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
