@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import struct
 
 import pytest
@@ -10,7 +12,8 @@ from harness import Runner, firn_command
 from workloads.table import Workload
 
 from firn.abi import nr
-from firn.abi.libc import syscall
+from firn.abi.libc import address_of, syscall
+from firn.resources.memory.aio import Watch
 from firn.resources.seccomp import Filters
 
 pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
@@ -47,3 +50,50 @@ def test_filters_that_may_ask(operation: int, value: int, asks: bool) -> None:
     filters = Filters()
     filters.entries.append({"filter": struct.pack("<HBBI", operation, 0, 0, value)})
     assert filters.asks() == asks
+
+
+def _submit_polls(context: int, fds: list[int]) -> list[bytearray]:
+    """One request for each descriptor, which ends when it can be read."""
+    # struct iocb: data, key, rw_flags, opcode (5: IOCB_CMD_POLL), priority, descriptor, events, ... (linux/aio_abi.h)
+    requests = [bytearray(struct.pack("<QIIHhIQQqQII", 7, 0, 0, 5, 0, fd, select.POLLIN, 0, 0, 0, 0, 0)) for fd in fds]
+    table = bytearray(struct.pack(f"<{len(fds)}Q", *(address_of(each) for each in requests)))
+    assert syscall("io_submit", nr.io_submit, context, len(fds), address_of(table)) == len(fds)
+    return requests
+
+
+def test_requests_in_flight_are_counted() -> None:
+    """Exactly, whatever the processors keep for themselves and whether or not events have been fetched."""
+    told: list[str] = []
+    watch = Watch.make(told.append)
+    if watch is None:
+        pytest.skip(told[0])
+    place = ctypes.c_uint64()
+    syscall("io_setup", nr.io_setup, 50, ctypes.addressof(place))
+    events, pipes = bytearray(32 * 64), [os.pipe() for _ in range(12)]
+
+    def flying() -> list[tuple[int, bool]]:
+        return [(count, waits) for ring, count, waits in watch.in_flight(os.getpid()) if ring == place.value]
+
+    try:
+        assert flying() == [(0, False)]
+        for rest in range(1, 3):
+            kept = _submit_polls(place.value, [end for end, _ in pipes])
+            assert flying() == [(12, True)]
+            for count, (_, end) in enumerate(pipes[rest:], 1):
+                os.write(end, b"x")
+                assert flying() == [(12 - count, True)]
+            fetched = syscall("io_getevents", nr.io_getevents, place.value, 12 - rest, 64, address_of(events), 0)
+            assert fetched == 12 - rest and flying() == [(rest, True)]
+            for _, end in pipes[:rest]:
+                os.write(end, b"x")
+            assert flying() == [(0, False)]
+            syscall("io_getevents", nr.io_getevents, place.value, rest, 64, address_of(events), 0)
+            for end, _ in pipes:
+                os.read(end, 1)
+            assert flying() == [(0, False)] and kept
+    finally:
+        syscall("io_destroy", nr.io_destroy, place.value)
+        for pair in pipes:
+            os.close(pair[0])
+            os.close(pair[1])
+        watch.close()

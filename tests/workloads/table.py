@@ -128,6 +128,7 @@ TABLE: list[Workload] = [
     _refused("policies", "keyring", "has a process keyring"),
     _refused("policies", "landlock", "Landlock restricts it"),
     _refused("policies", "landlock-user", "Landlock restricts it"),
+    _refused("aio", "waiting", "requests in flight: 1, which wait for something to happen"),
     _refused("hidden", "notify", "F_NOTIFY"),
     _refused("hidden", "ring", "has an io_uring for itself"),
     _refused("hidden", "worker", "is an io_uring", "is a worker of an io_uring"),

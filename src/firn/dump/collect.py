@@ -84,6 +84,8 @@ def collect(dump: Dump) -> Collected:
             if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
                 maps = None  # reading the flags again costs little here, and is exact
             one.look(got, mine, maps)
+            if dump.requests is not None and any(area.kind == "aio" for area in mine.areas):
+                dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
         _collect_descriptors(got)
         _check_terminals(got, dump)
         if got.obstacles:

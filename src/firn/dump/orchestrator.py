@@ -29,7 +29,7 @@ from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
 from firn.resources import base, cpu, policies, process, restart
-from firn.resources.memory import areas
+from firn.resources.memory import aio, areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
 from firn.tracee.timelimit import DeathWatch, TimeLimit
@@ -81,6 +81,7 @@ class Dump:
         self.pidfd = -1
         self.frozen_at = 0
         self.run_id = _run_id()
+        self.requests: aio.Watch | None = None
         self.lock: Lock | None = None
 
     def phase(self, name: str) -> None:
@@ -169,6 +170,8 @@ class Dump:
                 base.preload(speaker)
                 self.waiting |= restart.observe(pid)
                 self.partners.of(procfs.status(speaker))
+                if self.requests is None and aio.is_used(speaker):
+                    self.requests = aio.Watch.make(self.log.warn)
                 if self.options.leave_running:
                     self.early_maps[pid] = procfs.smaps(speaker)
             except (FileNotFoundError, ProcessLookupError):
@@ -357,6 +360,8 @@ class Dump:
         """Let go of what the dump held open."""
         self.watch.stop()
         self.partners.close()
+        if self.requests is not None:
+            self.requests.close()
         if self.collected is not None:
             if self.options.leave_running:
                 self.collected.finder.undo()
