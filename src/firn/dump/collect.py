@@ -45,6 +45,8 @@ class Collected:
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
+        self.keyrings: dict[int, dict[str, Any]] = {}
+        """Number -> what is in it; 0: the user's own."""
         self.told: set[int] = set()
         """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
@@ -96,7 +98,7 @@ def collect(dump: Dump) -> Collected:
                 stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
         for first in range(0, len(got.tasks), _AT_ONCE):
             running = [
-                Questions(mine, dump.partners, stopped.get(mine.pid, []))
+                Questions(mine, dump.partners, stopped.get(mine.pid, []), dump.with_keyrings)
                 for mine in got.tasks[first : first + _AT_ONCE]
             ]
             for questions in running:
@@ -256,6 +258,9 @@ def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
     got.inventory = {"tcp_close": True} if dump.options.tcp_close else {}
+    for ring in got.keyrings.values():
+        if ring:
+            got.inventory["firn"] = {"session_keyring": ring}
     lock = dump.lock if dump.lock is not None and dump.lock.used else None
     got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,

@@ -28,7 +28,7 @@ from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, cpu, policies, process, restart
+from firn.resources import base, cpu, keyrings, policies, process, restart
 from firn.resources.memory import aio, areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -82,6 +82,7 @@ class Dump:
         self.frozen_at = 0
         self.run_id = _run_id()
         self.requests: aio.Watch | None = None
+        self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
 
     def phase(self, name: str) -> None:
@@ -300,7 +301,7 @@ class Dump:
         if self.shared is not None:
             self.shared.save()
             if self.shared.complete:
-                self.collected.inventory["firn"] = {"cow_known": True}
+                self.collected.inventory.setdefault("firn", {})["cow_known"] = True
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)

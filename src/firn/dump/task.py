@@ -17,6 +17,7 @@ from firn.host import features, kcmp, procfs
 from firn.resources import (
     cgroups,
     creds,
+    keyrings,
     namespaces,
     policies,
     process,
@@ -225,7 +226,9 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask, partners: policies.Partners, stopped: list[int]) -> None:
+    def __init__(
+        self, mine: CollectedTask, partners: policies.Partners, stopped: list[int], with_keyrings: bool
+    ) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.voice)
@@ -241,8 +244,9 @@ class Questions:
             (task.leader, self.program, threads.ask(self.program))
         ]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
+            own = task.program(thread, size=1024 + policies.SIZE + keyrings.SIZE, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
+        self.keyrings = {thread.tid: keyrings.ask(own) for thread, own, _ in self.threads} if with_keyrings else {}
         self.policies = {
             thread.tid: policies.ask(own, task.voice, partners.of(mine.statuses[thread.tid]))
             for thread, own, _ in self.threads
@@ -268,6 +272,7 @@ class Questions:
             for thread, own, _ in self.threads
         ]
         self._find_undo(got)
+        self._find_keyrings(got)
         self._settle_timers()
         tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
         stopped = mine.task.stop_signal
@@ -316,6 +321,17 @@ class Questions:
             if thread.tid in holders:
                 status = self.mine.statuses[thread.tid]
                 got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
+
+    def _find_keyrings(self, got: Collected) -> None:
+        """The session keyrings: each is read by the first thread that has it, as is that there is none."""
+        for thread, program, _ in self.threads if self.keyrings else []:
+            number = keyrings.answer(program, self.keyrings[thread.tid])
+            what = f"process {self.mine.pid}: thread {thread.tid}"
+            if number not in got.keyrings:
+                if got.keyrings:
+                    reason = "has another session keyring than the rest of the tree, which images cannot hold"
+                    got.obstacles.append(Obstacle(what, reason, "start all of it in one session"))
+                got.keyrings[number] = keyrings.read(program, number, what, got.obstacles) if number else {}
 
     def _settle_timers(self) -> None:
         """Pending timer signals must know their overruns before the queues are read."""

@@ -18,7 +18,7 @@ from firn.abi import x86_64 as cpu
 from firn.errors import RestoreError
 from firn.host import procfs
 from firn.images.pages import PagesFiles
-from firn.resources import births, signals
+from firn.resources import births, keyrings, signals
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
 from firn.resources.process import set_core_filter
@@ -114,6 +114,7 @@ class Family:
         """Rebuild the root's memory, have it clone whom it has to clone, and so on."""
         plan = self.checkpoint.plan
         self._adopt_root(self.checkpoint.root)
+        keyrings.plan(self.stubs[self.checkpoint.root.pid].program, self.checkpoint.session_keyring())
         own = Own()
         for pid in plan.order():
             stub, task = self.stubs[pid], self.by_pid.get(pid)

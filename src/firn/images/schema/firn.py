@@ -36,6 +36,22 @@ EXTENSIONS = {
 MESSAGES = {
     "firn_inventory": """
         1 cow_known bool?
+        2 session_keyring firn_keyring?
+    """,
+    "firn_keyring": """
+        1 name str?
+        2 number i32?
+        3 uid u32?
+        4 gid u32?
+        5 rights u32?
+        6 keys firn_key*
+    """,
+    "firn_key": """
+        1 name str?
+        2 uid u32?
+        3 gid u32?
+        4 rights u32?
+        5 payload bytes?
     """,
     "firn_thread": """
         1 affinity bytes?
