@@ -104,6 +104,7 @@ def collect(dump: Dump) -> Collected:
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
         _check_listeners(got, tree)
+        _check_parent_threads(got, tree, dump.log)
         _identity(tree, got, dump)
     except BaseException:
         got.close()
@@ -162,6 +163,21 @@ def _check_listeners(got: Collected, tree: FrozenTree) -> None:
     if holder is not None:
         reason = f"has a seccomp filter that asks a listener, which {holder} may be"
         got.obstacles.append(Obstacle(f"process {tree.tasks[0].pid}", reason, "end it before the dump"))
+
+
+def _check_parent_threads(got: Collected, tree: FrozenTree, log: Log) -> None:
+    """A parent-death signal (PR_SET_PDEATHSIG) comes when the thread ends that made the child. After a restore all
+    children are the first thread's; the log says for whom that makes a difference."""
+    for mine in got.tasks:
+        parent = tree.parents[mine.pid]
+        if not parent or not any(core["thread_core"].get("pdeath_sig") for _, core in mine.cores):
+            continue
+        for tid in procfs.threads(parent):
+            if tid != parent and str(mine.pid).encode() in procfs.read(f"/proc/{parent}/task/{tid}/children").split():
+                log.warn(
+                    f"process {mine.pid} wants a signal when thread {tid} of its parent {parent} ends: after a restore "
+                    "it comes when the first thread does"
+                )
 
 
 def _check_borders(got: Collected, shell_job: bool) -> None:
