@@ -47,8 +47,8 @@ class Collected:
         self.zombies: list[tuple[int, dict[str, Any]]] = []
         self.keyrings: dict[int, dict[str, Any]] = {}
         """Number -> what is in it; 0: the user's own."""
-        self.told: set[int] = set()
-        """Stopped processes whose parents know it."""
+        self.reported: set[int] = set()
+        """Processes whose parents have not yet taken notice that they are stopped, or go on."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.semaphore_sets = semaphores.used_sets()
@@ -92,13 +92,12 @@ def collect(dump: Dump) -> Collected:
         _check_terminals(got, dump)
         if got.obstacles:
             return got
-        stopped: dict[int, list[int]] = {}
+        children: dict[int, dict[int, bool]] = {}
         for task in tree.tasks:
-            if task.stop_signal:
-                stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
+            children.setdefault(tree.parents[task.pid], {})[task.pid] = bool(task.stop_signal)
         for first in range(0, len(got.tasks), _AT_ONCE):
             running = [
-                Questions(mine, dump.partners, stopped.get(mine.pid, []), dump.with_keyrings)
+                Questions(mine, dump.partners, children.get(mine.pid, {}), dump.with_keyrings)
                 for mine in got.tasks[first : first + _AT_ONCE]
             ]
             for questions in running:
@@ -265,8 +264,11 @@ def _check_outsiders(plan: births.Plan, sessions: set[int], obstacles: list[Obst
 def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
-        if mine.pid in got.told:
-            mine.cores[0][1]["tc"]["firn"]["stop_told"] = True
+        own, reported = mine.cores[0][1]["tc"]["firn"], mine.pid in got.reported
+        if mine.task.stop_signal and tree.parents[mine.pid] and not reported:
+            own["stop_told"] = True
+        elif reported and not mine.task.stop_signal:
+            own["continued"] = True
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
     for zombie in tree.zombies:
         entries[zombie.pid] = _zombie_entry(zombie, tree.parents[zombie.pid])

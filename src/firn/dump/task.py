@@ -227,19 +227,19 @@ class Questions:
     """The programs of one process while they run."""
 
     def __init__(
-        self, mine: CollectedTask, partners: policies.Partners, stopped: list[int], with_keyrings: bool
+        self, mine: CollectedTask, partners: policies.Partners, children: dict[int, bool], with_keyrings: bool
     ) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
+        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(children)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
         self.actions = signals.ask(self.program)
         self.timers = timers.ask(self.program, posix)
         self.keys = pkeys.ask(self.program)
-        self.stopped = stops.ask(self.program, stopped)
+        self.children = stops.ask(self.program, children)
         self.threads: list[tuple[Thread, Program, threads.Asked]] = [
             (task.leader, self.program, threads.ask(self.program))
         ]
@@ -264,7 +264,7 @@ class Questions:
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
         tc["timers"] = timers.answer(program, self.timers)
-        got.told.update(stops.answer(program, self.stopped))
+        got.reported |= stops.answer(program, self.children)
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
         rare = [

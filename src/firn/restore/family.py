@@ -18,7 +18,7 @@ from firn.abi import x86_64 as cpu
 from firn.errors import RestoreError
 from firn.host import procfs
 from firn.images.pages import PagesFiles
-from firn.resources import births, keyrings, signals
+from firn.resources import births, keyrings, signals, stops
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
 from firn.resources.process import set_core_filter
@@ -289,6 +289,14 @@ class Family:
                 task.stop()
                 if task.process.parent is not None:
                     stopped.setdefault(task.process.parent.pid, []).append(task)
+
+    def report_continued(self) -> None:
+        """Those whose parents have not taken notice yet that they go on after a stop."""
+        for task in self.tasks:
+            parent = task.process.parent
+            if task.tc.get("firn", {}).get("continued") and parent is not None:
+                stops.stop_and_continue(task.pid)
+                self.by_pid[parent.pid].bereaved = True
 
     def end_zombies(self, log: Log) -> None:
         """Those who ended before the dump end again."""

@@ -195,6 +195,7 @@ class Restore:
         family = self._family()
         family.join_groups()
         family.end_zombies(self.log)
+        family.report_continued()
         for task in family.tasks:
             task.enter(self.log)
         self._end_stand_ins()

@@ -87,6 +87,7 @@ MESSAGES = {
         21 stop_told bool?
         22 leader_exited bool?
         23 leader_mask u64? hex
+        24 continued bool?
     """,
     "firn_mm": """
         1 lock_future u32? hex
