@@ -179,7 +179,64 @@ static void asked_harm(void)
 	beat->tokens[1] = 1;
 }
 
+/* ---- a working directory on a mount that is nowhere; a message queue without a name ---- */
+
+static int place = -1;
+
+static void detached_set(void)
+{
+	int context = (int)syscall(SYS_fsopen, "tmpfs", 0);
+	if (context < 0 || syscall(SYS_fsconfig, context, 6 /* FSCONFIG_CMD_CREATE */, NULL, NULL, 0))
+		cannot_run("no fsopen");
+	int mount = (int)syscall(SYS_fsmount, context, 0, 0);
+	NEED(mount >= 0 && !fchdir(mount));
+	close(mount);
+	close(context);
+	place = open("kept", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	NEED(place >= 0 && write(place, "kept", 4) == 4);
+	close(place);
+}
+
+static int detached_check(void)
+{
+	char got[8];
+	int fd = open("kept", O_RDONLY);
+	CHECK(fd >= 0 && read(fd, got, sizeof got) == 4 && !memcmp(got, "kept", 4));
+	close(fd);
+	return 1;
+}
+
+static void detached_harm(void)
+{
+	unlink("kept");
+}
+
+static void queue_set(void)
+{
+	char name[32];
+	snprintf(name, sizeof name, "firn-test-%d", getpid());
+	place = (int)syscall(SYS_mq_open, name, O_RDWR | O_CREAT | O_EXCL, 0600, NULL);
+	if (place < 0)
+		cannot_run("no message queues");
+	NEED(!syscall(SYS_mq_unlink, name) && !syscall(SYS_mq_timedsend, place, "kept", 4L, 1, NULL));
+}
+
+static int queue_check(void)
+{
+	char got[16384];
+	CHECK(syscall(SYS_mq_timedreceive, place, got, sizeof got, NULL, NULL) == 4 && !memcmp(got, "kept", 4));
+	CHECK(!syscall(SYS_mq_timedsend, place, "kept", 4L, 1, NULL));
+	return 1;
+}
+
+static void queue_harm(void)
+{
+	close(place);
+}
+
 WORKLOAD(
+	{"detached", detached_set, detached_check, detached_harm},
+	{"queue", queue_set, queue_check, queue_harm},
 	{"notify", notify_set, notify_check, notify_harm},
 	{"ring", ring_set, ring_check, ring_harm},
 	{"worker", worker_set, worker_check, worker_harm},

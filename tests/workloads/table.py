@@ -132,6 +132,8 @@ TABLE: list[Workload] = [
     _refused("keyrings", "apart", "has another session keyring than the rest of the tree"),
     _refused("keyrings", "sealed", "has the logon key 'firn-test:sealed' in its session keyring"),
     _refused("aio", "waiting", "requests in flight: 1, which wait for something to happen"),
+    _refused("hidden", "detached", "is on a mount that is not mounted anywhere"),
+    _refused("hidden", "queue", "is a POSIX message queue"),
     _refused("hidden", "notify", "F_NOTIFY"),
     _refused("hidden", "ring", "has an io_uring for itself"),
     _refused("hidden", "worker", "is an io_uring", "is a worker of an io_uring"),

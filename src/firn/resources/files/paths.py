@@ -18,6 +18,7 @@ from firn.abi import fcntl as fc
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import Obstacle
+from firn.host import procfs
 from firn.resources.base import REG
 from firn.resources.files.procfiles import is_of_descriptor, process_of
 from firn.resources.files.table import FileTable
@@ -38,6 +39,7 @@ FS_IOC_GETFLAGS = 0x80086601
 _UNCHANGEABLE = 0x30
 """FS_IMMUTABLE_FL | FS_APPEND_FL (include/uapi/linux/fs.h)."""
 _MANY_LINKS = 1000
+MQUEUE_MAGIC = 0x19800202
 
 
 class Ghost:
@@ -103,6 +105,8 @@ class PathFinder:
         elif dead:
             # The descriptor keeps the file's place, so another one there is that of a later process.
             self.remaps.append({"orig_id": number, "remap_id": dead, "remap_type": PROCFS})
+        elif reason := _why_out_of_reach(link, st):
+            self.obstacles.append(Obstacle(what, f"{name} {reason}", "leave it, or close it before the dump"))
         elif stat.S_ISREG(st.st_mode) and st.st_nlink > 0:
             self._keep_link(what, link, name, st, number)
         elif stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or stat.S_ISFIFO(st.st_mode):
@@ -188,6 +192,35 @@ class PathFinder:
             images.write_all("REMAP_FPATH", self.remaps)
         for ghost in self.ghosts.values():
             _save_ghost(images, ghost)
+
+
+def _why_out_of_reach(link: str, st: os.stat_result) -> str:
+    """Why the nameless file behind magic *link* cannot be kept as what it is; empty if it can.
+
+    Contents and names can only be kept of files on mounts that are mounted somewhere; a folder that is not marked as
+    deleted is there still, with all that is in it, but hidden.
+    """
+    fd = os.open(link, fc.O_PATH | fc.O_NOFOLLOW * stat.S_ISLNK(st.st_mode) | os.O_CLOEXEC)
+    try:
+        if statfs_type(fd) == MQUEUE_MAGIC:
+            return "is a POSIX message queue, which is not supported"
+        info = procfs.read(f"/proc/self/fdinfo/{fd}").decode()
+    finally:
+        os.close(fd)
+    mount = next((line[7:].strip() for line in info.splitlines() if line.startswith("mnt_id:")), "")
+    mounted = {line.split(b" ", 1)[0] for line in procfs.read("/proc/self/mountinfo").splitlines()}
+    if mount.encode() not in mounted:
+        return "is on a mount that is not mounted anywhere any more, or not yet"
+    if stat.S_ISDIR(st.st_mode) and not os.readlink(link).endswith(DELETED):
+        return "is hidden by what is mounted or put there now"
+    return ""
+
+
+def statfs_type(fd: int) -> int:
+    """The f_type of statfs(2) of a descriptor's file system (include/uapi/linux/magic.h)."""
+    buffer = bytearray(120)
+    syscall("fstatfs", nr.fstatfs, fd, address_of(buffer))
+    return int.from_bytes(buffer[:8], "little")
 
 
 NO_OWNER: dict[str, int] = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
