@@ -1,4 +1,5 @@
 /* State that hardly anything shows: it has to be found, and the dump to be refused. */
+#include <dirent.h>
 #include <linux/filter.h>
 #include <linux/io_uring.h>
 #include <linux/seccomp.h>
@@ -84,6 +85,19 @@ static void worker_set(void)
 	ring = (int)syscall(SYS_io_uring_setup, 4, &parameters);
 	if (ring < 0)
 		cannot_run("no io_uring");
+	/* Its thread gives itself a name when it begins to run. */
+	for (int found = 0; !found; nap_ms(1)) {
+		DIR *tasks = opendir("/proc/self/task");
+		NEED(tasks);
+		for (struct dirent *entry; (entry = readdir(tasks));) {
+			char path[300], name[32] = "";
+			snprintf(path, sizeof path, "/proc/self/task/%s/comm", entry->d_name);
+			int fd = open(path, O_RDONLY);
+			found |= fd >= 0 && read(fd, name, sizeof name - 1) > 0 && !strncmp(name, "iou-", 4);
+			close(fd);
+		}
+		closedir(tasks);
+	}
 }
 
 static int worker_check(void)
