@@ -42,6 +42,7 @@ class Collected:
         self.finder = PathFinder(self.table, obstacles, options)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
+        self.thread_groups: dict[int, cgroups.Cgroups] = {}
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
@@ -77,6 +78,7 @@ def collect(dump: Dump) -> Collected:
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
+    got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)
         _number_objects(got)

@@ -28,7 +28,7 @@ from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, cpu, keyrings, policies, process, restart
+from firn.resources import base, cgroups, cpu, keyrings, policies, process, restart
 from firn.resources.memory import aio, areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -68,6 +68,7 @@ class Dump:
         self.waiting: dict[int, restart.Waiting] = {}
         self.partners = policies.Partners()
         self.early_maps: dict[int, list[procfs.Map]] = {}
+        self.thread_groups: dict[int, cgroups.Cgroups] = {}
         self.tree = FrozenTree()
         self.watch = DeathWatch(lambda: self.tree.followers())
         self.collected: Collected | None = None
@@ -124,7 +125,7 @@ class Dump:
         os.close(self.pidfd)
         self.pidfd = -1
         self.obstacles.clear()
-        self.waiting, self.early_maps = {}, {}
+        self.waiting, self.early_maps, self.thread_groups = {}, {}, {}
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ class Dump:
                 speaker = procfs.speaker(pid)
                 base.preload(speaker)
                 self.waiting |= restart.observe(pid)
+                self.thread_groups |= cgroups.observe(pid)
                 self.partners.of(procfs.status(speaker))
                 if self.requests is None and aio.is_used(speaker):
                     self.requests = aio.Watch.make(self.log.warn)

@@ -364,8 +364,7 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
-    leads = thread is mine.task.leader
-    core["cg_set"] = got.cgroup_sets.number(mine.cgroups if leads else cgroups.Cgroups(thread.tid))
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups.of_thread(thread.tid, got.thread_groups))
     return {
         "mtype": threads.X86_64,
         "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),

@@ -34,12 +34,36 @@ def membership(pid: int | str) -> list[tuple[str, str]]:
 
 
 class Cgroups:
-    """The membership of one process."""
+    """The membership of one process, with the id *pid* (:func:`.procfs.speaker`)."""
 
-    __slots__ = ("theirs",)
+    __slots__ = ("apart", "pid", "theirs")
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         self.theirs = membership(pid)
+        self.apart = any(controllers for controllers, _ in self.theirs) or self._is_threaded()
+        """Whether threads may be in other groups: in all hierarchies of v1, and where it was asked for in v2."""
+
+    def _is_threaded(self) -> bool:
+        try:
+            kind = procfs.read(f"{mount_point('') or ''}{dict(self.theirs).get('', '')}/cgroup.type")
+        except OSError:
+            return False  # the root has none
+        return b"threaded" in kind
+
+    def of_thread(self, tid: int, early: dict[int, Cgroups]) -> Cgroups:
+        """The membership of thread *tid*, if need be from what was read *early* (:func:`observe`)."""
+        if tid == self.pid or not self.apart:
+            return self
+        return early.get(tid) or Cgroups(tid)
+
+
+def observe(pid: int) -> dict[int, Cgroups]:
+    """The membership of the threads of a running process: others move them, so it may as well be read before the
+    freeze, and that takes its time with many hierarchies."""
+    tids = procfs.threads(pid)
+    first = Cgroups(tids[0]) if len(tids) > 1 else None
+    return {tid: Cgroups(tid) for tid in tids[1:]} if first is not None and first.apart else {}
 
 
 class Sets:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 KINDS = ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")
 """In the order in which ids are given out; ours come first, from 1."""
 
-_FOR_CHILDREN = frozenset(("pid", "time"))
-_OF_THREADS = frozenset(("net", "ipc", "uts", "mnt", "cgroup"))
+_FOR_CHILDREN = ("pid", "time")
+_OF_THREADS = ("net", "ipc", "uts", "mnt", "cgroup")
 
 _FLAGS = {
     "pid": sched.CLONE_NEWPID, "net": sched.CLONE_NEWNET, "ipc": sched.CLONE_NEWIPC, "uts": sched.CLONE_NEWUTS,
@@ -105,7 +105,9 @@ class Namespaces:
 
 def _check_children(what: str, pid: int, own: dict[str, str], obstacles: list[Obstacle]) -> None:
     """Note it if children of task *pid* would be born into other namespaces than its *own*."""
-    for kind in _FOR_CHILDREN & own.keys():
+    for kind in _FOR_CHILDREN:
+        if kind not in own:
+            continue
         try:
             theirs = os.readlink(f"/proc/{pid}/ns/{kind}_for_children")
         except FileNotFoundError:
@@ -119,8 +121,9 @@ def check_thread(pid: int, tid: int, known: dict[str, str], obstacles: list[Obst
     """Note it if thread *tid* of *pid* is in other namespaces than the process, whose :func:`links` are *known*. (Not
     of every kind: for a user namespace of its own a process must have a single thread, and nobody leaves its pid
     namespace.)"""
-    for kind in _OF_THREADS & known.keys():
-        if os.readlink(f"/proc/{tid}/ns/{kind}") != known.get(kind):
+    folder = f"/proc/{tid}/ns/"
+    for kind in _OF_THREADS:
+        if kind in known and os.readlink(folder + kind) != known[kind]:
             reason = f"is in another {kind} namespace than its process, which images cannot hold"
             obstacles.append(Obstacle(f"process {pid}: thread {tid}", reason, "have it leave that before the dump"))
     _check_children(f"process {pid}: thread {tid}", tid, known, obstacles)
