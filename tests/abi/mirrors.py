@@ -138,6 +138,7 @@ PRCTL = Mirror(
         "SET_MDWE": (f"{_PRCTL} 6.3", 65),
         "GET_MDWE": (f"{_PRCTL} 6.3", 66),
         "TIMER_CREATE_RESTORE_IDS": (f"{_PRCTL} 6.15", 77),
+        "XFEATURE_XTILEDATA": ("Documentation/arch/x86/xstate.rst", 18),
     },
 )  # fmt: skip
 

@@ -10,8 +10,8 @@ A Landlock domain is shown nowhere. But a restricted thread may trace only what 
 just that: so every thread compares itself with a process that it might trace otherwise: us, if it has CAP_SYS_PTRACE,
 else a child of ours with its ids and no capabilities.
 
-What goes wrong: the session keyring is the restore's own afterwards; iopl(2) and L1D flushing are not seen. A NUMA
-policy of nodes that this machine does not have is left out.
+What goes wrong: iopl(2) and L1D flushing are not seen. A NUMA policy of nodes that this machine does not have is left
+out.
 """
 
 from __future__ import annotations

@@ -88,6 +88,8 @@ MESSAGES = {
         22 leader_exited bool?
         23 leader_mask u64? hex
         24 continued bool?
+        25 amx bool?
+        26 no_cpuid bool?
     """,
     "firn_mm": """
         1 lock_future u32? hex
