@@ -87,6 +87,7 @@ class Dump:
         self.pidfd = -1
         self.frozen_at = 0
         self.run_id = _run_id()
+        self.with_requests = False
         self.requests: aio.Watch | None = None
         self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
@@ -180,8 +181,8 @@ class Dump:
                 self.waiting |= restart.observe(pid)
                 self.thread_groups |= cgroups.observe(pid)
                 self.partners.of(procfs.status(speaker))
-                if self.requests is None and aio.is_used(speaker):
-                    self.requests = aio.Watch.make(self.log.warn)
+                if not self.with_requests and aio.is_used(speaker):
+                    self.with_requests, self.requests = True, aio.Watch.make(self.log.warn)
                 if self.options.leave_running:
                     self.early_maps[pid] = procfs.smaps(speaker)
             except (FileNotFoundError, ProcessLookupError):

@@ -60,9 +60,13 @@ class Watch:
         """A watch, or None where nobody may look at the kernel; then the log is told."""
         from firn.host.kernelview import KernelView
 
+        view = None
         try:
-            return cls(KernelView(("mm_struct", "kioctx_table", "kioctx", "kioctx_cpu", "bpf_array")))
+            view = KernelView(("mm_struct", "kioctx_table", "kioctx", "kioctx_cpu", "bpf_array"))
+            return cls(view)
         except OSError as error:
+            if view is not None:
+                view.close()
             warn(f"requests in flight of AIO contexts cannot be seen here, and would be lost: {error.strerror}")
             return None
 
