@@ -48,7 +48,7 @@ def can_exist() -> bool:
         return False  # a kernel without keys
     for line in lines:
         words = line.split(None, 8)
-        if words[7] == "keyring" and not words[8].startswith((".", "_uid.", "_uid_ses.")):
+        if words[7:8] == ["keyring"] and not words[-1].startswith((".", "_uid.", "_uid_ses.")):
             return True
     # Of other users we may see no keys, but how many there are: more than the two that each of them has?
     return any(int(line.split()[2].partition("/")[0]) > 2 for line in users if not line.strip().startswith("0:"))
@@ -71,6 +71,14 @@ def answer(program: Program, asked: tuple[int, int]) -> int:
 
 def read(program: Program, number: int, what: str, obstacles: list[Obstacle]) -> dict[str, Any]:
     """The firn_keyring *number*, read by a thread that has it; *what* names the thread in obstacles."""
+    try:
+        return _read(program, number, what, obstacles)
+    except OSError as error:
+        obstacles.append(Obstacle(what, f"has a session keyring that it may not read ({error.strerror})", _HELP))
+        return {}
+
+
+def _read(program: Program, number: int, what: str, obstacles: list[Obstacle]) -> dict[str, Any]:
     at = program.buffer(4 * _MOST)
     size = program.call("keyctl read", nr.keyctl, pol.KEYCTL_READ, number, at, 4 * _MOST, 0)
     program.run()

@@ -167,24 +167,27 @@ def _told(number: int, code: int, *args: int) -> bool:
 class Asked:
     """Where the answers of one thread lie."""
 
-    __slots__ = ("at", "keyrings", "landlock", "policy", "ring")
+    __slots__ = ("at", "keyrings", "landlock", "policy", "ring", "switches")
 
-    def __init__(self, at: int, policy: int, keyrings: list[int], landlock: int, ring: int) -> None:
+    def __init__(
+        self, at: int, policy: int, keyrings: list[int], landlock: int, ring: int, switches: tuple[int, ...]
+    ) -> None:
         self.at = at
         self.policy = policy
         self.keyrings = keyrings
         self.landlock = landlock
         self.ring = ring
+        self.switches = switches
 
 
-SIZE = 6 * 64 + _MASK + 64
+SIZE = 10 * 64 + _MASK + 64
 """Bytes that :func:`ask` takes of a program."""
 
 
 def ask(program: Program, pid: int, partner: int) -> Asked:
     """Add the calls that only the thread itself can make; *partner*: see :class:`Partners`."""
-    program.reserve(5, _MASK + 8)
-    at = program.buffer(_MASK + 8)
+    program.reserve(9, _MASK + 16)
+    at = program.buffer(_MASK + 16)
     policy = program.call("get_mempolicy", nr.get_mempolicy, at, at + 8, _NODES + 1, 0, 0, flags=1)
     keyrings = [
         program.call("keyctl", nr.keyctl, pol.KEYCTL_GET_KEYRING_ID, ring, 0, 0, 0, flags=1)
@@ -192,7 +195,13 @@ def ask(program: Program, pid: int, partner: int) -> Asked:
     ]
     landlock = program.call("kcmp", nr.kcmp, pid, partner, 1, 0, 0, flags=1) if partner else -1
     ring = program.call("io_uring_enter", nr.io_uring_enter, 0, 0, 0, pol.IORING_ENTER_REGISTERED_RING, 0, 0, flags=1)
-    return Asked(at, policy, keyrings, landlock, ring)
+    program.call("prctl TSC", nr.prctl, prctl.GET_TSC, at + _MASK + 8, 0, 0, 0, flags=1)
+    switches = (
+        program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_CPUID, 0, flags=1),
+        program.call("prctl mce kill", nr.prctl, prctl.MCE_KILL_GET, 0, 0, 0, 0, flags=1),
+        program.call("prctl io flusher", nr.prctl, prctl.GET_IO_FLUSHER, 0, 0, 0, 0, flags=1),
+    )
+    return Asked(at, policy, keyrings, landlock, ring, switches)
 
 
 def answer(
@@ -211,13 +220,54 @@ def answer(
         reason = "has an io_uring for itself (IORING_REGISTER_RING_FDS), whose requests live in the kernel"
         obstacles.append(Obstacle(what, reason, "have it give that up before the dump"))
     fields: dict[str, Any] = {}
-    raw = program.read(asked.at, _MASK + 8)
+    raw = program.read(asked.at, _MASK + 16)
     mode = int.from_bytes(raw[:4], "little")
     if results[asked.policy] == 0 and mode != pol.MPOL_DEFAULT:
-        fields |= {"numa_mode": mode, "numa_nodes": raw[8:].rstrip(b"\0")}
+        fields |= {"numa_mode": mode, "numa_nodes": raw[8 : _MASK + 8].rstrip(b"\0")}
     speculation = [which << 16 | _CONTROLS[status[name]] for name, which in _SPECULATION
                    if status.get(name) in _CONTROLS]  # fmt: skip
+    cpuid, mce, flusher = (results[call] for call in asked.switches)
+    # The kernel that does not know a switch, or does not tell us, has it as it is from the start.
+    switches = Switches(raw[_MASK + 8] or 1, cpuid == 0, mce if mce >= 0 else 2, flusher == 1).word()
+    if switches != Switches().word():
+        fields["switches"] = switches
     return fields | ({"speculation": speculation} if speculation else {})
+
+
+class Switches:
+    """Settings that every thread has for itself: whether it may read the time-stamp counter (PR_SET_TSC: 1, or 2 for
+    no), not use CPUID, its machine-check policy (PR_MCE_KILL_*: 2 is none), whether it is an I/O flusher."""
+
+    __slots__ = ("flusher", "mce", "no_cpuid", "tsc")
+
+    def __init__(self, tsc: int = 1, no_cpuid: bool = False, mce: int = 2, flusher: bool = False) -> None:
+        self.tsc = tsc
+        self.no_cpuid = no_cpuid
+        self.mce = mce
+        self.flusher = flusher
+
+    def word(self) -> int:
+        """All of them as the images have it."""
+        return self.tsc | self.no_cpuid << 2 | self.mce << 3 | self.flusher << 5
+
+    @classmethod
+    def of(cls, core: dict[str, Any]) -> Switches:
+        """Those of a thread_core_entry."""
+        word = core.get("firn", {}).get("switches") or cls().word()
+        return cls(word & 3, bool(word >> 2 & 1), word >> 3 & 3, bool(word >> 5 & 1))
+
+
+def plan_switches(program: Program, core: dict[str, Any], leader: dict[str, Any]) -> None:
+    """The calls of a thread other than *leader*, from whose it has the policy and whether it flushes so far."""
+    own, theirs = Switches.of(core), Switches.of(leader)
+    if own.tsc != 1:
+        program.call("prctl TSC", nr.prctl, prctl.SET_TSC, own.tsc, 0, 0, 0)
+    if own.no_cpuid:
+        program.call("arch_prctl CPUID", nr.arch_prctl, prctl.ARCH_SET_CPUID, 0)
+    if own.mce != theirs.mce:
+        program.call("prctl mce kill", nr.prctl, prctl.MCE_KILL, prctl.MCE_KILL_SET, own.mce, 0, 0)
+    if own.flusher != theirs.flusher:
+        program.call("prctl io flusher", nr.prctl, prctl.SET_IO_FLUSHER, own.flusher, 0, 0, 0)
 
 
 def _has_ring(program: Program, first: int) -> bool:

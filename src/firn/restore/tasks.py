@@ -261,6 +261,8 @@ class RestoredTask:
         comm = thread.core.get("comm", self.tc["comm"])
         threads.plan_own(program, thread.core, comm)
         policies.plan(program, thread.core)
+        if thread is not self.leader:
+            policies.plan_switches(program, thread.core, self.leader.core)
         program.call("set_tid_address", nr.set_tid_address, thread.info["clear_tid_addr"])
         signals.plan_queue(program, self.pid, thread.tid, False, thread.core.get("signals_p"))
 
