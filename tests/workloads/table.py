@@ -83,7 +83,7 @@ TABLE: list[Workload] = [
     *_all("memfd", "mapped closed sealed positions"),
     *_all("aio", "ring unreaped"),
     *_all("vdso", "vdso auxv overwritten title", dynamic=True),
-    *_all("attributes", "thp-disable dumpable subreaper pdeathsig slack oom coredump-filter comm"),
+    *_all("attributes", "thp-disable dumpable subreaper pdeathsig slack oom coredump-filter comm session-nice"),
     *_all("attributes", "no-randomize read-implies-exec mdwe membarrier"),
     *_all("threads", "tls tids robust rseq join", dynamic=True),
     *_all("thread_state", "masks altstack on-altstack names"),

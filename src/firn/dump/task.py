@@ -263,6 +263,8 @@ class Questions:
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
+        if mine.stat.session == mine.pid and (nice := process.session_nice(voice)):
+            tc["firn"]["session_nice"] = nice
         tc["timers"] = timers.answer(program, self.timers)
         got.reported |= stops.answer(program, self.children)
         tc["sigactions"] = signals.answer(program, self.actions)

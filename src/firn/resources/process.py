@@ -99,6 +99,14 @@ def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
         return None
 
 
+def session_nice(pid: int) -> int:
+    """The nice value of the whole session of *pid* (/proc/PID/autogroup, sched(7)); 0 where there is no such thing."""
+    try:
+        return int(procfs.read(f"/proc/{pid}/autogroup").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
     """The task_core_entry without state, timers and signals."""
     personality = procfs.read(f"/proc/{pid}/personality").strip().decode()
@@ -216,7 +224,8 @@ def set_core_filter(pid: int, value: int) -> None:
 def set_outside(pid: int, tc: dict[str, Any], log: Log) -> None:
     """What is written to /proc/PID by the controller. A kernel that refuses is reported; the task can live with it."""
     own = tc.get("firn", {})
-    wanted = [("oom_score_adj", tc.get("oom_score_adj"), 10), ("coredump_filter", own.get("coredump_filter"), 16)]
+    wanted = [("oom_score_adj", tc.get("oom_score_adj"), 10), ("coredump_filter", own.get("coredump_filter"), 16),
+              ("autogroup", own.get("session_nice"), 10)]  # fmt: skip
     for name, value, base in wanted:
         if value is None or _proc_number(pid, name, base) == value:
             continue

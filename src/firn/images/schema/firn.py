@@ -91,6 +91,7 @@ MESSAGES = {
         24 continued bool?
         25 amx bool?
         26 no_cpuid bool?
+        27 session_nice i32?
     """,
     "firn_mm": """
         1 lock_future u32? hex
