@@ -273,7 +273,7 @@ def plan_switches(program: Program, core: dict[str, Any], leader: dict[str, Any]
 def _has_ring(program: Program, first: int) -> bool:
     """Whether the thread has a ring registered, at the place that call *first* has tried or at another one. That may
     be a ring which no descriptor or mapping leads to. To enter it without anything to do has no effect."""
-    if program.results[first] in (-errno.EINVAL, -errno.ENOSYS):
+    if program.results[first] in (-errno.EINVAL, -errno.ENOSYS, -errno.EPERM, -errno.EACCES):
         return False  # it has never used a ring, or the kernel (before 5.18) has no such registrations
     program.reserve(pol.IO_RINGFD_REG_MAX, 0)
     tried = [first]
