@@ -8,7 +8,7 @@ import select
 import struct
 
 import pytest
-from harness import Runner, firn_command
+from harness import Runner, firn_command, open_descriptors
 from workloads.table import Workload
 
 from firn.abi import nr
@@ -97,3 +97,12 @@ def test_requests_in_flight_are_counted() -> None:
             os.close(pair[0])
             os.close(pair[1])
         watch.close()
+
+
+def test_where_nobody_may_look_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firn.host.kernelview._BTF", "/nonexistent")
+    told: list[str] = []
+    before = open_descriptors()
+    assert Watch.make(told.append) is None
+    assert len(told) == 1 and "would be lost" in told[0]
+    assert open_descriptors() == before
