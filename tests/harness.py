@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from images.rules import complaints
 from workloads.likeness import Portrait, differences, portrait, speaker
 from workloads.table import Workload
 
@@ -264,6 +265,8 @@ class Runner:
         ours = set(_children())
         code, output, images = self.try_dump(target, *options)
         assert code == 0, f"dump: exit status {code}\n{_tail(output)}"
+        found = complaints(images)
+        assert not found, "CRIU would not restore this:\n" + "\n".join(found)
         if not {"--leave-running", "--leave-stopped"} & set(options):
             wait_until("the dumped task ends", target.ended)
             assert target.status is not None

@@ -108,9 +108,7 @@ class Checkpoint:
 
     def __init__(self, images: ImageDir) -> None:
         self.images = images
-        if not images.exists("INVENTORY"):
-            raise ImageError(f"{images.path} is no checkpoint: it has no inventory.img")
-        self.inventory = images.read_one("INVENTORY")
+        self.inventory = images.read_inventory()
         _check_inventory(self.inventory)
         self.processes = [Process(images, item, self.inventory) for item in images.read_all("PSTREE")]
         self._link()

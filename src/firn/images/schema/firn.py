@@ -36,6 +36,7 @@ EXTENSIONS = {
 MESSAGES = {
     "firn_inventory": """
         1 cow_known bool?
+        2 images str*
     """,
     "firn_thread": """
         1 affinity bytes?
