@@ -370,7 +370,8 @@ class _Judge:
                     yield f"watch {watch['wd']} has no path"
         elif kind == base.FANOTIFY:
             for mark in message.get("mark", ()):
-                if mark["type"] == 1 and not mark["ie"]["f_handle"].get("path") and not self.is_ghost(mark["ie"]["i_ino"]):
+                path = mark["type"] != 1 or mark["ie"]["f_handle"].get("path") or self.is_ghost(mark["ie"]["i_ino"])
+                if not path:
                     yield "a mark has no path"
         elif kind == base.TTY:
             yield from self.tty_rules(message["tty_info_id"])
