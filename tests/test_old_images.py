@@ -126,9 +126,10 @@ def _age_files(images: ImageDir) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "memory_basic-file-private", "memory_basic-file-shared", "memory_pages-presence", "threads-tls", "signals-handlers",
-        "signals-pending-private", "signals-pending-shared", "timers-real", "timers-clocks", "identity-four-ids",
-        "identity-bounding", "identity-limits", "seccomp-one", "seccomp-stacked", "seccomp-strict", "ghosts-ghost",
+        "memory_basic-file-private", "memory_basic-file-shared", "memory_pages-presence", "threads-tls",
+        "signals-handlers", "signals-pending-private", "signals-pending-shared", "timers-real", "timers-clocks",
+        "identity-four-ids", "identity-bounding", "identity-limits", "seccomp-one", "seccomp-stacked", "seccomp-strict",
+        "ghosts-ghost",
         "events-eventfd", "events-signalfd", "events-timerfd", "epoll-ways", "watches-folder", "watches-marks",
         "pipes-fifo", "pipes-stream", "unix_sockets-pairs", "unix_sockets-listen", "ttys-settings", "inet-listen",
     ],

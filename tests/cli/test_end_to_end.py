@@ -17,7 +17,12 @@ from firn.cli import launcher
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a dump needs root")
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-PROGRAM = "import time, sys\nfor i in range(12): time.sleep(0.05)\nsys.exit(7)"
+PROGRAM = """
+import os, sys, time
+while not os.path.exists(sys.argv[1]): time.sleep(0.05)
+time.sleep(0.4)
+sys.exit(7)
+"""
 
 
 @pytest.fixture
@@ -34,13 +39,14 @@ def checkpoint(tmp_path: Path) -> tuple[int, Callable[..., subprocess.CompletedP
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
+    dumped = tmp_path / "dumped"
+    command = [sys.executable, "-I", "-S", "-c", PROGRAM, str(dumped)]
     with open("/dev/null", "r+b") as null:
-        target = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", PROGRAM], stdin=null, stdout=null, stderr=null, start_new_session=True
-        )
+        target = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     time.sleep(0.2)
     done = call("firn", "dump", "-t", str(target.pid))
     assert (target.wait(10), done.returncode, done.stdout, done.stderr) == (-9, 0, "", "")
+    dumped.touch()
     return target.pid, call
 
 

@@ -262,6 +262,8 @@ class Opener:
         nameless = self._make_nameless(name, number)
         path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
         entries = self.images.read_with_payload("GHOST_FILE", number)
+        if not entries:
+            raise ImageError(f"ghost-file-{number:x}.img: cut short: it has no entry")
         entry = entries[0][0]
         try:
             fill_ghost(self.images, path, entries)

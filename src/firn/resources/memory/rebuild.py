@@ -56,8 +56,8 @@ def is_special(vma: dict[str, Any]) -> bool:
 
 
 def file_key(vma: dict[str, Any]) -> tuple[int, int]:
-    """(file id, access mode) of what a mapping is of: the mode is the mapping's own where it has one. Where an old image
-    has none, it is what the mapping needs, for the file's own may be less."""
+    """(file id, access mode) of what a mapping is of: the mode is the mapping's own where it has one. In an old image
+    it has none, and the file's own may be less than it needs."""
     needed = _READ_WRITE if vma["flags"] & mman.MAP_SHARED and vma["prot"] & mman.PROT_WRITE else _AS_RECORDED
     return vma["shmid"], vma.get("fdflags", needed)
 
