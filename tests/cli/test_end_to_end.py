@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,24 @@ def test_in_the_foreground(
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
     assert (tmp_path / "images" / "pid").read_text() == str(pid)
     assert (tmp_path / "images" / "log").read_text().endswith("Restore finished successfully. Tasks resumed.\n")
+
+
+def test_criu_waits_whatever_signals_come(
+    checkpoint: tuple[int, Callable[..., subprocess.CompletedProcess[str]]], tmp_path: Path
+) -> None:
+    """It says that all is well before it waits, and only the end of its children ends it."""
+    pid, _ = checkpoint
+    images = tmp_path / "images"
+    command = [tmp_path / "criu", "restore", "-D", images, "-o", "log", "-v4"]
+    with open("/dev/null", "r+b") as null, subprocess.Popen(command, stdin=null, stdout=null, stderr=null) as criu:
+        deadline = time.monotonic() + 60
+        while not ((images / "log").exists() and "Tasks resumed." in (images / "log").read_text()):
+            assert criu.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            criu.send_signal(number)
+        assert criu.wait(60) == 0
+    assert not os.path.exists(f"/proc/{pid}")
 
 
 def test_detached_as_our_child(
