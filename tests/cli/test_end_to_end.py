@@ -68,7 +68,7 @@ def test_criu_waits_whatever_signals_come(
     """It says that all is well before it waits, and only the end of its children ends it."""
     pid, _ = checkpoint
     images = tmp_path / "images"
-    command = [tmp_path / "criu", "restore", "-D", images, "-o", "log", "-v4"]
+    command = [str(tmp_path / "criu"), "restore", "-D", str(images), "-o", "log", "-v4"]
     with open("/dev/null", "r+b") as null, subprocess.Popen(command, stdin=null, stdout=null, stderr=null) as criu:
         deadline = time.monotonic() + 60
         while not ((images / "log").exists() and "Tasks resumed." in (images / "log").read_text()):
