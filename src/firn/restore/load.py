@@ -112,6 +112,9 @@ class Process:
                 raise ImageError(f"mm-{self.pid}.img: impossible mapping {start:#x}-{end:#x}")
             if vma["status"] & areas.GUARD:
                 continue
+            if vma["status"] & (areas.SHSTK | areas.UPROBES):
+                what = "a shadow stack" if vma["status"] & areas.SHSTK else "a trampoline of uprobes"
+                raise NotBuilt(f"process {self.pid} has {what} at {start:#x}, which is not supported yet")
             if not vma["flags"] & mman.MAP_ANONYMOUS and not vma["status"] & _OF_SOMETHING:
                 raise ImageError(f"mm-{self.pid}.img: mapping {start:#x}-{end:#x} is neither anonymous nor of a file")
             if start < last:
