@@ -143,14 +143,16 @@ def own() -> tuple[int, str]:
 
 def plan(program: Program, entry: dict[str, Any]) -> None:
     """The calls of the root, not yet anybody else than we are, that make its session keyring."""
-    name = entry.get("name", "")
-    if not entry or (entry.get("number"), name) == own():
+    if not entry or (entry.get("number"), entry["name"]) == own():
         return
+    name: str = entry["name"]
+    if "\0" in name:
+        raise ImageError(f"inventory.img: no keyring is called {name!r}")
     text = 0 if name in ("", _ANONYMOUS) else program.text(name)
     program.call(f"join session keyring {name}", nr.keyctl, pol.KEYCTL_JOIN_SESSION_KEYRING, text)
     session = pol.KEY_SPEC_SESSION_KEYRING
     for key in entry.get("keys", []):
-        if "\0" in key.get("name", "") or len(key.get("payload", b"")) > _LARGEST:
+        if "\0" in key["name"] or len(key.get("payload", b"")) > _LARGEST:
             raise ImageError("inventory.img: the session keyring has an impossible key")
         if "payload" in key:
             program.reserve(6, len(key["payload"]) + len(key["name"]) + 64)
@@ -161,7 +163,10 @@ def plan(program: Program, entry: dict[str, Any]) -> None:
                 program.copy(program.result_address(made), program.argument_address(changed + 1, 1))
                 program.call("keyctl", nr.keyctl, call, 0, *values)
         else:
-            uid = int(key["name"].removeprefix("_uid."))
+            number = key["name"].removeprefix("_uid.")
+            if not number.isdecimal() or int(number) >> 32:
+                raise ImageError(f"inventory.img: {key['name']!r} is no user's keyring")
+            uid = int(number)
             # The user's keyring is that of the real user, and only its owner may make links to it.
             program.call("setresuid", nr.setresuid, uid, uid, 0)
             program.call("link", nr.keyctl, pol.KEYCTL_LINK, pol.KEY_SPEC_USER_KEYRING, session)

@@ -19,6 +19,7 @@ import os
 import time
 
 from firn import faults
+from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import FirnError, KernelError, RestoreError
 from firn.host import features
@@ -35,7 +36,7 @@ from firn.scripts import run_scripts, write_pidfile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from typing import Any
 
     from firn.api import CpuinfoOptions, RestoreOptions
@@ -119,7 +120,9 @@ class Restore:
             process.pid: cgroups.plan(self.images, _cgroups_of(process.cores[0]), mode) for process in living
         }
         self.thread_moves = {
-            tid: cgroups.plan(self.images, _cgroups_of(core), mode, _cgroups_of(process.cores[0]))
+            tid: cgroups.plan(
+                self.images, _cgroups_of(core, process.cores[0]), mode, _cgroups_of(process.cores[0])
+            )
             for process in living
             for tid, core in zip(process.tids[1:], process.cores[1:], strict=True)
         }
@@ -287,14 +290,17 @@ class Restore:
             self.lock.close()
 
 
-def _cgroups_of(core: dict[str, Any]) -> int:
-    """The number of the set of control groups that a thread is in."""
+def _cgroups_of(core: dict[str, Any], leader: dict[str, Any] | None = None) -> int:
+    """The number of the set of control groups that a thread is in: the *leader*'s, if the image does not tell."""
     number: int = core["thread_core"].get("cg_set", 0)
-    return max(number, cgroups.ROOT_SET)
+    return _cgroups_of(leader) if not number and leader is not None else max(number, cgroups.ROOT_SET)
 
 
-def restore(options: RestoreOptions, log: Log) -> Result:
-    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it."""
+def restore(options: RestoreOptions, log: Log, done: Callable[[Result], None] | None = None) -> Result:
+    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it.
+
+    *done* is called when the tree runs, before a restore that is not detached waits for it.
+    """
     started = time.monotonic_ns()
     work = Restore(options, log)
     try:
@@ -314,10 +320,15 @@ def restore(options: RestoreOptions, log: Log) -> Result:
     _scripts(work, "post-resume", pid)
     work.stats["restore_time"] = (time.monotonic_ns() - started) // 1000
     _save_stats(work)
-    status = None
+    result = Result(pid, None, work.stats)
+    if done is not None:
+        done(result)
     if not options.restore_detached and not options.exec_cmd:
-        status = wait(pid)
-    return Result(pid, status, work.stats)
+        if options.foreground_status:
+            result.exit_status = wait(pid)
+        else:
+            wait_for_all()
+    return result
 
 
 def _scripts(work: Restore, action: str, pid: int) -> None:
@@ -358,3 +369,15 @@ def wait(pid: int) -> int:
         _signal.signal(number, forward)
     _, status = os.waitpid(pid, 0)
     return 128 + (status & 0x7F) if status & 0x7F else status >> 8
+
+
+def wait_for_all() -> None:
+    """Wait as CRIU does: until no child is left, and whatever signals come; only SIGKILL ends it."""
+    import _signal
+
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals() - {sig.SIGCHLD})
+    while True:
+        try:
+            os.waitpid(-1, pt.WALL)
+        except ChildProcessError:
+            return
