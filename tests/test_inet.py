@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import urllib.request
@@ -164,15 +165,13 @@ def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
         word = "sent to 239.7.7.7"
     elif reason.startswith("sign"):
         made = server = listener()
-        head = socket.AF_INET.to_bytes(2, "little") + bytes(2) + socket.inet_aton("127.0.0.1")
-        key = head.ljust(128, b"\0") + bytes((0, 0, 3, 0)) + bytes(4) + b"key".ljust(80, b"\0")  # struct tcp_md5sig
         try:
-            made.setsockopt(socket.IPPROTO_TCP, 14, key)
+            made.setsockopt(socket.IPPROTO_TCP, 14, KEY)
         except OSError as error:
             pytest.skip(f"no TCP_MD5SIG here: {error.strerror}")
         if reason == "signing":
             made = socket.socket()
-            made.setsockopt(socket.IPPROTO_TCP, 14, key)
+            made.setsockopt(socket.IPPROTO_TCP, 14, KEY)
             made.connect(server.getsockname())
         word = "TCP_MD5SIG"
     else:
@@ -194,18 +193,77 @@ def test_what_cannot_be_saved_is_refused(runner: Runner, reason: str) -> None:
         others[0].close()
 
 
+KEY = (
+    socket.AF_INET.to_bytes(2, "little") + bytes(2) + socket.inet_aton("127.0.0.1").ljust(124, b"\0")
+    + bytes((0, 0, 3, 0, 0, 0, 0, 0)) + b"key".ljust(80, b"\0")
+)  # fmt: skip
+"""A struct tcp_md5sig (linux/tcp.h)."""
+LABEL = struct.pack("<16s4sBBHHHI", socket.inet_pton(socket.AF_INET6, "::1"), b"", 0, 255, 1, 6, 6, 0)
+"""A struct in6_flowlabel_req (linux/in6.h): any new label, for everybody (IPV6_FL_S_ANY)."""
+
+
+@needs_firn
+@pytest.mark.parametrize(
+    ("kind", "option", "word"),
+    [
+        ((2, 1, 6), (6, 14, KEY), "TCP_MD5SIG"),
+        ((2, 2, 17), (1, 60, 1), "SO_ZEROCOPY"),
+        ((2, 2, 17), (1, 37, 0x80), "SOF_TIMESTAMPING_OPT_ID"),
+        ((17, 3, 0), (1, 37, 0x80), "SOF_TIMESTAMPING_OPT_ID"),
+        ((10, 2, 17), (41, 32, LABEL), "a lease of a flow label"),
+        ((2, 3, 2), (0, 200, 1), "multicast routing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_kernel_hides_is_refused(
+    runner: Runner, kind: tuple[int, int, int], option: tuple[int, int, Any], word: str
+) -> None:
+    made = socket.socket(*kind)
+    try:
+        made.setsockopt(*option)
+    except OSError as error:
+        pytest.skip(f"not here, or not now: {error.strerror}")
+    if kind[1:] == (2, 17):
+        made.bind(("", 0))
+    refused(runner, made, word)
+
+
+@needs_firn
+def test_a_syn_that_was_not_read_is_refused(runner: Runner) -> None:
+    server = listener()
+    server.setsockopt(socket.IPPROTO_TCP, 27, 1)  # TCP_SAVE_SYN
+    with socket.create_connection(server.getsockname()):
+        refused(runner, server.accept()[0], "TCP_SAVE_SYN", options=("--tcp-established",))
+    server.close()
+
+
 @needs_firn
 def test_a_datagram_from_afar_keeps_its_sender(runner: Runner) -> None:
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     made.bind(("127.0.0.1", 0))
     own = {"source": socket.inet_aton("198.51.100.9"), "port": 4242, "destination": socket.inet_aton("127.0.0.1"),
-           "data": b"far"}  # fmt: skip
+           "data": b"far", "hops": 17, "kind": 4}  # fmt: skip
     message = {"proto": 17, "src_port": made.getsockname()[1], "opts": {"so_rcvbuf": 212992},
                "firn": {"datagrams": [own]}}  # fmt: skip
     datagrams.fill(made, "it", message)
     assert datagrams.peek(made) == [own]
     assert made.recvfrom(9) == (b"far", ("198.51.100.9", 4242))
     assert made.getsockopt(socket.IPPROTO_IP, 8) == 0 and made.getsockopt(socket.SOL_SOCKET, 42) == -1
+
+
+def test_options_find_their_network_device_by_its_name() -> None:
+    index, elsewhere = socket.if_nametoindex("lo"), 4242
+    options = [{"level": 0, "number": 50, "value": elsewhere.to_bytes(4, "big")},
+               {"level": 41, "number": 17, "value": elsewhere.to_bytes(4, "little")}]  # fmt: skip
+    entry = {"family": 10, "type": 2, "proto": 17, "opts": {}, "firn": {
+        "options": options, "devices": [{"index": elsewhere, "name": "lo"}]}}  # fmt: skip
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as made:
+        inet_options.restore(made, entry)
+        assert socket.ntohl(made.getsockopt(0, 50)) == made.getsockopt(41, 17) == index
+        assert inet_options.collect(made, False)["firn"]["devices"] == [{"index": index, "name": "lo"}]
+        entry["firn"]["devices"] = [{"index": elsewhere, "name": "nowhere"}]  # type: ignore[index]
+        with pytest.raises(OSError, match="nowhere is not there"):
+            inet_options.restore(made, entry)
 
 
 def test_diag_tells_how_sockets_are_shut() -> None:

@@ -43,6 +43,10 @@ TABLE = [
              once=mode != "quiet", ways=MIXED)
     for mode in ("quiet", "queues", "half")
 ]  # fmt: skip
+TABLE += [
+    Workload("inet_odd", mode, unlike=UNLIKE, dump=OPTION, restore=OPTION, once=mode not in ("outgoing", "segments"))
+    for mode in ("half", "over", "ended", "queue", "outgoing", "segments")
+]  # fmt: skip
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
@@ -405,7 +409,7 @@ def test_a_connection_of_a_program_that_runs_on(
         for _ in range(20):
             peer.sendall(b"echo")
             assert peer.recv(9) == b"echo", program.trouble()
-    assert not target.ended(), program.trouble()
+        assert not target.ended(), program.trouble()
     wait_until("it ends", target.ended)
     assert target.status == 0, program.trouble()
 

@@ -326,12 +326,14 @@ TCP = Mirror(
         "TCPOPT_SACK_PERM": "TCPOPT_SACK_PERMITTED",
         "SIOCINQ": "FIONREAD",
         "SIOCOUTQ": "TIOCOUTQ",
+        "INFO_SSTHRESH": "offsetof(struct tcp_info, tcpi_rcv_ssthresh)",
     },
     structs={
         "REPAIR_OPT": ("struct tcp_repair_opt", "opt_code opt_val"),
         "WINDOW": ("struct tcp_repair_window", "snd_wl1 snd_wnd max_window rcv_wnd rcv_wup"),
     },
     newer={
+        "INFO_DELIVERED": ("include/uapi/linux/tcp.h, Linux 4.18: tcpi_delivered", 192),
         "TCP_AO_INFO": ("include/uapi/linux/tcp.h, Linux 6.7", 40),
         "TCP_REPAIR_ON": ("include/uapi/linux/tcp.h", 1),
         "TCP_REPAIR_OFF": ("include/uapi/linux/tcp.h", 0),

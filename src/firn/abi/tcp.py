@@ -11,6 +11,7 @@ import struct
 TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_INFO, TCP_QUICKACK, TCP_FASTOPEN_CONNECT = 2, 10, 11, 12, 30
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 19, 20, 21, 22
 TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 24, 29
+TCP_SAVED_SYN = 28
 TCP_AO_INFO = 40  # linux/tcp.h, since Linux 6.7
 
 TCP_REPAIR_ON, TCP_REPAIR_OFF, TCP_REPAIR_OFF_NO_WP = 1, 0, -1
@@ -24,6 +25,10 @@ TCP_MAX_WSCALE = 14
 INFO = struct.Struct("<B4xBB17xII")
 """Start of struct tcp_info: state, options, window scales (ours to read the peer's in the lower four bits); of a
 listening socket, how many connections wait to be accepted, and how many may."""
+INFO_SSTHRESH = 64
+"""Where struct tcp_info has the window's limit of the moment (tcpi_rcv_ssthresh)."""
+INFO_DELIVERED = 192
+"""Where struct tcp_info has the number of segments that arrived at the peer, since Linux 4.18. The SYN is one."""
 REPAIR_OPT = struct.Struct("<II")
 """struct tcp_repair_opt: which option, its value."""
 WINDOW = struct.Struct("<5I")

@@ -30,6 +30,8 @@ _CONNECTED = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
 """The states of a connection that a descriptor can have, as bits."""
 _SOCK_DESTROY = 21  # linux/sock_diag.h
 _TCP = 6
+_BOUND = 13
+"""TCP_BOUND_INACTIVE (net/tcp_states.h)."""
 _ENDING = (4, 9, 11)
 """FIN-WAIT-1, LAST-ACK, CLOSING (net/tcp_states.h)."""
 _ENDS = struct.Struct(">HH16s16s")
@@ -167,6 +169,18 @@ def tcp_connections(family: int) -> dict[int, TcpConnection]:
     found = {INET_DIAG_MSG.unpack_from(payload)[-1]: TcpConnection(payload) for payload in listing("TCP", request)}
     found.pop(0, None)
     return found
+
+
+def tcp_bound(family: int) -> dict[int, int]:
+    """By inode, how TCP sockets that have a port, but neither listen nor are connected, are shut down: 1 for reading, 2
+    for writing. The kernel lists them since Linux 6.8. Raises :class:`OSError`."""
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << INET_SHUTDOWN - 1, 1 << _BOUND)
+    return {
+        INET_DIAG_MSG.unpack_from(payload)[-1]: dict(attributes(payload, INET_DIAG_MSG.size)).get(
+            INET_SHUTDOWN, b"\0"
+        )[0]
+        for payload in listing("TCP sockets", request)
+    }
 
 
 def destroy_orphans(connections: list[Connection]) -> None:

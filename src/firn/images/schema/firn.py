@@ -135,6 +135,10 @@ MESSAGES = {
         2 groups firn_group*
         3 datagrams firn_datagram*
         4 unread bytes?
+        5 refused bool?
+        6 clamp u32?
+        7 devices firn_device*
+        8 ssthresh u32?
     """,
     "firn_netlink": """
         1 groups bytes?
@@ -215,6 +219,8 @@ MESSAGES = {
         2 port u32
         3 destination bytes
         4 data bytes
+        5 hops u32?
+        6 kind u32?
     """,
 }
 

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 _MSG_PEEK, _MSG_DONTWAIT = 2, 0x40
 _IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
+_SHOWN = {AF_INET: (IP, (_IP_PKTINFO, 12, 13)), AF_INET6: (IPV6, (_IPV6_RECVPKTINFO, 51, 66))}
+"""By family: level and options that have a datagram tell where it went, its hops left (IP_RECVTTL, IPV6_RECVHOPLIMIT)
+and its kind of service (IP_RECVTOS, IPV6_RECVTCLASS)."""
+_HOPS, _KIND = {(IP, 2), (IPV6, 52)}, {(IP, 1), (IPV6, 67)}
+"""What they then tell: IP_TTL and IPV6_HOPLIMIT, IP_TOS and IPV6_TCLASS."""
+_USUAL_HOPS = 64
 _UDP_GRO = 104
 _LARGEST, _CONTROL = 1 << 16, 512
 _ROOM = 1 << 26
@@ -46,12 +52,15 @@ def _raw(address: str, family: int) -> bytes:
 
 def peek(sock: _socket.socket) -> list[dict[str, Any]]:
     """All datagrams (firn_datagram), which stay where they are."""
-    level, switch = (IPV6, _IPV6_RECVPKTINFO) if sock.family == AF_INET6 else (IP, _IP_PKTINFO)
-    before = sock.getsockopt(level, switch)
+    # A socket of IPv6 tells of a datagram that came by IPv4 what it would tell if it were one of IPv4.
+    levels = (AF_INET,) if sock.family == AF_INET else (AF_INET, AF_INET6)
+    switches = [(_SHOWN[family][0], number) for family in levels for number in _SHOWN[family][1]]
+    before = [(level, number, sock.getsockopt(level, number)) for level, number in switches]
     offset = sock.getsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF)
-    sock.setsockopt(level, switch, 1)
     found = []
     try:
+        for level, number in switches:
+            sock.setsockopt(level, number, 1)
         sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, -1)
         # An empty datagram that was peeked at before is not seen at an offset again, but without one it is.
         first = _peek(sock)
@@ -65,7 +74,8 @@ def peek(sock: _socket.socket) -> list[dict[str, Any]]:
         return [piece for datagram in found for piece in _pieces(datagram)]
     finally:
         sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, offset)
-        sock.setsockopt(level, switch, before)
+        for level, number, value in before:
+            sock.setsockopt(level, number, value)
 
 
 def _peek(sock: _socket.socket) -> dict[str, Any] | None:
@@ -73,17 +83,21 @@ def _peek(sock: _socket.socket) -> dict[str, Any] | None:
         data, control, _, source = sock.recvmsg(_LARGEST, _CONTROL, _MSG_PEEK | _MSG_DONTWAIT)
     except BlockingIOError:
         return None
-    destination, size = b"", 0
+    destination, size, way = b"", 0, {}
     for level, kind, content in control:
         if (level, kind) == (IP, _IP_PKTINFO):
-            destination = content[8:12]
+            destination = destination or content[8:12]
         elif (level, kind) == (IPV6, _IPV6_PKTINFO):
             destination = content[:16]
+        elif (level, kind) in _HOPS:
+            way["hops"] = content[0]
+        elif (level, kind) in _KIND:
+            way["kind"] = content[0]
         elif (level, kind) == (UDP, _UDP_GRO):
             size = int.from_bytes(content[:4], "little")
     source_address = _raw(source[0], sock.family)
     found = {"source": source_address, "port": source[1], "destination": unmapped(destination), "data": data}
-    return found | {"size": size} if size else found
+    return found | way | ({"size": size} if size else {})
 
 
 def _pieces(datagram: dict[str, Any]) -> list[dict[str, Any]]:
@@ -181,7 +195,9 @@ def _send(name: str, message: dict[str, Any], datagram: dict[str, Any]) -> None:
     source, target, data = (datagram.get(field, b"") for field in ("source", "destination", "data"))
     port = datagram.get("port", 0)
     try:
-        send(source, target, message["proto"], _body(source, target, message["proto"], port, message["src_port"], data))
+        body = _body(source, target, message["proto"], port, message["src_port"], data)
+        hops, kind = datagram.get("hops", _USUAL_HOPS) & 0xFF, datagram.get("kind", 0) & 0xFF
+        send(source, target, message["proto"], body, hops=hops or _USUAL_HOPS, kind=kind)
     except OSError as error:
         why = "it is too large" if error.errno == errno.EMSGSIZE else error.strerror
         raise RestoreError(f"{name}: a datagram from {text(source)} cannot be queued again: {why}") from None

@@ -15,11 +15,23 @@ import os
 import struct
 
 from firn.abi import poll
-from firn.abi.tcp import INFO, SIOCINQ, SIOCOUTQ, TCP_CLOSE, TCP_INFO, TCP_LISTEN, TCP_REPAIR, TCP_SYN_SENT
+from firn.abi.tcp import (
+    INFO,
+    INFO_DELIVERED,
+    INFO_SSTHRESH,
+    SIOCINQ,
+    SIOCOUTQ,
+    TCP_CLOSE,
+    TCP_INFO,
+    TCP_LISTEN,
+    TCP_REPAIR,
+    TCP_SYN_SENT,
+    TCP_WINDOW_CLAMP,
+)
 from firn.errors import Obstacle
 from firn.host import families, holders, sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import common, connections, datagrams, inet_options, options, raw, tcp
+from firn.resources.sockets import common, connections, datagrams, hidden, inet_options, options, outgoing, raw, tcp
 from firn.resources.sockets.inet_options import (
     AF_INET,
     AF_INET6,
@@ -47,6 +59,7 @@ ESTABLISHED, CLOSE, LISTEN = sockdiag.ESTABLISHED, TCP_CLOSE, TCP_LISTEN
 STATES = tcp.STATES
 _UDP_CORK = 1
 _HIGHEST_RAW = 255
+_SHUT_BOTH = 3
 _CLOSE_IT = "close it before the dump"
 
 
@@ -62,6 +75,8 @@ class InetSockets(Kind):
         self._rebuild: InetRebuild | None = None
         self._raw = raw.Table()
         self._keys: dict[int, set[int]] = {}
+        self._bound: dict[int, dict[int, int]] = {}
+        self._labels: list[int] | None = None
 
     # -- collect -----------------------------------------------------------------------------------------------------
 
@@ -119,34 +134,64 @@ class InetSockets(Kind):
             context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
             return None
         message |= inet_options.collect(copy, over or state in STATES)
-        _addresses(copy, message, over, listed.peer if listed is not None and state == TCP_SYN_SENT else None)
+        # How a socket that still has its port is shut; None if it has not.
+        bound = self._bound_and_shut(copy, open.stat.st_ino) if over else None
+        peer = listed.peer if listed is not None and state == TCP_SYN_SENT else None
+        _addresses(copy, message, over and bound is None, peer)
         if not is_tcp(copy):
             self._add_raw(copy, message)
         if not is_tcp(copy) and not datagrams.is_udp(copy):
             for reason in self._raw.obstacles(copy, message["ino"]):
                 context.refuse(open, reason, "let the program read it first, or try again", passing=True)
         shutdown = listed.shutdown if listed is not None else self._shutdown(copy, message, over)
+        shutdown = bound if bound is not None else shutdown
         if shutdown:
             message["shutdown"] = shutdown
-        unread = tcp.count(copy, SIOCINQ) if over else 0
-        if unread:
-            message.setdefault("firn", {})["unread"] = tcp.peek(copy, unread)
+        if is_tcp(copy):
+            message["firn"] = message.get("firn", {}) | _ended_or_goes_on(copy, state, over and shutdown == _SHUT_BOTH)
         if copy.type != STREAM:
             own = message.setdefault("firn", {})
+            self._add_outgoing(copy, open, context, message)
             own["groups"] = inet_options.memberships(copy)
             own["datagrams"] = datagrams.peek(copy) if datagrams.is_udp(copy) else []
             for reason in datagrams.obstacles(message):
                 context.refuse(open, reason, "let the program read it first")
             if not any(own.values()):
                 del message["firn"]
+        if self._labels is None:
+            self._labels = hidden.flow_labels()
+        for reason in hidden.obstacles(copy, message, over, self._labels):
+            context.refuse(open, reason, _CLOSE_IT)
         self._saved.append((open, message))
         return message
+
+    def _add_outgoing(
+        self, copy: _socket.socket, open: Open, context: DumpContext, message: dict[str, Any]
+    ) -> None:
+        """The device for groups, if that is not among the options."""
+        if not message["src_port"] or not datagrams.is_udp(copy) or message["opts"].get("so_bound_dev"):
+            return
+        try:
+            more = outgoing.option(copy)
+        except LookupError as error:
+            reason = f"sends to groups through a device that is known by its index only (IP_MULTICAST_IF): {error}"
+            context.refuse(open, reason, "name the device by its address")
+            return
+        if more:
+            own = message["firn"]
+            own["options"] = own.get("options", []) + more
+            own |= inet_options.devices(own["options"])
 
     def _listed(self, copy: _socket.socket, inode: int) -> sockdiag.TcpConnection | None:
         """What the kernel's list of connections tells of this one."""
         if copy.family not in self._diag:
             self._diag[copy.family] = sockdiag.tcp_connections(copy.family)
         return self._diag[copy.family].get(inode)
+
+    def _bound_and_shut(self, copy: _socket.socket, inode: int) -> int | None:
+        if copy.family not in self._bound:
+            self._bound[copy.family] = sockdiag.tcp_bound(copy.family)
+        return self._bound[copy.family].get(inode)
 
     def _add_raw(self, copy: _socket.socket, message: dict[str, Any]) -> None:
         """What raw sockets have and others have not, and a peer without a port."""
@@ -249,6 +294,21 @@ def is_supported(family: int, kind: int, protocol: int) -> bool:
     if kind == RAW:
         return 0 <= protocol <= _HIGHEST_RAW
     return (kind, protocol) in SUPPORTED or (kind == DGRAM and protocol == PINGS.get(family))
+
+
+def _ended_or_goes_on(copy: _socket.socket, state: int, over: bool) -> dict[str, Any]:
+    """Of a TCP socket, for firn_inet: what was not read of a connection that is *over*, or that there never was one; of
+    one that goes on, its window's limits."""
+    if state in STATES and state != TCP_SYN_SENT:
+        told = copy.getsockopt(TCP, TCP_INFO, INFO_SSTHRESH + 4)
+        threshold = int.from_bytes(told[INFO_SSTHRESH:], "little")
+        return {"clamp": copy.getsockopt(TCP, TCP_WINDOW_CLAMP), "ssthresh": threshold}
+    unread = tcp.count(copy, SIOCINQ) if over else 0
+    if unread:
+        return {"unread": tcp.peek(copy, unread)}
+    told = copy.getsockopt(TCP, TCP_INFO, INFO_DELIVERED + 4) if over else b""
+    # Not even its SYN has arrived anywhere: connect(2) has failed, without waiting for it.
+    return {"refused": True} if len(told) == INFO_DELIVERED + 4 and not any(told[INFO_DELIVERED:]) else {}
 
 
 def _stays(context: DumpContext) -> bool:

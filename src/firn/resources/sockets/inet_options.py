@@ -16,7 +16,7 @@ from firn.resources.sockets import options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
 AF_INET, AF_INET6 = 2, 10
 STREAM, DGRAM, RAW = 1, 2, 3
@@ -24,7 +24,7 @@ IP, TCP, UDP, IPV6, UDPLITE, SOL_RAW = 0, 6, 17, 41, 136, 255
 IPV6_V6ONLY = 26
 MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP, MCAST_MSFILTER = 42, 46, 48
 EXCLUDE, INCLUDE = 0, 1
-TCP_ULP = 31
+IP_OPTIONS, TCP_ULP = 4, 31
 
 IP_FIELDS = {15: "freebind", 8: "pktinfo", 1: "tos", 2: "ttl"}
 TCP_FIELDS = {3: "cork", 1: "nodelay", 6: "keepcnt", 4: "keepidle", 5: "keepintvl"}
@@ -56,11 +56,16 @@ KEPT = {
 
 _OF_CONNECTION = {TCP: (TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_QUICKACK, TCP_FASTOPEN_CONNECT)}
 """What a connection sets by itself, and what must not be done once more when it is made again."""
+_BY_INDEX: dict[tuple[int, int], tuple[Literal["big", "little"], int]] = {
+    (IP, 50): ("big", 0), (IPV6, 17): ("little", 0), (IPV6, 76): ("big", 0), (IP, 32): ("little", 8),
+}  # fmt: skip
+"""Options that have the index of a network device (IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_UNICAST_IF; IP_MULTICAST_IF
+if it is a struct ip_mreqn): its byte order, and where it is."""
 _OF_DATAGRAMS = {IP: (32, 33), IPV6: (17, 18)}
 """Multicast options that a stream does not take, though accepted ones show other values than new ones."""
 
 _MIN_MSS, _MAX_MSS = 88, 32767
-"""What may be set (TCP_MIN_MSS and MAX_TCP_WINDOW of the kernel)."""
+"""What may be set (TCPMIN_MSS and MAX_TCP_WINDOW of the kernel)."""
 _GROUP = struct.Struct("<I4x")
 _FILTER = struct.Struct("<II")
 _STORAGE = 128
@@ -96,8 +101,34 @@ def collect(sock: _socket.socket, connected: bool) -> dict[str, Any]:
         kept += options.kept(sock, level, KEPT[level], passed.get(level, ()))
     kept = [option for option in kept if not _is_derived(option)]
     if kept:
-        found["firn"] = {"options": kept}
+        found["firn"] = {"options": kept} | devices(kept)
     return found
+
+
+def _index(option: dict[str, Any]) -> int:
+    """The index of the network device that an option names; 0 if it names none."""
+    order, at = _BY_INDEX.get((option.get("level", 0), option.get("number", 0)), ("little", 1 << 16))
+    return int.from_bytes(option.get("value", b"")[at : at + 4], order)
+
+
+def devices(kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """The names of the network devices in options, as a field of firn_inet: elsewhere they have other indices."""
+    names = dict(_socket.if_nameindex()) if any(map(_index, kept)) else {}
+    found = [{"index": index, "name": names[index]} for index in sorted(set(map(_index, kept))) if index in names]
+    return {"devices": found} if found else {}
+
+
+def _here(option: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
+    """The option with the index that the device has here. Raises :class:`OSError` if it is not there."""
+    index = _index(option)
+    if index not in names:
+        return option
+    try:
+        index = _socket.if_nametoindex(names[index])
+    except OSError:
+        raise OSError(errno.ENODEV, f"the network device {names[index]} is not there") from None
+    order, at = _BY_INDEX[option["level"], option["number"]]
+    return option | {"value": option["value"][:at] + index.to_bytes(4, order) + option["value"][at + 4 :]}
 
 
 def _is_derived(option: dict[str, Any]) -> bool:
@@ -143,7 +174,9 @@ def restore(sock: _socket.socket, entry: dict[str, Any]) -> None:
             if entry["opts"].get(f"tcp_{name}"):
                 sock.setsockopt(TCP, number, entry["opts"][f"tcp_{name}"].to_bytes(4, "little"))
     allowed = {level: KEPT[level] for level in levels(entry["family"], entry["type"], entry["proto"])}
-    options.set_kept(sock, entry.get("firn", {}).get("options", []), allowed)
+    own = entry.get("firn", {})
+    names = {device.get("index", 0): device.get("name", "") for device in own.get("devices", [])}
+    options.set_kept(sock, [_here(option, names) for option in own.get("options", [])], allowed)
 
 
 # -- multicast memberships -------------------------------------------------------------------------------------------

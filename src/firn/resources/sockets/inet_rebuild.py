@@ -170,8 +170,10 @@ class InetRebuild:
             made.sock = raw.make(entry["family"], entry["type"], entry["proto"])
         except OSError as error:
             raise RestoreError(f"{made} cannot be made: {error.strerror}") from None
+        self._end(made)
         try:
-            options.restore(made.sock, entry["opts"] | ({"so_bound_dev": ""} if _comes_late(entry) else {}))
+            own = entry["opts"] | ({"so_bound_dev": ""} if _comes_late(entry) else {})
+            options.restore(made.sock, own, guarded=not _guarded_late(made))
             inet_options.restore(made.sock, entry)
             raw.restore(made.sock, entry)
             # IP_TOS changes it.
@@ -187,6 +189,19 @@ class InetRebuild:
             made.stream.begin(made.sock)
         if made.bound or made.stream is not None:
             self._bind(made)
+
+    def _end(self, made: Made) -> None:
+        """How a connection has ended, where that leaves more than a socket that is shut."""
+        own = made.entry.get("firn", {})
+        tells = own.get("unread") or own.get("refused")
+        if made.entry["type"] != STREAM or made.entry["state"] != CLOSE or not tells:
+            return
+        from firn.resources.sockets import tcp_rebuild
+
+        if own.get("refused"):
+            tcp_rebuild.be_refused(str(made), made.get())
+        else:
+            tcp_rebuild.end_with(str(made), made.get(), own["unread"], made.entry["opts"])
 
     def _bind(self, made: Made) -> None:
         sock = made.get()
@@ -217,11 +232,6 @@ class InetRebuild:
     def _connect(self, made: Made) -> None:
         if made.stream is not None:
             made.stream.connect(made.address("dst"))
-        unread = made.entry.get("firn", {}).get("unread")
-        if unread and made.entry["type"] == STREAM and made.entry["state"] == CLOSE:
-            from firn.resources.sockets.tcp_rebuild import end_with
-
-            end_with(str(made), made.get(), unread, made.entry["opts"])
 
     def _fill(self, made: Made) -> None:
         if datagrams.is_udp(made.get()):
@@ -236,12 +246,17 @@ class InetRebuild:
 
     def _finish(self, made: Made) -> None:
         sock, entry = made.get(), made.entry
+        if _guarded_late(made):
+            try:
+                options.guard(sock, entry["opts"])
+            except OSError as error:
+                raise RestoreError(f"the filter of {made} cannot be set: {error.strerror}") from None
         if entry["type"] != STREAM and entry["state"] == ESTABLISHED:
             try:
                 sock.connect(made.address("dst"))
             except OSError as error:
                 raise RestoreError(f"{made} cannot be connected to {made.shown('dst')}: {error.strerror}") from None
-        if entry.get("shutdown") and not made.connection:
+        if entry.get("shutdown") and not made.connection and not entry.get("firn", {}).get("refused"):
             try:
                 sock.shutdown(entry["shutdown"] - 1)  # SHUT_RD 0, SHUT_WR 1, SHUT_RDWR 2
             except OSError as error:
@@ -249,6 +264,11 @@ class InetRebuild:
                 if error.errno != errno.ENOTCONN:
                     raise
         common.set_flags(sock.fileno(), entry)
+
+
+def _guarded_late(made: Made) -> bool:
+    """Whether a socket gets its filter only when it has its data again, which the filter may be younger than."""
+    return made.stream is not None or bool(made.entry.get("firn", {}).get("datagrams"))
 
 
 def _comes_late(entry: dict[str, Any]) -> bool:
@@ -259,7 +279,8 @@ def _comes_late(entry: dict[str, Any]) -> bool:
 
 def _in_the_way(made: Made, error: OSError) -> RestoreError:
     helps = {
-        errno.EADDRINUSE: "end the process that has it; a connection that is over keeps it for a minute (TIME-WAIT)",
+        errno.EADDRINUSE: "end the process that has it, or give its socket with --inherit-fd if they have shared it; a "
+        "connection that is over keeps it for a minute (TIME-WAIT)",
         errno.EADDRNOTAVAIL: "give this machine the address",
     }  # fmt: skip
     return RestoreError(f"{made} cannot have its address: {error.strerror}", helps.get(error.errno or 0, ""))

@@ -28,8 +28,10 @@ SO_SNDBUF, SO_RCVBUF, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 7, 8, 32, 33
 SO_LINGER, SO_PASSCRED, SO_PEEK_OFF, SO_BUF_LOCK = 13, 16, 42, 72
 SO_BINDTODEVICE, SO_ATTACH_FILTER, SO_MARK = 25, 26, 36
 SO_TIMESTAMPING, SO_TIMESTAMPING_NEW, SO_PASSRIGHTS = 37, 65, 83
+SO_LOCK_FILTER, SO_MEMINFO, SO_ZEROCOPY = 44, 55, 60
 _OPT_ID = 1 << 7
-_STREAM, _TCP = 1, 6
+_OPTMEM = 6
+"""Place in what SO_MEMINFO tells (linux/sock_diag.h)."""
 _SIZE = 256
 
 # Field of sk_opts_entry, option, its value in a new socket.
@@ -48,7 +50,7 @@ TIMEOUTS = (("so_snd_tmo", 21), ("so_rcv_tmo", 20))
 # _PASSPIDFD, _RCVPRIORITY, _PASSRIGHTS, _INQ; at the very end _PEEK_OFF and _LOCK_FILTER, after which no filter can be
 # set.
 KEPT = (1, 29, 35, 63, 64, SO_TIMESTAMPING, SO_TIMESTAMPING_NEW, 40, 41, 43, 45, 46, 47, 49, 60, 61, 69, 70, 73, 74, 75,
-        76, 82, SO_PASSRIGHTS, 84, SO_PEEK_OFF, 44)  # fmt: skip
+        76, 82, SO_PASSRIGHTS, 84, SO_PEEK_OFF, SO_LOCK_FILTER)  # fmt: skip
 """Options at SOL_SOCKET that CRIU's message has no field for, in the order in which they are set."""
 
 _OPTIONAL = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
@@ -126,12 +128,18 @@ def set_kept(sock: socket, kept: list[dict[str, Any]], allowed: dict[int, tuple[
 
 
 def unsupported(sock: socket) -> list[str]:
-    """The options of *sock* that are set and cannot be saved."""
-    if sock.type != _STREAM or sock.proto != _TCP or sock.family == _socket.AF_UNIX:
+    """The options of *sock* that are set and cannot be saved: those that count what is sent."""
+    if sock.family == _socket.AF_UNIX:
         return []
-    # Only a connected stream takes it, and then counts its bytes from there.
+    # Nothing tells how far the count has come, and a new one begins with 0.
     stamps = int.from_bytes((value(sock, SOL_SOCKET, SO_TIMESTAMPING) or b"")[:4], "little")
     return [f"SO_TIMESTAMPING = {stamps:#x} (with SOF_TIMESTAMPING_OPT_ID)"] if stamps & _OPT_ID else []
+
+
+def memory(sock: socket) -> int:
+    """Bytes of memory that the kernel has charged to *sock* for what options have added to it: filters, keys."""
+    words = value(sock, SOL_SOCKET, SO_MEMINFO) or b""
+    return int.from_bytes(words[4 * _OPTMEM : 4 * _OPTMEM + 4], "little")
 
 
 def collect(sock: socket) -> dict[str, Any]:
@@ -204,8 +212,11 @@ def set_buffer(sock: socket, number: int, size: int) -> None:
         sock.setsockopt(SOL_SOCKET, number, size // 2)
 
 
-def restore(sock: socket, entry: dict[str, Any]) -> None:
-    """Set what differs from a new socket. Raises :class:`OSError` for what the kernel does not take."""
+def restore(sock: socket, entry: dict[str, Any], guarded: bool = True) -> None:
+    """Set what differs from a new socket; without its filter, if not *guarded*: :func:`guard` sets that.
+
+    Raises :class:`OSError` for what the kernel does not take.
+    """
     set_buffer(sock, SO_SNDBUF, entry["so_sndbuf"])
     set_buffer(sock, SO_RCVBUF, entry["so_rcvbuf"])
     if "so_buf_lock" in entry and entry["so_buf_lock"] != _number(sock, SO_BUF_LOCK, entry["so_buf_lock"]):
@@ -224,9 +235,21 @@ def restore(sock: socket, entry: dict[str, Any]) -> None:
         sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("<iI", 1, entry["so_linger"]))
     if entry.get("so_bound_dev"):
         sock.setsockopt(SOL_SOCKET, SO_BINDTODEVICE, os.fsencode(entry["so_bound_dev"]))
-    if entry.get("so_filter"):
-        _set_filter(sock.fileno(), entry["so_filter"])
     own = entry.get("firn", {})
     if own.get("uid") or own.get("gid"):
         os.fchown(sock.fileno(), own.get("uid", 0), own.get("gid", 0))
-    set_kept(sock, own.get("options", []), {SOL_SOCKET: KEPT})
+    set_kept(sock, [option for option in own.get("options", []) if not _locks(option)], {SOL_SOCKET: KEPT})
+    if guarded:
+        guard(sock, entry)
+
+
+def guard(sock: socket, entry: dict[str, Any]) -> None:
+    """Set the filter, and that it stays. Raises :class:`OSError`."""
+    if entry.get("so_filter"):
+        _set_filter(sock.fileno(), entry["so_filter"])
+    locks = [option for option in entry.get("firn", {}).get("options", []) if _locks(option)]
+    set_kept(sock, locks, {SOL_SOCKET: KEPT})
+
+
+def _locks(option: dict[str, Any]) -> bool:
+    return (option.get("level"), option.get("number")) == (SOL_SOCKET, SO_LOCK_FILTER)

@@ -105,7 +105,7 @@ class PacketSockets(Kind):
 def _obstacles(copy: _socket.socket, seen: PacketSocket) -> list[tuple[str, str]]:
     if copy.type not in (RAW, DGRAM):
         return [("is a packet socket of the old kind (SOCK_PACKET), which is not supported", _HELP)]
-    found = []
+    found = [(f"is a packet socket with {text}, which images cannot hold", _HELP) for text in options.unsupported(copy)]
     if seen.index == _GONE:
         found.append(("is a packet socket whose network device is gone", _HELP))
     if seen.queued or poll.state(copy.fileno()) & poll.POLLERR:

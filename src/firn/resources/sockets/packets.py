@@ -19,6 +19,11 @@ def text(address: bytes) -> str:
     return _socket.inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
 
 
+def is_link_local(address: bytes) -> bool:
+    """Whether an address of 16 bytes, or 4, is one of IPv6 that belongs to a single link (fe80::/10)."""
+    return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
+
+
 def unmapped(address: bytes) -> bytes:
     """What travels: of an IPv4 address in an IPv6 one, the former."""
     return address[12:] if len(address) == 16 and address.startswith(MAPPED) else address
@@ -39,18 +44,26 @@ def pseudo(source: bytes, target: bytes, protocol: int, length: int) -> bytes:
     return source + target + struct.pack(">II", length, protocol)
 
 
-def send(source: bytes, target: bytes, protocol: int, body: bytes, mark: int = 0) -> None:
-    """Send *body* from *source* to *target*, addresses of 4 or 16 bytes. Raises :class:`OSError`."""
+def send(
+    source: bytes, target: bytes, protocol: int, body: bytes, mark: int = 0, hops: int = 255, kind: int = 0,
+    link: int = 0,
+) -> None:  # fmt: skip
+    """Send *body* from *source* to *target*, addresses of 4 or 16 bytes.
+
+    *hops* are left of its way (IP_MINTTL asks for up to 255), *kind* is its type of service or traffic class, *link*
+    the index of the device that a link-local *target* belongs to. Raises :class:`OSError`.
+    """
     if len(source) == 4:
         # The kernel fills in the identification and the checksum.
-        head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, protocol, 0)
+        head = struct.pack(">BBHHHBBH", 0x45, kind, 20 + len(body), 0, 0, hops, protocol, 0)
     else:
-        head = struct.pack(">IHBB", 6 << 28, len(body), protocol, 64)
+        head = struct.pack(">IHBB", 6 << 28 | kind << 20, len(body), protocol, hops)
     family = AF_INET if len(target) == 4 else AF_INET6
     channel = _socket.socket(family, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _RAW_PROTOCOL)
     try:
         if mark:
             channel.setsockopt(SOL_SOCKET, SO_MARK, mark)
-        channel.sendto(head + source + target + body, (text(target), 0))
+        where = (text(target), 0, 0, link) if link else (text(target), 0)
+        channel.sendto(head + source + target + body, where)
     finally:
         channel.close()

@@ -16,8 +16,10 @@ second at first: what was measured of the way to the peer is not carried over).
 
 from __future__ import annotations
 
+import _socket
 import errno
 import fcntl
+import os
 import struct
 import time
 
@@ -47,6 +49,7 @@ from firn.abi.tcp import (
     TCP_SEND_QUEUE,
     TCP_SYN_SENT,
     TCP_TIMESTAMP,
+    TCP_WINDOW_CLAMP,
     TCPI_OPT_SACK,
     TCPI_OPT_TIMESTAMPS,
     TCPI_OPT_WSCALE,
@@ -60,7 +63,7 @@ from firn.abi.tcp import (
 )
 from firn.errors import ImageError, RestoreError
 from firn.resources.sockets import options, packets
-from firn.resources.sockets.inet_options import AF_INET6, TCP
+from firn.resources.sockets.inet_options import AF_INET6, IP, IP_OPTIONS, TCP
 from firn.resources.sockets.tcp import FIN_QUEUED, FIN_RECEIVED, STATES, WINDOW_FIELDS, count, switch_off
 
 TYPE_CHECKING = False
@@ -78,6 +81,8 @@ _MSG_DONTWAIT = 0x40
 _SO_ERROR = 4
 _PATIENCE_S = 5.0
 _OPEN_WINDOW = 0xFFFF
+_IP_OPTIONS_ROOM = 40
+_SND_WND, _MAX_WINDOW = WINDOW_FIELDS.index("snd_wnd"), WINDOW_FIELDS.index("max_window")
 
 
 class Stream:
@@ -125,6 +130,10 @@ class Stream:
         self._sequence(TCP_SEND_QUEUE, image["outq_seq"] - image["outq_len"] - ours)
         self._sequence(TCP_RECV_QUEUE, image["inq_seq"] - image["inq_len"] - (self.state in FIN_RECEIVED))
 
+    def _is_six(self) -> bool:
+        """Whether its packets are those of IPv6."""
+        return len(self._raw("dst")) != 4
+
     def _sequence(self, queue: int, number: int) -> None:
         self._choose(queue)
         self.sock.setsockopt(TCP, TCP_QUEUE_SEQ, (number % _WORD).to_bytes(4, "little"))
@@ -156,6 +165,7 @@ class Stream:
             if self._image["inq_len"]:
                 _own_size(self.sock, options.SO_RCVBUF, self.entry["opts"])
             self._set_window()
+            self._size_segments()
         except OSError as error:
             raise RestoreError(f"{self.name} cannot be connected again: {error.strerror}") from None
 
@@ -171,6 +181,14 @@ class Stream:
         self.sock.setsockopt(TCP, TCP_REPAIR_OPTIONS, wanted)
         if mask & TCPI_OPT_TIMESTAMPS and "timestamp" in image:
             self.sock.setsockopt(TCP, TCP_TIMESTAMP, (image["timestamp"] % _WORD).to_bytes(4, "little"))
+
+    def _size_segments(self) -> None:
+        """The kernel reckons the size of segments at connect(2), when it does not know what the peer takes, and then
+        only when it sees a window larger than all before (tcp_sync_mss in net/ipv4/tcp_output.c, tcp_ack_update_window
+        in tcp_input.c). To set the options of IPv4 once more makes it reckon anew (do_ip_setsockopt in
+        ip_sockglue.c); with IPv6 the peer's next word does (:meth:`_set_window`)."""
+        if not self._is_six():
+            self.sock.setsockopt(IP, IP_OPTIONS, self.sock.getsockopt(IP, IP_OPTIONS, _IP_OPTIONS_ROOM))
 
     def _fill(self) -> None:
         """Both queues, without what had not been sent."""
@@ -203,12 +221,26 @@ class Stream:
         if self._late and self.state == TCP_CLOSING and acknowledged == image["inq_seq"]:
             # The peer's FIN is still to come.
             acknowledged = (acknowledged - 1) % _WORD
+        if self._is_six():
+            # Whatever the peer says is more than that; it is asked at the end of repair mode.
+            window[_SND_WND] = window[_MAX_WINDOW] = max(window[_SND_WND] - 1, 0)
         try:
+            self._limit_window(window, acknowledged)
             self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window, acknowledged))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             raise ImageError(f"tcp-stream-{self.entry['ino']:x}.img: an impossible window") from None
+
+    def _limit_window(self, window: list[int], acknowledged: int) -> None:
+        """How large the window may become at all, and for now. A limit that grows takes the latter from the window of
+        this moment (the kernel's tcp_set_window_clamp; before Linux 6.8 any limit does)."""
+        own = self.entry.get("firn", {})
+        if own.get("clamp"):
+            now = WINDOW.pack(*window[:-1], own.get("ssthresh", 0), acknowledged)
+            self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, now)
+            self.sock.setsockopt(TCP, TCP_WINDOW_CLAMP, 1)  # the smallest there is
+            self.sock.setsockopt(TCP, TCP_WINDOW_CLAMP, own["clamp"].to_bytes(4, "little"))
 
     # -- closing -----------------------------------------------------------------------------------------------------
 
@@ -248,11 +280,18 @@ class Stream:
             window = theirs % _WORD, _OPEN_WINDOW, _OPEN_WINDOW, _OPEN_WINDOW, theirs % _WORD
             self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window))
         source, target = self._raw("dst"), self._raw("src")
+        link = 0
+        if packets.is_link_local(target):
+            link = _socket.if_nametoindex(self.entry.get("ifname", ""))
+        elif self.entry["opts"].get("so_bound_dev"):
+            # It comes from the loopback device.
+            self._bind_to("")
         ports = self.entry["dst_port"], self.entry["src_port"]
         head = (*ports, theirs % _WORD, ours % _WORD, 5 << 4, flags, _OPEN_WINDOW)
         draft = struct.pack(">HHIIBBHHH", *head, 0, 0)
         check = packets.checksum(packets.pseudo(source, target, TCP, len(draft)) + draft)
-        packets.send(source, target, TCP, struct.pack(">HHIIBBHHH", *head, check, 0), packets.LOCK_MARK)
+        segment = struct.pack(">HHIIBBHHH", *head, check, 0)
+        packets.send(source, target, TCP, segment, packets.LOCK_MARK, link=link)
         end = time.monotonic() + _PATIENCE_S
         # Late, the true peer may have its say too.
         wanted = (reached, TCP_CLOSE) if late else (reached,)
@@ -261,6 +300,11 @@ class Stream:
                 why = f"{self.name} cannot be brought to {STATES[reached]}: a segment to it does not arrive"
                 raise RestoreError(why, "a firewall may drop it")
             time.sleep(0.0005)
+        if self.entry["opts"].get("so_bound_dev") and not link:
+            self._bind_to(self.entry["opts"]["so_bound_dev"])
+
+    def _bind_to(self, device: str) -> None:
+        self.sock.setsockopt(options.SOL_SOCKET, options.SO_BINDTODEVICE, os.fsencode(device))
 
     def _raw(self, side: str) -> bytes:
         words = self.entry[f"{side}_addr"]
@@ -313,22 +357,52 @@ def _own_size(sock: socket, option: int, entry: dict[str, Any]) -> None:
         sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, entry["so_buf_lock"])
 
 
+def _bind_here(sock: socket) -> None:
+    """Bind to the loopback device; with IPv6 switched off, an IPv6 socket gets an IPv4 address."""
+    try:
+        sock.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL or sock.family != AF_INET6:
+            raise
+        sock.bind(("::ffff:127.0.0.1", 0))
+
+
+def be_refused(name: str, sock: socket) -> None:
+    """Make *sock*, which is new, one whose connection was refused, and which has told so: it may try another."""
+    closed = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
+    try:
+        # Nobody else can listen there meanwhile.
+        _bind_here(closed)
+        sock.setblocking(False)
+        sock.connect_ex(closed.getsockname())
+        end = time.monotonic() + _PATIENCE_S
+        while not sock.getsockopt(options.SOL_SOCKET, _SO_ERROR) and time.monotonic() < end:
+            time.sleep(0.0005)
+        sock.setblocking(True)
+    except OSError as error:
+        raise RestoreError(f"{name} cannot be made one that was refused: {error.strerror}") from None
+    finally:
+        closed.close()
+
+
 def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> None:
     """Make *sock*, which is new, one whose connection is over while *data* is still to be read.
 
     A connection over loopback is reset by its other end: that leaves nothing behind, and what has arrived stays.
+    Options come later: some keep segments away.
     """
-    import _socket
-
     server = _socket.socket(sock.family, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, TCP)
     try:
-        server.bind(("::1" if sock.family == AF_INET6 else "127.0.0.1", 0))
+        _bind_here(server)
         server.listen(1)
         _make_room(sock, options.SO_RCVBUF, len(data))
+        for each in (sock, server):
+            each.settimeout(_PATIENCE_S)
         sock.connect(server.getsockname())
         fd, _ = server._accept()  # type: ignore[attr-defined]
         other = _socket.socket(fileno=fd)
         try:
+            other.settimeout(_PATIENCE_S)
             other.sendall(data)
             end = time.monotonic() + _PATIENCE_S
             while count(other, SIOCOUTQ) and time.monotonic() < end:
@@ -341,7 +415,8 @@ def end_with(name: str, sock: socket, data: bytes, entry: dict[str, Any]) -> Non
         if count(sock, SIOCINQ) != len(data):
             raise RestoreError(f"{name} does not get back what was not read", "a firewall may drop it")
         _own_size(sock, options.SO_RCVBUF, entry)
+        sock.setblocking(True)
     except OSError as error:
-        raise RestoreError(f"{name} does not get back what was not read: {error.strerror}") from None
+        raise RestoreError(f"{name} does not get back what was not read: {error.strerror or error}") from None
     finally:
         server.close()
