@@ -51,6 +51,8 @@ class Collected:
         self.inventory: dict[str, Any] = {}
         self.semaphore_sets = semaphores.used_sets()
         self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
+        for task in tree.tasks:
+            self.namespaces.check_threads(task.pid, task.voice, [thread.tid for thread in task.threads], obstacles)
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""

@@ -19,6 +19,7 @@ from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
+from firn.resources.threads import apart
 from firn.tracee import ptrace
 
 TYPE_CHECKING = False
@@ -47,6 +48,8 @@ class CollectedTask:
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
+        self.apart: dict[int, dict[str, Any]] = {}
+        """The fs_entry of threads that have directories of their own."""
         self.ids: dict[str, int] = {}
         self.cores: list[tuple[int, dict[str, Any]]] = []
         self.mm: dict[str, Any] = {}
@@ -80,9 +83,10 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
         mine.areas = areas.classify(pid, maps, got.obstacles)
         areas.find_backing(voice, mine.areas, got.obstacles)
         _add_segments(got, mine)
-    cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
-    mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[voice]["Umask"], 8)}
-    mine.exe_id = _named_link(got, mine, "exe")
+    mine.fs = _directories(got, mine, voice)
+    for tid in apart.find(got.tasks, mine, got.obstacles):
+        mine.apart[tid] = _directories(got, mine, tid)
+    mine.exe_id = _named_link(got, mine, voice, "exe")
 
 
 def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
@@ -116,9 +120,15 @@ def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
         )
 
 
-def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
-    """The file id of what /proc/PID/*name* leads to."""
-    link = f"/proc/{mine.task.voice}/{name}"
+def _directories(got: Collected, mine: CollectedTask, tid: int) -> dict[str, Any]:
+    """The fs_entry of thread *tid*."""
+    cwd, root = _named_link(got, mine, tid, "cwd"), _named_link(got, mine, tid, "root")
+    return {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[tid]["Umask"], 8)}
+
+
+def _named_link(got: Collected, mine: CollectedTask, tid: int, name: str) -> int:
+    """The file id of what /proc/TID/*name* leads to."""
+    link = f"/proc/{tid}/{name}"
     return _plain_file(got, f"process {mine.pid}: {name}", link, os.stat(link), 0)
 
 
@@ -301,6 +311,8 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
+    if thread.tid in mine.apart:
+        core["firn"]["fs"] = mine.apart[thread.tid]
     core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
     return {
         "mtype": threads.X86_64,

@@ -37,6 +37,12 @@ _FLAGS = {
 }  # fmt: skip
 
 
+_OF_THREADS = ("net", "ipc", "uts", "cgroup")
+"""Those that a thread can enter alone and still share its directories with the others (setns(2), unshare(2))."""
+
+_FOR_CHILDREN = (("pid", "pid_for_children"), ("time", "time_for_children"))
+
+
 def links(pid: int | str) -> dict[str, str]:
     """Kind -> link text of the namespaces of a process; kinds that the kernel lacks are left out."""
     found = {}
@@ -46,6 +52,13 @@ def links(pid: int | str) -> dict[str, str]:
         except FileNotFoundError:
             continue
     return found
+
+
+def _link(tid: int, name: str) -> str:
+    try:
+        return os.readlink(f"/proc/{tid}/ns/{name}")
+    except FileNotFoundError:
+        return ""
 
 
 class Namespaces:
@@ -78,6 +91,26 @@ class Namespaces:
             ]
         now = (time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self.clocks = [clock + offset for clock, offset in zip(now, offsets, strict=True)]
+
+    def check_threads(self, pid: int, voice: int, tids: list[int], obstacles: list[Obstacle]) -> None:
+        """Refuse threads *tids* of process *pid* that are in other namespaces than its thread *voice*, or whose children
+        would be."""
+        own: dict[str, str] = {}
+        for tid in tids:
+            who = f"process {pid}" if tid == pid else f"process {pid}: thread {tid}"
+            for kind, name in _FOR_CHILDREN:
+                # Without a process the namespace has no id yet: the link cannot be read.
+                if kind in self.own and _link(tid, name) != _link(tid, kind):
+                    reason = f"has another {kind} namespace for its children than it is in"
+                    obstacles.append(Obstacle(who, reason, "not supported yet"))
+            if tid == voice:
+                continue
+            if not own:
+                own = {kind: _link(voice, kind) for kind in _OF_THREADS if kind in self.own}
+            for kind, link in own.items():
+                if _link(tid, kind) != link:
+                    reason = f"is in another {kind} namespace than its process"
+                    obstacles.append(Obstacle(who, reason, "not supported yet"))
 
     def root_ids(self) -> dict[str, int]:
         """The namespace ids of our own environment."""

@@ -14,7 +14,7 @@ from firn.host import features
 from firn.resources import creds, policies, process, restart, seccomp, signals, stops, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
-from firn.resources.threads import xstate
+from firn.resources.threads import apart, xstate
 from firn.restore.memory import TaskMemory, take_files
 from firn.tracee import ptrace
 from firn.tracee.program import Program, Runner, Scratch
@@ -34,7 +34,7 @@ THREAD_AREA = 8192
 class RestoredThread:
     """One thread: what the images say of it, and the runner that it is now."""
 
-    __slots__ = ("core", "info", "mask", "program", "regs", "runner", "tid")
+    __slots__ = ("core", "info", "mask", "own_fs", "program", "regs", "runner", "tid")
 
     def __init__(self, tid: int, core: dict[str, Any], mask: int) -> None:
         self.tid = tid
@@ -42,8 +42,13 @@ class RestoredThread:
         self.info: dict[str, Any] = core["thread_info"]
         self.mask = mask
         self.regs = threads.load_registers(self.info)
+        self.own_fs: dict[str, Any] = self.core.get("firn", {}).get("fs", {})
         self.runner: Runner
         self.program: Program
+
+    def directories(self) -> list[tuple[int, int]]:
+        """Root and working directory as the opener knows them, if the thread has its own."""
+        return [(REG, self.own_fs["root_id"]), (REG, self.own_fs["cwd_id"])] if self.own_fs else []
 
 
 class Stub:
@@ -85,6 +90,7 @@ class RestoredTask:
             *self.memory.wanted(),
             self.cwd,
             self.root,
+            *(key for thread in self.threads for key in thread.directories()),
             *((entry["type"], entry["id"]) for entry in self.descriptors),
         ]
 
@@ -245,10 +251,18 @@ class RestoredTask:
     def _plan_thread(self, thread: RestoredThread) -> None:
         program = thread.program
         comm = thread.core.get("comm", self.tc["comm"])
+        if thread.own_fs:
+            self._plan_own_directories(thread)
         threads.plan_own(program, thread.core, comm)
         policies.plan(program, thread.core)
         program.call("set_tid_address", nr.set_tid_address, thread.info["clear_tid_addr"])
         signals.plan_queue(program, self.pid, thread.tid, False, thread.core.get("signals_p"))
+
+    def _plan_own_directories(self, thread: RestoredThread) -> None:
+        root, cwd = thread.directories()
+        # From the root of the process, which it has now, "/" may lie outside.
+        leaves = self.opener.message(*root)["name"] != "/" or self.opener.message(*self.root)["name"] != "/"
+        apart.plan(thread.program, thread.own_fs, self.opener.open(*root), self.opener.open(*cwd), leaves)
 
     def _run_all(self) -> None:
         """Run the programs of all threads at once."""

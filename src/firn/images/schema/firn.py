@@ -52,6 +52,7 @@ MESSAGES = {
         12 speculation u32*
         13 util_min u32?
         14 util_max u32?
+        15 fs fs_entry?
     """,
     "firn_restart": """
         1 nr u32?
