@@ -6,6 +6,7 @@ one program in the leader, one small one in every other thread, all threads at o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st_mode
 
@@ -134,7 +135,14 @@ def _named_link(got: Collected, mine: CollectedTask, tid: int, name: str) -> int
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
     """The file id of something that is opened anew at restore: shared by object, path and mode."""
-    key = ("plain", st.st_dev, st.st_ino, os.readlink(link), mode)
+    try:
+        path = os.readlink(link)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        got.obstacles.append(Obstacle(what, "has a path that is longer than the kernel tells (4095 bytes)"))
+        return 0
+    key = ("plain", st.st_dev, st.st_ino, path, mode)
     known = got.table.find(key)
     if known is not None:
         return known

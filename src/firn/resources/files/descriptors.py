@@ -9,6 +9,7 @@ reason.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -150,7 +151,14 @@ class Collector:
         saved is added to the obstacles."""
         found: list[Descriptor] = []
         for fd in sorted(int(name) for name in os.listdir(f"/proc/{tid}/fd")):
-            open = base.Open(pid, pidfd, fd, procfs.fdinfo(tid, fd), tid)
+            try:
+                open = base.Open(pid, pidfd, fd, procfs.fdinfo(tid, fd), tid)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                reason = "has a path that is longer than the kernel tells (4095 bytes)"
+                self.obstacles.append(Obstacle(f"process {pid}: descriptor {fd}", reason, "close it"))
+                continue
             try:
                 added = self.add(open)
             finally:

@@ -100,6 +100,9 @@ class PathFinder:
         elif dead:
             # The descriptor keeps the file's place, so another one there is that of a later process.
             self.remaps.append({"orig_id": number, "remap_id": dead, "remap_type": PROCFS})
+        elif not self._is_unlinked(link) and not st.st_rdev:
+            reason = f"cannot be reached as {name}: its mount is covered by another, or not in our tree of mounts"
+            self.obstacles.append(Obstacle(what, reason, "unmount what covers it, or close it before the dump"))
         elif stat.S_ISREG(st.st_mode) and st.st_nlink > 0:
             self._keep_link(what, link, name, st, number)
         elif stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or stat.S_ISFIFO(st.st_mode):
@@ -110,6 +113,10 @@ class PathFinder:
             if st.st_rdev:
                 help += "; --evasive-devices accepts another node of the same device"
             self.obstacles.append(Obstacle(what, reason, help))
+
+    def _is_unlinked(self, link: str) -> bool:
+        """Whether the kernel says so (d_path in fs/d_path.c); nothing else leads to a file by another name."""
+        return os.readlink(link).endswith(DELETED)
 
     def _keep_ghost(self, what: str, link: str, name: str, st: os.stat_result, number: int) -> None:
         key = (st.st_dev, st.st_ino)
@@ -141,7 +148,10 @@ class PathFinder:
         key = (st.st_dev, st.st_ino)
         if key not in self.links:
             remap_id = self.table.new_id()
-            base = f"{os.path.dirname(name)}/link_remap."
+            folder = os.path.dirname(name)
+            while not os.path.isdir(folder):
+                folder = os.path.dirname(folder)
+            base = f"{folder.rstrip('/')}/link_remap."
             # Another checkpoint may have taken the name.
             suffix = next(
                 (n for n in range(remap_id, remap_id + _MANY_LINKS) if not os.path.lexists(f"{base}{n}")), remap_id

@@ -224,15 +224,17 @@ class Opener:
         if kind == LINKED:
             link = self.message(REG, target)["name"]
             self.remap_links.add(link)
-            self._make_parents(name)
+            path = self._make_parents(name, f".cr.{number:x}.link")
             try:
-                os.link(link, name)
+                os.link(link, path)
             except FileExistsError:
                 self._ghosts[number] = link
                 return True
             except OSError as error:
                 raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
-            self._temporary.append((name, False))
+            self._temporary.append((path, False))
+            if path != name:
+                self._ghosts[number] = path
             return True
         if kind != PROCFS or process_of(name) != target:
             raise ImageError(f"remap-fpath.img: {name} cannot be of process {target}")
@@ -241,16 +243,20 @@ class Opener:
             self.stand_ins.add(target)
         return False
 
-    def _make_parents(self, name: str) -> None:
-        """Directories on the way that are gone too; taken away again with the file."""
+    def _make_parents(self, name: str, ending: str) -> str:
+        """Directories on the way that are gone too; taken away again with the file. The name under which it can be made:
+        one with *ending* if there is something else now where a directory was."""
         missing = []
         parent = os.path.dirname(name)
         while parent not in ("/", "") and not os.path.lexists(parent):
             missing.append(parent)
             parent = os.path.dirname(parent)
+        if not os.path.isdir(parent):
+            return parent + ending
         for path in reversed(missing):
             os.mkdir(path, 0o700)
             self._temporary.append((path, True))
+        return name
 
     def _make_ghost(self, name: str, number: int) -> str:
         key = -number
@@ -258,9 +264,11 @@ class Opener:
             return self._ghosts[key]
         if not self.images.exists("GHOST_FILE", number):
             raise ImageError(f"ghost-file-{number:x}.img is not there")
-        self._make_parents(name)
-        nameless = self._make_nameless(name, number)
-        path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
+        ending = f".cr.{number:x}.ghost"
+        path = self._make_parents(name, ending)
+        nameless = self._make_nameless(path, number)
+        if nameless or os.path.lexists(path):
+            path = nameless or path + ending
         entries = self.images.read_with_payload("GHOST_FILE", number)
         entry = entries[0][0]
         try:
