@@ -84,6 +84,7 @@ MESSAGES = {
         4 pkey u32?
         5 numa_mode u32?
         6 numa_nodes bytes?
+        7 locked u32?
     """,
     "firn_ghost": """
         1 atime_ns i64?

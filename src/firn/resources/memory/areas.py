@@ -24,6 +24,9 @@ FILE_PRIVATE, FILE_SHARED, ANON_SHARED, ANON_PRIVATE = 0x40, 0x80, 0x100, 0x200
 SYSVIPC, SOCKET, VVAR, AIORING, MEMFD, SHSTK, GUARD, UPROBES = (1 << n for n in range(10, 18))
 """Status bits of vma_entry (image format)."""
 
+LOCKED_ON_FAULT, LOCKED_WHOLE = 1, 2
+"""Whether a restore may fill in all pages of a locked mapping."""
+
 MADVICE = (
     ("rr", mman.MADV_RANDOM), ("sr", mman.MADV_SEQUENTIAL), ("dc", mman.MADV_DONTFORK), ("mg", mman.MADV_MERGEABLE),
     ("hg", mman.MADV_HUGEPAGE), ("nh", mman.MADV_NOHUGEPAGE), ("dd", mman.MADV_DONTDUMP), ("wf", mman.MADV_WIPEONFORK),
@@ -170,6 +173,8 @@ def build_entry(area: Area) -> dict[str, Any]:
         extra["account"] = True
     if m.key:
         extra["pkey"] = m.key
+    if "lo" in flags:
+        extra["locked"] = LOCKED_WHOLE if m.whole and "lf" not in flags else LOCKED_ON_FAULT
     if "sl" in flags:
         extra["sealed"] = True
     if m.name.startswith("[anon:") or m.name.startswith("[anon_shmem:"):
