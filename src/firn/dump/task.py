@@ -240,7 +240,7 @@ class Questions:
         ]
         self._find_undo(got)
         self._settle_timers()
-        tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
+        tc["signals_s"] = signals.queue(mine.task.pending(mine.task.leader, shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
@@ -312,7 +312,7 @@ def _thread_core(
     comm = procfs.stat(mine.pid, thread.tid).comm.decode("utf-8", "surrogateescape")
     core = threads.save_core(thread, answers, creds.collect(status, answers.securebits), comm)
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
-    core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
+    core["signals_p"] = signals.queue(mine.task.pending(thread, shared=False))
     core["blk_sigset"] = thread.mask
     deliverable = restart.is_deliverable(status, thread.mask)
     interrupted = restart.save(mine.task.voice, thread, waiting, deliverable, frozen_at)

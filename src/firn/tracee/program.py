@@ -165,9 +165,7 @@ class Runner:
 
     def _foreign(self, stop: ptrace.Stop) -> None:
         if not stop.event:
-            info = bytearray(sig.SIGINFO_SIZE)
-            ptrace.request("signal information", pt.GETSIGINFO, self.tid, 0, address_of(info))
-            self.seen.append(bytes(info))
+            self.seen.append(ptrace.signal_information(self.tid))
 
 
 def await_stopped(pid: int, tid: int, patience: float = _PATIENCE) -> bool:
