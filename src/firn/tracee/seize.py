@@ -24,7 +24,7 @@ from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.errors import FirnError, TargetError
 from firn.host import procfs
-from firn.tracee import memory, ptrace
+from firn.tracee import limits, memory, ptrace
 from firn.tracee.program import Program, Runner, Scratch, await_stopped
 
 TYPE_CHECKING = False
@@ -189,7 +189,13 @@ class Task:
         rx, rw = mman.PROT_READ | mman.PROT_EXEC, mman.PROT_READ | mman.PROT_WRITE
 
         def mmap(start: int, size: int, protection: int) -> None:
-            self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+            try:
+                self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+            except OSError as error:
+                if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+                    raise
+                with limits.raised(self.pid, self.voice):
+                    self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
 
         try:
             mmap(scratch.code, code_size + scratch.size, rx | rw)
