@@ -45,7 +45,7 @@ class CollectedTask:
         self.voice_stat = procfs.stat(task.pid, task.voice) if task.headless else self.stat
         """The first has what is the process's, this one what a thread has only while it lives (memory, flags)."""
         self.statuses = {thread.tid: procfs.status(task.pid, thread.tid) for thread in task.threads}
-        self.cgroups = cgroups.Cgroups(task.voice)
+        self.cgroups = {thread.tid: cgroups.Cgroups(thread.tid) for thread in task.threads}
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
@@ -262,7 +262,7 @@ class Questions:
 
         mine, voice = self.mine, self.mine.cores[0][1]["thread_core"]
         own = creds.collect(procfs.status(mine.pid, mine.pid), voice["creds"]["secbits"])
-        return exited.save_core(mine.task, tc, own, got.cgroup_sets.number(mine.cgroups))
+        return exited.save_core(mine.task, tc, own, got.cgroup_sets.number(mine.cgroups[mine.task.voice]))
 
     def _collect_memory(self, got: Collected, answers: process.Answers) -> None:
         mine, pid, voice = self.mine, self.mine.pid, self.mine.task.voice
@@ -321,7 +321,7 @@ def _thread_core(
         core["firn"]["restart"] = interrupted.entry
     if thread.tid in mine.apart:
         core["firn"]["fs"] = mine.apart[thread.tid]
-    core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups[thread.tid])
     return {
         "mtype": threads.X86_64,
         "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),

@@ -1,12 +1,14 @@
 """Control groups: which ones a process is in (images: cgroup.img, thread_core_entry.cg_set).
 
-State owned: the membership per hierarchy. Kernel: /proc/PID/cgroup. It comes back by writing the pid to cgroup.procs.
+State owned: the membership per hierarchy, of processes and of threads that were put elsewhere (version 1, or threaded
+groups of version 2). Kernel: /proc/PID/cgroup. It comes back by writing the id to cgroup.procs, tasks or cgroup.threads.
 Membership equal to our own is not recorded, as in CRIU: such a process comes back in the restorer's groups. The groups'
 properties belong to whoever made the groups and are not recorded yet.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
 from firn.errors import RestoreError
@@ -100,43 +102,86 @@ def mount_point(controllers: str) -> str | None:
     return None
 
 
-def plan(images: ImageDir, set_id: int, mode: str) -> list[tuple[str, str]]:
-    """The (directory, hierarchy) pairs that a process of set *set_id* has to be moved into. Checked, nothing done."""
-    if set_id <= ROOT_SET or mode == "ignore":
-        return []
+def _groups(images: ImageDir, set_id: int) -> dict[str, str]:
+    """Controllers -> path of set *set_id*."""
+    if set_id <= ROOT_SET:
+        return dict(membership("self"))
     sets = images.read_one("CGROUP").get("sets", []) if images.exists("CGROUP") else []
     chosen = next((item for item in sets if item["id"] == set_id), None)
     if chosen is None:
         raise RestoreError(
             f"the checkpoint names cgroup set {set_id}, which it does not hold", "--manage-cgroups=ignore"
         )
-    ours = dict(membership("self"))
+    return {ctl["name"]: ctl["path"] for ctl in chosen.get("ctls", [])}
+
+
+def plan(images: ImageDir, set_id: int, mode: str, base: int = ROOT_SET) -> list[tuple[str, str]]:
+    """The (directory, hierarchy) pairs that a task of set *set_id* has to be moved into, which is born in set *base*.
+    Checked, nothing done."""
+    if max(set_id, ROOT_SET) == max(base, ROOT_SET) or mode == "ignore":
+        return []
+    have = _groups(images, base)
     moves = []
-    for ctl in chosen.get("ctls", []):
-        if ours.get(ctl["name"]) == ctl["path"]:
+    for name, group in _groups(images, set_id).items():
+        if have.get(name) == group:
             continue
-        where = mount_point(ctl["name"])
+        where = mount_point(name)
         if where is None:
-            raise RestoreError(
-                f"cgroup hierarchy {ctl['name'] or 'v2'!r} is not mounted here", "--manage-cgroups=ignore"
-            )
-        path = where + ctl["path"]
+            raise RestoreError(f"cgroup hierarchy {name or 'v2'!r} is not mounted here", "--manage-cgroups=ignore")
+        path = where + group
         if not os.path.isdir(path) and mode in ("none", "props"):
             raise RestoreError(f"cgroup {path} does not exist", "create it, or use --manage-cgroups")
-        moves.append((path, ctl["name"]))
+        moves.append((path, name))
     return moves
 
 
 def move(pid: int, moves: list[tuple[str, str]], log: Log) -> None:
     """Put process *pid* where *moves* says; missing groups are made."""
-    for path, _ in moves:
+    for path, hierarchy in moves:
         os.makedirs(path, exist_ok=True)
-        fd = os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.write(fd, str(pid).encode())
+            _write(f"{path}/cgroup.procs", str(pid))
         except OSError as error:
-            why = os.strerror(error.errno or 0)
-            raise RestoreError(f"process {pid} cannot be put into cgroup {path}: {why}") from error
-        finally:
-            os.close(fd)
+            if error.errno != errno.EOPNOTSUPP or hierarchy:
+                raise _failed(f"process {pid}", path, error) from error
+            # A threaded group takes threads alone, and only of processes that are in the domain that it belongs to.
+            _enter_domain(pid, path)
+            move_thread(pid, [(path, hierarchy)], log)
         log.debug(f"process {pid} is in cgroup {path}")
+
+
+def _enter_domain(pid: int, path: str) -> None:
+    """Put process *pid* into the domain of the threaded group *path* of cgroup v2 (cgroup.type)."""
+    domain = path
+    try:
+        while procfs.read(f"{domain}/cgroup.type").startswith(b"threaded"):
+            domain = os.path.dirname(domain)
+        _write(f"{domain}/cgroup.procs", str(pid))
+    except OSError as error:
+        raise _failed(f"process {pid}", domain, error) from error
+
+
+def move_thread(tid: int, moves: list[tuple[str, str]], log: Log) -> None:
+    """Put thread *tid* alone where *moves* says; missing groups are made."""
+    for path, hierarchy in moves:
+        made = not os.path.isdir(path)
+        os.makedirs(path, exist_ok=True)
+        try:
+            if made and not hierarchy:
+                _write(f"{path}/cgroup.type", "threaded")
+            _write(f"{path}/tasks" if hierarchy else f"{path}/cgroup.threads", str(tid))
+        except OSError as error:
+            raise _failed(f"thread {tid}", path, error) from error
+        log.debug(f"thread {tid} is in cgroup {path}")
+
+
+def _write(path: str, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def _failed(who: str, path: str, error: OSError) -> RestoreError:
+    return RestoreError(f"{who} cannot be put into cgroup {path}: {os.strerror(error.errno or 0)}")

@@ -64,6 +64,8 @@ class Restore:
         self.options = options
         self.log = log
         self.opener: Opener | None = None
+        self.moves: dict[int, list[tuple[str, str]]] = {}
+        self.thread_moves: dict[int, list[tuple[str, str]]] = {}
         self.family: Family | None = None
         self.segments: RestoredSegments | None = None
         self.born = False
@@ -112,10 +114,12 @@ class Restore:
                 f"process {root.pid} belongs to session {root.sid} of another process", "use --shell-job (-j)"
             )
         mode = self.options.manage_cgroups
-        self.moves = {
-            process.pid: cgroups.plan(self.images, process.cores[0]["thread_core"].get("cg_set", 0), mode)
-            for process in living
-        }
+        for process in living:
+            sets = [core["thread_core"].get("cg_set", 0) for core in process.cores]
+            self.moves[process.pid] = cgroups.plan(self.images, sets[0], mode)
+            for tid, number in zip(process.tids[1:], sets[1:], strict=True):
+                if number != sets[0]:
+                    self.thread_moves[tid] = cgroups.plan(self.images, number, mode, sets[0])
 
     def open(self) -> None:
         """Lock connections, open all files."""
@@ -197,6 +201,8 @@ class Restore:
         """All other threads; what needs them or all descriptors."""
         for task in self._family().tasks:
             task.make_threads()
+        for tid, moves in self.thread_moves.items():
+            cgroups.move_thread(tid, moves, self.log)
         for task in self._family().tasks:
             task.finish_descriptors()
         assert self.opener is not None
