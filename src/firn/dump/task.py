@@ -227,6 +227,7 @@ class Questions:
         for _, own, _ in self.threads:
             own.finish()
         answers = process.Answers(program, self.process)
+        process.check_segments(pid, [thread.regs for thread in mine.task.threads], answers, got.obstacles)
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal

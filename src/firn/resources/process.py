@@ -14,7 +14,9 @@ import os
 import struct
 
 from firn.abi import nr, prctl
+from firn.abi import x86_64 as cpu
 from firn.abi.libc import address_of, syscall
+from firn.errors import Obstacle
 from firn.host import features, procfs
 
 TYPE_CHECKING = False
@@ -36,6 +38,7 @@ LIMIT_NAMES = (
 _LIMIT = struct.Struct("<QQ")
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _NO_LOGINUID = 0xFFFFFFFF
+_LDT_ENTRY = 8
 
 PRCTLS = (
     ("dumpable", prctl.GET_DUMPABLE), ("thp_disable", prctl.GET_THP_DISABLE), ("io_flusher", prctl.GET_IO_FLUSHER),
@@ -47,9 +50,12 @@ PRCTLS = (
 class Asked:
     """Where the answers lie."""
 
-    __slots__ = ("brk", "limits", "membarrier", "switches", "words")
+    __slots__ = ("brk", "ldt", "limits", "membarrier", "switches", "words")
 
-    def __init__(self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int) -> None:
+    def __init__(
+        self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int, ldt: int
+    ) -> None:
+        self.ldt = ldt
         self.limits = limits
         self.words = words
         self.switches = switches
@@ -59,7 +65,7 @@ class Asked:
 
 def ask(program: Program) -> Asked:
     """Add the calls that read what only the task can ask for."""
-    program.reserve(LIMITS + 16, LIMITS * _LIMIT.size + 16)
+    program.reserve(LIMITS + 16, LIMITS * _LIMIT.size + 16 + _LDT_ENTRY)
     limits = program.buffer(LIMITS * _LIMIT.size)
     words = program.buffer(16)
     for which in range(LIMITS):
@@ -69,13 +75,14 @@ def ask(program: Program) -> Asked:
     switches = {name: program.call(f"prctl {name}", nr.prctl, code, 0, 0, 0, 0, flags=1) for name, code in PRCTLS}
     membarrier = program.call("membarrier", nr.membarrier, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, flags=1)
     brk = program.call("brk", nr.brk, 0)
-    return Asked(limits, words, switches, membarrier, brk)
+    ldt = program.call("modify_ldt", nr.modify_ldt, 0, program.buffer(_LDT_ENTRY), _LDT_ENTRY, flags=1)
+    return Asked(limits, words, switches, membarrier, brk, ldt)
 
 
 class Answers:
     """What the task said about itself. A switch that the kernel does not know is 0."""
 
-    __slots__ = ("brk", "limits", "membarrier", "subreaper", "switches", "tsc")
+    __slots__ = ("brk", "ldt", "limits", "membarrier", "subreaper", "switches", "tsc")
 
     def __init__(self, program: Program, asked: Asked) -> None:
         raw = program.read(asked.limits, LIMITS * _LIMIT.size)
@@ -84,6 +91,7 @@ class Answers:
         self.switches = {name: max(program.results[call], 0) for name, call in asked.switches.items()}
         self.membarrier = max(program.results[asked.membarrier], 0)
         self.brk = program.results[asked.brk]
+        self.ldt = program.results[asked.ldt]
 
 
 def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
@@ -91,6 +99,15 @@ def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
         return int(procfs.read(f"/proc/{pid}/{name}") or b"0", base)
     except (OSError, ValueError):
         return None
+
+
+def check_segments(pid: int, threads: list[tuple[int, ...]], answers: Answers, obstacles: list[Obstacle]) -> None:
+    """Refuse segments of its own, which images cannot hold: a local descriptor table, or selectors in the registers of
+    *threads*. (The kernel's own flat data segment, as some programs load it, is as good as none.)"""
+    if answers.ldt > 0:
+        obstacles.append(Obstacle(f"process {pid}", "has a local descriptor table (modify_ldt(2))", "not supported yet"))
+    elif any(regs[which] not in (0, cpu.USER_SS) for regs in threads for which in (cpu.DS, cpu.ES, cpu.FS, cpu.GS)):
+        obstacles.append(Obstacle(f"process {pid}", "uses segments of its own", "not supported yet"))
 
 
 def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
