@@ -152,6 +152,8 @@ MESSAGES = {
     """,
     "firn_reg": """
         1 rdev u64?
+        2 kmsg u64?
+        3 boot str?
     """,
     "firn_watcher": """
         1 overflow bool?

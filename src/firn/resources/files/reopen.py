@@ -175,6 +175,10 @@ class Opener:
             raise RestoreError(f"{name} cannot be opened: {why}", "put the file back") from None
         if not remapped:
             self._validate(fd, message)
+        if "kmsg" in message.get("firn", {}):
+            from firn.resources.files import kmsg
+
+            kmsg.seek(fd, message["firn"])
         return fd if flags & fc.O_PATH else _at_position(fd, name, message["pos"])
 
     def _validate(self, fd: int, message: dict[str, Any]) -> None:
