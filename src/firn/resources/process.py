@@ -110,6 +110,14 @@ def check_segments(pid: int, threads: list[tuple[int, ...]], answers: Answers, o
         obstacles.append(Obstacle(f"process {pid}", "uses segments of its own", "not supported yet"))
 
 
+def _autogroup_nice(pid: int) -> int:
+    """The nice value of the scheduling group of a session (sched(7)): the last word of "/autogroup-NUMBER nice N"."""
+    try:
+        return int(procfs.read(f"/proc/{pid}/autogroup").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
     """The task_core_entry without state, timers and signals."""
     personality = procfs.read(f"/proc/{pid}/personality").strip().decode()
@@ -139,6 +147,9 @@ def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
         own["thp_flags"] = answers.switches["thp_disable"] & ~1
     if answers.tsc > 1:
         own["tsc"] = answers.tsc
+    nice = _autogroup_nice(pid) if stat.session == stat.pid else 0
+    if nice:
+        own["autogroup_nice"] = nice
     entry["firn"] = own
     return entry
 
@@ -226,6 +237,12 @@ def set_outside(pid: int, tc: dict[str, Any], log: Log) -> None:
             _write(pid, name, f"{value:#x}" if base == 16 else str(value))
         except OSError as error:
             log.warn(f"process {pid}: {name} cannot be set to {value}: {os.strerror(error.errno or 0)}")
+    nice = own.get("autogroup_nice", 0)
+    if nice:
+        try:
+            _write(pid, "autogroup", str(nice))
+        except OSError as error:
+            log.warn(f"process {pid}: the nice value of its session cannot be {nice}: {os.strerror(error.errno or 0)}")
 
 
 def plan_loginuid(program: Program, tc: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ MESSAGES = {
         6 ksm_merge bool?
         7 tsc u32?
         8 thp_flags u32?
+        9 autogroup_nice i32?
         20 exit_signal u32?
         21 stop_told bool?
         22 leader_exited bool?

@@ -12,6 +12,7 @@ import os
 
 from firn.abi import mman
 from firn.errors import Obstacle
+from firn.host import procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Area:
         return f"/proc/{pid}/map_files/{self.map.start:x}-{self.map.end:x}"
 
 
+_MANY, _SPARE = 10000, 16
+"""Mappings that may be more than the kernel allows, and what a restore needs besides for a while."""
 _WITH_OBJECT = ("file", "shmem", "sysv")
 SPECIAL = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar", "[vsyscall]": "vsyscall", "[heap]": "heap"}
 
@@ -74,6 +77,9 @@ def _obstacle(pid: int, m: Map, reason: str, help: str = "") -> Obstacle:
 def classify(pid: int, maps: list[Map], obstacles: list[Obstacle]) -> list[Area]:
     """What every mapping is; what cannot be saved is added to *obstacles*. vvar parts are merged into one."""
     areas: list[Area] = []
+    if len(maps) > _MANY and len(maps) + _SPARE > (limit := int(procfs.read("/proc/sys/vm/max_map_count"))):
+        reason = f"has {len(maps)} mappings, which leaves none of {limit} for a restore to work with"
+        obstacles.append(Obstacle(f"process {pid}", reason, f"sysctl -w vm.max_map_count={limit + _SPARE}"))
     for m in maps:
         kind = _kind(pid, m, obstacles)
         if kind is None:
