@@ -20,7 +20,8 @@ static const struct option { const char *mode; int set, get; unsigned long value
 	{"thp-disable", PR_SET_THP_DISABLE, PR_GET_THP_DISABLE, 1, 0, 0},
 	{"dumpable", PR_SET_DUMPABLE, PR_GET_DUMPABLE, 0, 1, 0},
 	{"subreaper", PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER, 1, 0, 1},
-	{"pdeathsig", PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, SIGURG, 0, 1},
+	/* It would end the program if the end of the restore counted as a parent's death. */
+	{"pdeathsig", PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, SIGUSR2, 0, 1},
 	{"slack", PR_SET_TIMERSLACK, PR_GET_TIMERSLACK, 123456, 50000, 0},
 };
 
@@ -91,6 +92,31 @@ static int setting_check(void)
 static void setting_harm(void)
 {
 	spit(setting()->path, setting()->other);
+}
+
+/* ---- the nice value of the session's scheduling group ---- */
+
+static int session_nice(void)
+{
+	char text[64];
+	return slurp("/proc/self/autogroup", text, sizeof text) > 0 ? atoi(strrchr(text, ' ')) : -100;
+}
+
+static void autogroup_set(void)
+{
+	if (spit("/proc/self/autogroup", "7"))
+		cannot_run("no scheduling groups of sessions");
+}
+
+static int autogroup_check(void)
+{
+	CHECK(session_nice() == 7);
+	return 1;
+}
+
+static void autogroup_harm(void)
+{
+	spit("/proc/self/autogroup", "8");
 }
 
 /* ---- personality ---- */
@@ -186,6 +212,7 @@ WORKLOAD(
 	{"oom", setting_set, setting_check, setting_harm},
 	{"coredump-filter", setting_set, setting_check, setting_harm},
 	{"comm", setting_set, setting_check, setting_harm},
+	{"autogroup", autogroup_set, autogroup_check, autogroup_harm},
 	{"no-randomize", personality_set, personality_check, personality_harm},
 	{"read-implies-exec", personality_set, personality_check, personality_harm},
 	{"mdwe", mdwe_set, mdwe_check, flip_harm},

@@ -210,7 +210,52 @@ static void nameless_harm(void)
 	dup2(fds[1], fds[0]);
 }
 
+/* A file whose folder is gone, and another file has that name now. */
+static void misplaced_set(void)
+{
+	NEED(!mkdir("folder", 0751));
+	fds[0] = make_file("folder/file", BYTES, 6);
+	NEED(!unlink("folder/file") && !rmdir("folder"));
+	close(make_file("folder", BYTES, 7));
+}
+
+static int misplaced_check(void)
+{
+	char got[BYTES];
+	struct stat now;
+	CHECK(pread(fds[0], got, BYTES, 0) == BYTES && same(got, BYTES, 6));
+	CHECK(!fstat(fds[0], &now) && now.st_nlink == 0);
+	CHECK(slurp("folder", got, BYTES) == BYTES - 1 && !access("folder", F_OK));
+	return 1;
+}
+
+static void misplaced_harm(void)
+{
+	NEED(pwrite(fds[0], "x", 1, 0) == 1);
+}
+
+/* A folder that no path leads to, for its mount is in no tree of mounts. */
+static void detached_set(void)
+{
+	fds[0] = (int)syscall(428 /* open_tree */, AT_FDCWD, ".", 1 /* OPEN_TREE_CLONE */);
+	if (fds[0] < 0)
+		cannot_run("no open_tree");
+}
+
+static int detached_check(void)
+{
+	CHECK(!faccessat(fds[0], "beat", F_OK, 0));
+	return 1;
+}
+
+static void detached_harm(void)
+{
+	NEED(dup2(open("/proc", O_RDONLY | O_DIRECTORY), fds[0]) >= 0);
+}
+
 WORKLOAD(
+	{"misplaced", misplaced_set, misplaced_check, misplaced_harm},
+	{"detached", detached_set, detached_check, detached_harm},
 	{"ghost", ghost_set, ghost_check, ghost_harm},
 	{"sparse", sparse_set, sparse_check, sparse_harm},
 	{"large", large_set, large_check, large_harm},

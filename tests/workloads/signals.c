@@ -283,7 +283,51 @@ static void stopped_harm(void)
 	continued += 5;
 }
 
+/* The very signals with which programs of the dump end are pending, for the process and for its thread. */
+static const int common[] = {SIGURG, SIGWINCH, SIGCHLD};
+
+static void crowded_set(void)
+{
+	sigset_t all;
+	sigfillset(&all);
+	NEED(!sigprocmask(SIG_SETMASK, &all, NULL));
+	for (int i = 0; i < 3; i++) {
+		siginfo_t info = {.si_signo = common[i], .si_code = SI_QUEUE};
+		info.si_pid = 4711;
+		info.si_value.sival_int = i;
+		NEED(!syscall(SYS_rt_tgsigqueueinfo, getpid(), getpid(), common[i], &info));
+		info.si_value.sival_int = i + 10;
+		NEED(!syscall(SYS_rt_sigqueueinfo, getpid(), common[i], &info));
+	}
+}
+
+static int crowded_check(void)
+{
+	const struct timespec none = {0, 0};
+	for (int i = 0; i < 3; i++)
+		for (int shared = 0; shared < 2; shared++) {
+			sigset_t one;
+			siginfo_t info;
+			sigemptyset(&one);
+			sigaddset(&one, common[i]);
+			CHECK(sigtimedwait(&one, &info, &none) == common[i]);
+			CHECK(info.si_pid == 4711 && info.si_value.sival_int == i + 10 * shared);
+		}
+	crowded_set();
+	return 1;
+}
+
+static void crowded_harm(void)
+{
+	sigset_t one;
+	const struct timespec none = {0, 0};
+	sigemptyset(&one);
+	sigaddset(&one, SIGURG);
+	sigtimedwait(&one, NULL, &none);
+}
+
 WORKLOAD(
+	{"crowded", crowded_set, crowded_check, crowded_harm},
 	{"handlers", handlers_set, handlers_check, handlers_harm},
 	{"ignored", ignored_set, ignored_check, ignored_harm},
 	{"blocked", blocked_set, blocked_check, blocked_harm},

@@ -1,7 +1,7 @@
 """Control groups: which ones a process is in (images: cgroup.img, thread_core_entry.cg_set).
 
-State owned: the membership per hierarchy, of processes and of threads that were put elsewhere (version 1, or threaded
-groups of version 2). Kernel: /proc/PID/cgroup. It comes back by writing the id to cgroup.procs, tasks or cgroup.threads.
+State owned: the membership per hierarchy, of processes, and of threads that were put elsewhere (version 1, or threaded
+groups of version 2). Kernel: /proc/PID/cgroup. It comes back by writing ids to cgroup.procs, tasks or cgroup.threads.
 Membership equal to our own is not recorded, as in CRIU: such a process comes back in the restorer's groups. The groups'
 properties belong to whoever made the groups and are not recorded yet.
 """

@@ -93,8 +93,8 @@ class Namespaces:
         self.clocks = [clock + offset for clock, offset in zip(now, offsets, strict=True)]
 
     def check_threads(self, pid: int, voice: int, tids: list[int], obstacles: list[Obstacle]) -> None:
-        """Refuse threads *tids* of process *pid* that are in other namespaces than its thread *voice*, or whose children
-        would be."""
+        """Refuse threads *tids* of process *pid* that are in other namespaces than its thread *voice*, or whose
+        children would be."""
         own: dict[str, str] = {}
         for tid in tids:
             who = f"process {pid}" if tid == pid else f"process {pid}: thread {tid}"

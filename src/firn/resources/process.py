@@ -105,7 +105,8 @@ def check_segments(pid: int, threads: list[tuple[int, ...]], answers: Answers, o
     """Refuse segments of its own, which images cannot hold: a local descriptor table, or selectors in the registers of
     *threads*. (The kernel's own flat data segment, as some programs load it, is as good as none.)"""
     if answers.ldt > 0:
-        obstacles.append(Obstacle(f"process {pid}", "has a local descriptor table (modify_ldt(2))", "not supported yet"))
+        reason = "has a local descriptor table (modify_ldt(2))"
+        obstacles.append(Obstacle(f"process {pid}", reason, "not supported yet"))
     elif any(regs[which] not in (0, cpu.USER_SS) for regs in threads for which in (cpu.DS, cpu.ES, cpu.FS, cpu.GS)):
         obstacles.append(Obstacle(f"process {pid}", "uses segments of its own", "not supported yet"))
 

@@ -6,16 +6,12 @@ locked. What is mapped may stay when the limits are put back. If we are killed i
 
 from __future__ import annotations
 
+import os
 import struct
-from contextlib import contextmanager
 
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import TargetError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _LIMIT = struct.Struct("<QQ")
 _IN_THE_WAY = ((9, "RLIMIT_AS"), (2, "RLIMIT_DATA"), (8, "RLIMIT_MEMLOCK"))
@@ -23,32 +19,35 @@ _IN_THE_WAY = ((9, "RLIMIT_AS"), (2, "RLIMIT_DATA"), (8, "RLIMIT_MEMLOCK"))
 _INFINITY = (1 << 64) - 1
 
 
-@contextmanager
-def raised(pid: int, tid: int) -> Iterator[None]:
-    """Raise the soft limits of process *pid*, whose thread *tid* lives, as far as we may. TargetError if what is done
-    then fails nevertheless."""
-    undo: list[tuple[int, bytes]] = []
-    try:
+class Raised:
+    """For a while the soft limits of process *pid*, whose thread *tid* lives, are as high as we may set them. What fails
+    inside with OSError nevertheless is a TargetError."""
+
+    def __init__(self, pid: int, tid: int) -> None:
+        self.pid = pid
+        self.tid = tid
+        self._undo: list[tuple[int, bytes]] = []
+
+    def __enter__(self) -> None:
         for which, _ in _IN_THE_WAY:
             old = bytearray(_LIMIT.size)
             # For a process of another user this needs CAP_SYS_RESOURCE, and so does a higher hard limit.
-            if not _prlimit(tid, which, None, old):
+            if not _prlimit(self.tid, which, None, old):
                 continue
+            self._undo.append((which, bytes(old)))
             hard = _LIMIT.unpack(old)[1]
-            undo.append((which, bytes(old)))
-            if not _prlimit(tid, which, bytearray(_LIMIT.pack(_INFINITY, _INFINITY)), None):
-                _prlimit(tid, which, bytearray(_LIMIT.pack(hard, hard)), None)
-        try:
-            yield
-        except OSError as error:
+            if not _prlimit(self.tid, which, bytearray(_LIMIT.pack(_INFINITY, _INFINITY)), None):
+                _prlimit(self.tid, which, bytearray(_LIMIT.pack(hard, hard)), None)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for which, limit in self._undo:
+            _prlimit(self.tid, which, bytearray(limit), None)
+        if isinstance(error, OSError):
             names = ", ".join(name for _, name in _IN_THE_WAY)
             raise TargetError(
-                f"process {pid} may not map the memory that a dump needs: {error.strerror}",
-                f"raise its limits for the time of the dump (prlimit(1); {names}; or sysctl vm.max_map_count)",
+                f"process {self.pid} may not map the memory that a dump needs: {os.strerror(error.errno or 0)}",
+                f"raise its limits for the time of the dump (prlimit(1): {names}; or sysctl vm.max_map_count)",
             ) from None
-    finally:
-        for which, limit in undo:
-            _prlimit(tid, which, bytearray(limit), None)
 
 
 def _prlimit(tid: int, which: int, new: bytearray | None, old: bytearray | None) -> bool:

@@ -24,7 +24,7 @@ from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.errors import FirnError, TargetError
 from firn.host import procfs
-from firn.tracee import limits, memory, ptrace
+from firn.tracee import memory, ptrace
 from firn.tracee.program import Program, Runner, Scratch, await_stopped
 
 TYPE_CHECKING = False
@@ -157,7 +157,7 @@ class Task:
                 ptrace.set_sigmask(thread.tid, thread.mask)
 
     def pending(self, thread: Thread, shared: bool) -> list[bytes]:
-        """The pending signals as siginfo_t, also those taken away: the process's if *shared*, else those of *thread*."""
+        """The pending signals as siginfo_t, also those taken away: the process's if *shared*, else the *thread*'s."""
         threads = self.threads if shared else [thread]
         taken = [info for each in threads for whose, info in each.taken if whose == shared]
         return taken + ptrace.pending_signals(thread.tid, shared)
@@ -194,7 +194,9 @@ class Task:
             except OSError as error:
                 if error.errno not in (errno.ENOMEM, errno.EAGAIN):
                     raise
-                with limits.raised(self.pid, self.voice):
+                from firn.tracee.limits import Raised
+
+                with Raised(self.pid, self.voice):
                     self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
 
         try:

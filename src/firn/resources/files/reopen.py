@@ -248,8 +248,8 @@ class Opener:
         return False
 
     def _make_parents(self, name: str, ending: str) -> str:
-        """Directories on the way that are gone too; taken away again with the file. The name under which it can be made:
-        one with *ending* if there is something else now where a directory was."""
+        """Make directories on the way that are gone too; taken away again with the file. The name under which it can be
+        made: one with *ending* if there is something else now where a directory was."""
         missing = []
         parent = os.path.dirname(name)
         while parent not in ("/", "") and not os.path.lexists(parent):

@@ -1,7 +1,7 @@
 """Threads that left their process's directories or descriptor table (unshare(2) with CLONE_FS or CLONE_FILES).
 
 State owned: working directory, root and umask of such a thread (images: firn's own field of thread_core_entry). Kernel:
-kcmp(2) tells that it has its own, /proc/TID what they are. The thread comes back by unshare(2), and then goes there itself.
+kcmp(2) tells that it has its own, /proc/TID what they are. The thread comes back by unshare(2), and then goes there.
 Refused: a descriptor table of its own, and directories shared with anybody else but the process.
 """
 
