@@ -15,7 +15,12 @@ from pathlib import Path
 
 import pytest
 from fault_helpers import Steady, dump_cut_off, reap_orphans
-from harness import Runner, firn_command
+from harness import Runner, firn_command, wait_until
+
+from firn.abi.ptrace import INTERRUPT, SEIZE, WALL
+from firn.host import procfs
+from firn.tracee import ptrace
+from firn.tracee.timelimit import DeathWatch
 
 
 def _kill() -> None:
@@ -197,3 +202,21 @@ def test_a_full_disk(runner: Runner) -> None:
     finally:
         subprocess.run(["umount", images], check=True)
         target.end()
+
+
+def test_the_watch_for_deaths_takes_no_stops(runner: Runner) -> None:
+    """A stop that it took would be waited for elsewhere for ever."""
+    target = runner.spawn(["/bin/sleep", "1000"])
+    ptrace.request("seize", SEIZE, target.pid)
+    ptrace.request("interrupt", INTERRUPT, target.pid)
+    wait_until("it stops", lambda: target.state() == "t")
+    watch = DeathWatch(lambda: [target.pid])
+    watch._look(signal.SIGALRM, None)
+    status = os.waitpid(target.pid, os.WNOHANG | WALL)[1]
+    assert os.WIFSTOPPED(status)
+    os.kill(target.pid, signal.SIGKILL)
+    wait_until("it ends", lambda: procfs.stat(target.pid).state == "Z")
+    watch._look(signal.SIGALRM, None)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(target.pid, os.WNOHANG | WALL)
+    target.status = 0

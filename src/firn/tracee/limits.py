@@ -20,8 +20,8 @@ _INFINITY = (1 << 64) - 1
 
 
 class Raised:
-    """For a while the soft limits of process *pid*, whose thread *tid* lives, are as high as we may set them. What fails
-    inside with OSError nevertheless is a TargetError."""
+    """For a while the soft limits of process *pid*, whose thread *tid* lives, are as high as we may set them. What
+    fails inside with OSError nevertheless is a TargetError."""
 
     def __init__(self, pid: int, tid: int) -> None:
         self.pid = pid
