@@ -64,6 +64,7 @@ class Area:
         return f"/proc/{pid}/map_files/{self.map.start:x}-{self.map.end:x}"
 
 
+_LOCKS = frozenset(("lo", "lf"))
 _MANY, _SPARE = 10000, 16
 """Mappings that may be more than the kernel allows, and what a restore needs besides for a while."""
 _WITH_OBJECT = ("file", "shmem", "sysv")
@@ -210,7 +211,10 @@ def _status(area: Area) -> tuple[int, int]:
 
 
 def refresh_flags(areas: list[Area], maps: list[Map]) -> None:
-    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has."""
+    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has. A clone has
+    nothing locked (fork(2)): whether its original has is what was read before."""
     flags = {m.start: m.flags for m in maps}
     for area in areas:
-        area.map.flags = flags.get(area.map.start, area.map.flags)
+        found = flags.get(area.map.start)
+        if found is not None:
+            area.map.flags = found - _LOCKS | (area.map.flags or frozenset()) & _LOCKS
