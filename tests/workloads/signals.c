@@ -326,7 +326,52 @@ static void crowded_harm(void)
 	sigtimedwait(&one, NULL, &none);
 }
 
+/* A thread that traps after every instruction of its own (the trap flag), as some debuggers have programs do. */
+static volatile int traps, untrap;
+
+static void on_step(int number)
+{
+	(void)number;
+	traps++;
+}
+
+static void *trapping(void *argument)
+{
+	(void)argument;
+	__asm__ volatile("pushfq\n\torq $0x100, (%%rsp)\n\tpopfq" ::: "cc", "memory");
+	while (!untrap)
+		syscall(SYS_poll, NULL, 0, 1);
+	__asm__ volatile("pushfq\n\tandq $~0x100, (%%rsp)\n\tpopfq" ::: "cc", "memory");
+	untrap = 2;
+	for (;;)
+		nap_ms(1000);
+	return NULL;
+}
+
+static void trapping_set(void)
+{
+	struct sigaction action = {.sa_handler = on_step, .sa_flags = SA_RESTART};
+	NEED(!sigaction(SIGTRAP, &action, NULL));
+	start_thread(trapping, NULL);
+	NEED(wait_for(&traps, 2000));
+}
+
+static int trapping_check(void)
+{
+	traps = 0;
+	CHECK(wait_for(&traps, 1000));
+	return 1;
+}
+
+static void trapping_harm(void)
+{
+	untrap = 1;
+	while (untrap != 2)
+		nap_ms(1);
+}
+
 WORKLOAD(
+	{"trapping", trapping_set, trapping_check, trapping_harm},
 	{"crowded", crowded_set, crowded_check, crowded_harm},
 	{"handlers", handlers_set, handlers_check, handlers_harm},
 	{"ignored", ignored_set, ignored_check, ignored_harm},

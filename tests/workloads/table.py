@@ -106,8 +106,10 @@ TABLE: list[Workload] = [
     *_waits("futex-forever pause sigsuspend sigwaitinfo epoll pipe child"),
     *_all("signals", "handlers ignored blocked pending-private pending-shared deliver"),
     *_all("signals", "crowded"),
+    # Its thread may be in the handler.
+    Workload("signals", "trapping", unlike=(r".*status\.(SigBlk|SigPnd)",)),
     Workload("signals", "stopped", stop=True),
-    *_all("timers", "real virtual prof clocks absolute notify sparse overrun overrun-kept"),
+    *_all("timers", "real virtual prof clocks absolute notify sparse crowd overrun overrun-kept"),
     # Their signals come at any moment.
     *_all("timers", "ticking firing", unlike=(r".*status\.(ShdPnd|SigPnd)",)),
     *_all("identity", "ordinary four-ids ambient bounding securebits no-new-privs thread-creds"),

@@ -12,7 +12,7 @@ import stat as st_mode
 
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
-from firn.errors import Obstacle
+from firn.errors import Obstacle, TargetError
 from firn.host import features, procfs
 from firn.resources import cgroups, creds, policies, process, restart, semaphores, signals, stops, threads, timers
 from firn.resources.base import MEMFD
@@ -200,7 +200,7 @@ class Questions:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
+        size = _PROGRAM_SIZE + timers.SIZE * len(posix) + stops.SIZE * len(stopped)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
@@ -219,6 +219,9 @@ class Questions:
             for thread, own, _ in self.threads
         }
         for _, own, _ in self.threads:
+            if own.results:
+                # A part was run to make room for the rest, which overwrites its answers.
+                raise TargetError(f"process {mine.pid}: the questions to it do not fit their area")
             own.start()
 
     def answer(self, got: Collected, waiting: dict[int, restart.Waiting], frozen_at: int) -> None:

@@ -211,8 +211,8 @@ def _status(area: Area) -> tuple[int, int]:
 
 
 def refresh_flags(areas: list[Area], maps: list[Map]) -> None:
-    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has. A clone has
-    nothing locked (fork(2)): whether its original has is what was read before."""
+    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has. A clone
+    has nothing locked (fork(2)): whether its original has is what was read before."""
     flags = {m.start: m.flags for m in maps}
     for area in areas:
         found = flags.get(area.map.start)
