@@ -280,9 +280,9 @@ class Task:
         siginfo."""
         while runner.seen:
             number, _, code = _SIGINFO.unpack_from(runner.seen[0])
-            if number == sig.SIGSTOP:
-                self.stop_again = True
-            else:
+            if number in (sig.SIGSTOP, sig.SIGCONT):
+                self.stop_again = number == sig.SIGSTOP
+            if number != sig.SIGSTOP:
                 self._queue(thread, code != _SI_TKILL, runner.seen[0])
             del runner.seen[0]
         while thread.taken:
@@ -313,6 +313,8 @@ class Task:
                 break
             except (OSError, FirnError) as error:
                 trouble = error
+        if self.stop_again and self._was_continued():
+            self.stop_again = False
         for thread in self.threads:
             if thread.held:
                 try:
@@ -325,6 +327,13 @@ class Task:
             resend(self.pid, sig.SIGSTOP)
         if trouble is not None and self.alive():
             raise trouble
+
+    def _was_continued(self) -> bool:
+        """Whether a SIGCONT is pending: then it came after the last stop signal, which would have thrown it away."""
+        try:
+            return bool(int(procfs.status(self.pid, self.voice)["ShdPnd"], 16) & sig.bit(sig.SIGCONT))
+        except OSError:
+            return False
 
     def alive(self) -> bool:
         """Whether the process is still there and no zombie."""
