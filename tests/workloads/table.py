@@ -114,7 +114,7 @@ TABLE: list[Workload] = [
     *_all("timers", "ticking firing", unlike=(r".*status\.(ShdPnd|SigPnd)",)),
     *_all("identity", "ordinary four-ids ambient bounding securebits no-new-privs thread-creds"),
     *_all("identity", "limits tight umask cwd cwd-deleted chroot session loginuid"),
-    *_all("seccomp", "strict one stacked tsync threads"),
+    *_all("seccomp", "strict one stacked tsync long threads"),
     *_all("files", "positions append path path-link directory dup cloexec devices log proc owner"),
     *_all("ghosts", "ghost sparse two folder"),
     # The name has to be another one.
