@@ -1,109 +1,87 @@
-/* Threads that share less with their process than usual: directories come back, the rest is refused. */
+/* What a single thread has for itself though usually a process has it, or a process for its children to come. */
 #include <sched.h>
 
 #include "workload.h"
 
-static int settled, wanted, said;
-static char here[PATH_MAX];
+#ifndef CLONE_NEWTIME
+#define CLONE_NEWTIME 0x80
+#endif
 
-/* ---- working directory, root and umask of its own ---- */
+static int done, go, verdict, flag;
 
-static int goes_well(void)
-{
-	char now[PATH_MAX];
-	struct stat root;
-	mode_t mask = umask(0101);
-	CHECK(mask == 0101);
-	CHECK(getcwd(now, sizeof now) && !strcmp(now, "/below"));
-	CHECK(!stat("/below/deeper", &root) && stat(here, &root) && errno == ENOENT);
-	return 1;
-}
-
-static void *wanderer(void *argument)
+static void *thread_apart(void *argument)
 {
 	(void)argument;
-	NEED(!unshare(CLONE_FS) && !chroot("jail") && !chdir("/below"));
-	umask(0101);
-	__atomic_store_n(&settled, 1, __ATOMIC_SEQ_CST);
-	for (;;) {
-		if (__atomic_load_n(&wanted, __ATOMIC_SEQ_CST) == 1) {
-			__atomic_store_n(&wanted, 0, __ATOMIC_SEQ_CST);
-			__atomic_store_n(&said, goes_well(), __ATOMIC_SEQ_CST);
-		} else if (__atomic_load_n(&wanted, __ATOMIC_SEQ_CST) == 2) {
-			umask(0);
-			__atomic_store_n(&wanted, 0, __ATOMIC_SEQ_CST);
-		}
-		nap_ms(1);
+	if (unshare(flag))
+		cannot_run("no such unshare");
+	if (flag == CLONE_FS)
+		chdir("/");
+	if (flag == CLONE_FILES)
+		dup2(0, 77);
+	__atomic_store_n(&done, 1, __ATOMIC_SEQ_CST);
+	for (;; nap_ms(1)) {
+		char own[PATH_MAX] = "", path[64], theirs[64] = "";
+		if (!__atomic_exchange_n(&go, 0, __ATOMIC_SEQ_CST))
+			continue;
+		snprintf(path, sizeof path, "/proc/%d/ns/uts", getpid());
+		readlink("/proc/thread-self/ns/uts", own, sizeof own - 1);
+		readlink(path, theirs, sizeof theirs - 1);
+		verdict = strcmp(own, theirs) != 0;
+		if (flag == CLONE_FS)
+			verdict = getcwd(own, sizeof own) && !strcmp(own, "/");
+		if (flag == CLONE_FILES)
+			verdict = fcntl(77, F_GETFD) >= 0;
+		__atomic_store_n(&done, 1, __ATOMIC_SEQ_CST);
 	}
 	return NULL;
 }
 
-static void directories_set(void)
+static void apart_set(void)
 {
-	NEED(!mkdir("jail", 0755) && !mkdir("jail/below", 0755) && !mkdir("jail/below/deeper", 0755));
-	NEED(getcwd(here, sizeof here));
-	umask(022);
-	start_thread(wanderer, NULL);
-	NEED(wait_for(&settled, 2000));
+	flag = !strcmp(mode_name, "files") ? CLONE_FILES : !strcmp(mode_name, "directories") ? CLONE_FS : CLONE_NEWUTS;
+	start_thread(thread_apart, NULL);
+	NEED(wait_for(&done, 2000));
 }
 
-static int directories_check(void)
+static int apart_check(void)
 {
-	char now[PATH_MAX];
-	said = 0;
-	__atomic_store_n(&wanted, 1, __ATOMIC_SEQ_CST);
-	CHECK(wait_for(&said, 2000));
-	CHECK_ALL(said);
-	CHECK(getcwd(now, sizeof now) && !strcmp(now, here) && umask(022) == 022);
+	char here[PATH_MAX];
+	done = 0;
+	__atomic_store_n(&go, 1, __ATOMIC_SEQ_CST);
+	CHECK(wait_for(&done, 2000) && verdict);
+	CHECK(fcntl(77, F_GETFD) < 0 && getcwd(here, sizeof here) && strcmp(here, "/"));
 	return 1;
 }
 
-static void directories_harm(void)
+static void apart_harm(void)
 {
-	__atomic_store_n(&wanted, 2, __ATOMIC_SEQ_CST);
-	while (__atomic_load_n(&wanted, __ATOMIC_SEQ_CST))
-		nap_ms(1);
-}
-
-/* ---- refused ---- */
-
-static void *leaver(void *argument)
-{
-	NEED(!unshare(*(int *)argument));
-	__atomic_store_n(&settled, 1, __ATOMIC_SEQ_CST);
-	for (;;)
-		nap_ms(1000);
-	return NULL;
-}
-
-static void leaver_set(void)
-{
-	static int what;
-	what = !strcmp(mode_name, "table") ? CLONE_FILES : CLONE_NEWUTS;
-	start_thread(leaver, &what);
-	NEED(wait_for(&settled, 2000));
+	dup2(0, 77);
 }
 
 static void children_set(void)
 {
-	NEED(!unshare(CLONE_NEWPID));
-	settled = 1;
+	if (unshare(CLONE_NEWTIME))
+		cannot_run("no time namespaces");
 }
 
-static int refused_check(void)
+static int children_check(void)
 {
-	CHECK(settled == 1);
+	char own[64] = "", theirs[64] = "";
+	CHECK(readlink("/proc/self/ns/time", own, sizeof own - 1) > 0);
+	CHECK(readlink("/proc/self/ns/time_for_children", theirs, sizeof theirs - 1) > 0);
+	CHECK(strcmp(own, theirs));
 	return 1;
 }
 
-static void refused_harm(void)
+static void children_harm(void)
 {
-	settled = 2;
+	int fd = open("/proc/self/ns/time", O_RDONLY);
+	setns(fd, CLONE_NEWTIME);
 }
 
 WORKLOAD(
-	{"directories", directories_set, directories_check, directories_harm},
-	{"table", leaver_set, refused_check, refused_harm},
-	{"namespace", leaver_set, refused_check, refused_harm},
-	{"children", children_set, refused_check, refused_harm},
+	{"files", apart_set, apart_check, apart_harm},
+	{"directories", apart_set, apart_check, apart_harm},
+	{"namespace", apart_set, apart_check, apart_harm},
+	{"children", children_set, children_check, children_harm},
 )

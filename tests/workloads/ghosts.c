@@ -234,28 +234,8 @@ static void misplaced_harm(void)
 	NEED(pwrite(fds[0], "x", 1, 0) == 1);
 }
 
-/* A folder that no path leads to, for its mount is in no tree of mounts. */
-static void detached_set(void)
-{
-	fds[0] = (int)syscall(428 /* open_tree */, AT_FDCWD, ".", 1 /* OPEN_TREE_CLONE */);
-	if (fds[0] < 0)
-		cannot_run("no open_tree");
-}
-
-static int detached_check(void)
-{
-	CHECK(!faccessat(fds[0], "beat", F_OK, 0));
-	return 1;
-}
-
-static void detached_harm(void)
-{
-	NEED(dup2(open("/proc", O_RDONLY | O_DIRECTORY), fds[0]) >= 0);
-}
-
 WORKLOAD(
 	{"misplaced", misplaced_set, misplaced_check, misplaced_harm},
-	{"detached", detached_set, detached_check, detached_harm},
 	{"ghost", ghost_set, ghost_check, ghost_harm},
 	{"sparse", sparse_set, sparse_check, sparse_harm},
 	{"large", large_set, large_check, large_harm},

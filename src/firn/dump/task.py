@@ -10,17 +10,31 @@ import errno
 import os
 import stat as st_mode
 
+from firn.abi import fcntl as fc
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import Obstacle, TargetError
-from firn.host import features, procfs
-from firn.resources import cgroups, creds, policies, process, restart, semaphores, signals, stops, threads, timers
+from firn.host import features, kcmp, procfs
+from firn.resources import (
+    cgroups,
+    creds,
+    keyrings,
+    namespaces,
+    policies,
+    process,
+    restart,
+    semaphores,
+    signals,
+    stops,
+    threads,
+    timers,
+)
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
+from firn.resources.files.procfiles import process_of, thread_of
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
-from firn.resources.threads import apart
 from firn.tracee import ptrace
 
 TYPE_CHECKING = False
@@ -45,12 +59,10 @@ class CollectedTask:
         self.voice_stat = procfs.stat(task.pid, task.voice) if task.headless else self.stat
         """The first has what is the process's, this one what a thread has only while it lives (memory, flags)."""
         self.statuses = {thread.tid: procfs.status(task.pid, thread.tid) for thread in task.threads}
-        self.cgroups = {thread.tid: cgroups.Cgroups(thread.tid) for thread in task.threads}
+        self.cgroups = cgroups.Cgroups(task.voice)
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
-        self.apart: dict[int, dict[str, Any]] = {}
-        """The fs_entry of threads that have directories of their own."""
         self.ids: dict[str, int] = {}
         self.cores: list[tuple[int, dict[str, Any]]] = []
         self.mm: dict[str, Any] = {}
@@ -79,15 +91,15 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
+    _check_threads(mine, got.obstacles)
     if mine.sharer is None:
         maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
         mine.areas = areas.classify(pid, maps, got.obstacles)
         areas.find_backing(voice, mine.areas, got.obstacles)
         _add_segments(got, mine)
-    mine.fs = _directories(got, mine, voice)
-    for tid in apart.find(got.tasks, mine, got.obstacles):
-        mine.apart[tid] = _directories(got, mine, tid)
-    mine.exe_id = _named_link(got, mine, voice, "exe")
+    cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
+    mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[voice]["Umask"], 8)}
+    mine.exe_id = _named_link(got, mine, "exe")
 
 
 def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
@@ -110,6 +122,30 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
         thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread.tid, thread.regs)
 
 
+_TABLES = ((fc.KCMP_FILES, "descriptors"), (fc.KCMP_FS, "directories"))
+
+
+def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
+    """What a thread can have for itself though usually a process has it (unshare(2), setns(2))."""
+    voice, others = mine.task.voice, mine.task.threads[1:]
+    known = namespaces.links(voice) if others else {}
+    for thread in others:
+        what = f"process {mine.pid}: thread {thread.tid}"
+        if mine.statuses[thread.tid]["Name"].startswith("iou-") and _is_ring_worker(mine.pid, thread.tid):
+            reason = "is a worker of an io_uring, whose requests live in the kernel"
+            obstacles.append(Obstacle(what, reason, "close its rings before the dump"))
+        namespaces.check_thread(mine.pid, thread.tid, known, obstacles)
+        for table, name in _TABLES:
+            if not kcmp.same(voice, thread.tid, table):
+                reason = f"has {name} of its own (unshare), which images cannot hold"
+                obstacles.append(Obstacle(what, reason, "use a process for it"))
+
+
+def _is_ring_worker(pid: int, tid: int) -> bool:
+    """Whether the thread is one of io_uring's. Newer kernels let it be traced, but it has no user space to run in."""
+    return bool(procfs.stat(pid, tid).flags & procfs.PF_IO_WORKER)
+
+
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
     try:
         label = procfs.read(f"/proc/{mine.task.voice}/attr/current").rstrip(b"\0\n").decode()
@@ -121,16 +157,18 @@ def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
         )
 
 
-def _directories(got: Collected, mine: CollectedTask, tid: int) -> dict[str, Any]:
-    """The fs_entry of thread *tid*."""
-    cwd, root = _named_link(got, mine, tid, "cwd"), _named_link(got, mine, tid, "root")
-    return {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[tid]["Umask"], 8)}
-
-
-def _named_link(got: Collected, mine: CollectedTask, tid: int, name: str) -> int:
-    """The file id of what /proc/TID/*name* leads to."""
-    link = f"/proc/{tid}/{name}"
-    return _plain_file(got, f"process {mine.pid}: {name}", link, os.stat(link), 0)
+def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
+    """The file id of what /proc/PID/*name* leads to."""
+    link = f"/proc/{mine.task.voice}/{name}"
+    what = f"process {mine.pid}: {name}"
+    number = _plain_file(got, what, link, procfs.link_stat(link), 0)
+    pids, target = got.collector.context.pids, os.readlink(link)
+    thread = thread_of(target)
+    # A thread has its directories before others exist; and who stands in for the dead would be in the tree's way.
+    owner = process_of(target)
+    if got.finder.dead_process(number) in pids or (thread not in (0, owner) and owner in pids):
+        got.obstacles.append(Obstacle(what, f"is {target}, of a single thread of the tree", "change to another folder"))
+    return number
 
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
@@ -196,24 +234,27 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask, partners: policies.Partners, stopped: list[int]) -> None:
+    def __init__(
+        self, mine: CollectedTask, partners: policies.Partners, children: dict[int, bool], with_keyrings: bool
+    ) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + timers.SIZE * len(posix) + stops.SIZE * len(stopped)
+        size = _PROGRAM_SIZE + timers.SIZE * len(posix) + stops.SIZE * len(children)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
         self.actions = signals.ask(self.program)
         self.timers = timers.ask(self.program, posix)
         self.keys = pkeys.ask(self.program)
-        self.stopped = stops.ask(self.program, stopped)
+        self.children = stops.ask(self.program, children)
         self.threads: list[tuple[Thread, Program, threads.Asked]] = [
             (task.leader, self.program, threads.ask(self.program))
         ]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
+            own = task.program(thread, size=1024 + policies.SIZE + keyrings.SIZE, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
+        self.keyrings = {thread.tid: keyrings.ask(own) for thread, own, _ in self.threads} if with_keyrings else {}
         self.policies = {
             thread.tid: policies.ask(own, task.voice, partners.of(mine.statuses[thread.tid]))
             for thread, own, _ in self.threads
@@ -234,8 +275,10 @@ class Questions:
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
+        if mine.stat.session == mine.pid and (nice := process.session_nice(voice)):
+            tc["firn"]["session_nice"] = nice
         tc["timers"] = timers.answer(program, self.timers)
-        got.told.update(stops.answer(program, self.stopped))
+        got.reported |= stops.answer(program, self.children)
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
         rare = [
@@ -243,6 +286,7 @@ class Questions:
             for thread, own, _ in self.threads
         ]
         self._find_undo(got)
+        self._find_keyrings(got)
         self._settle_timers()
         tc["signals_s"] = signals.queue(mine.task.pending(mine.task.leader, shared=True))
         stopped = mine.task.stop_signal
@@ -266,7 +310,7 @@ class Questions:
 
         mine, voice = self.mine, self.mine.cores[0][1]["thread_core"]
         own = creds.collect(procfs.status(mine.pid, mine.pid), voice["creds"]["secbits"])
-        return exited.save_core(mine.task, tc, own, got.cgroup_sets.number(mine.cgroups[mine.task.voice]))
+        return exited.save_core(mine.task, tc, own, got.cgroup_sets.number(mine.cgroups))
 
     def _collect_memory(self, got: Collected, answers: process.Answers) -> None:
         mine, pid, voice = self.mine, self.mine.pid, self.mine.task.voice
@@ -291,6 +335,17 @@ class Questions:
             if thread.tid in holders:
                 status = self.mine.statuses[thread.tid]
                 got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
+
+    def _find_keyrings(self, got: Collected) -> None:
+        """The session keyrings: each is read by the first thread that has it, as is that there is none."""
+        for thread, program, _ in self.threads if self.keyrings else []:
+            number = keyrings.answer(program, self.keyrings[thread.tid])
+            what = f"process {self.mine.pid}: thread {thread.tid}"
+            if number not in got.keyrings:
+                if got.keyrings:
+                    reason = "has another session keyring than the rest of the tree, which images cannot hold"
+                    got.obstacles.append(Obstacle(what, reason, "start all of it in one session"))
+                got.keyrings[number] = keyrings.read(program, number, what, got.obstacles) if number else {}
 
     def _settle_timers(self) -> None:
         """Pending timer signals must know their overruns before the queues are read."""
@@ -323,9 +378,7 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
-    if thread.tid in mine.apart:
-        core["firn"]["fs"] = mine.apart[thread.tid]
-    core["cg_set"] = got.cgroup_sets.number(mine.cgroups[thread.tid])
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups.of_thread(thread.tid, got.thread_groups))
     return {
         "mtype": threads.X86_64,
         "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),
