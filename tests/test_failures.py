@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 from fault_helpers import Steady, dump_cut_off, reap_orphans
-from harness import Runner, firn_command
+from harness import Runner, firn_command, wait_until
+
+from firn.abi import nr
+from firn.abi.ptrace import INTERRUPT, SEIZE, WALL
+from firn.host import procfs
+from firn.tracee import ptrace, seize
+from firn.tracee.timelimit import DeathWatch
 
 
 def _kill() -> None:
@@ -217,3 +223,39 @@ def test_a_full_disk(runner: Runner) -> None:
     finally:
         subprocess.run(["umount", images], check=True)
         target.end()
+
+
+def test_the_watch_for_deaths_takes_no_stops(runner: Runner) -> None:
+    """A stop that it took would be waited for elsewhere for ever."""
+    target = runner.spawn(["/bin/sleep", "1000"])
+    ptrace.request("seize", SEIZE, target.pid)
+    ptrace.request("interrupt", INTERRUPT, target.pid)
+    wait_until("it stops", lambda: target.state() == "t")
+    watch = DeathWatch(lambda: [target.pid])
+    watch._look(signal.SIGALRM, None)
+    status = os.waitpid(target.pid, os.WNOHANG | WALL)[1]
+    assert os.WIFSTOPPED(status)
+    os.kill(target.pid, signal.SIGKILL)
+    wait_until("it ends", lambda: procfs.stat(target.pid).state == "Z")
+    watch._look(signal.SIGALRM, None)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(target.pid, os.WNOHANG | WALL)
+    target.status = 0
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_stops_and_continues_keep_their_order(runner: Runner, continued: bool) -> None:
+    """A stop signal that programs run into is sent again, unless the process was continued after it."""
+    target = runner.spawn(["/bin/sleep", "1000"])
+    wait_until("it sleeps", lambda: target.state() == "S")
+    task = seize.freeze(target.pid)
+    program = task.program()
+    os.kill(target.pid, signal.SIGSTOP)
+    for _ in range(3):
+        program.call("getppid", nr.getppid)
+        program.run()
+    if continued:
+        os.kill(target.pid, signal.SIGCONT)
+    task.release()
+    wait_until("it has settled", lambda: target.state() == ("S" if continued else "T"))
+    runner.kill(target)

@@ -76,6 +76,16 @@ def test_the_cut_is_one_moment(runner: Runner, mode: str) -> None:
         runner.kill(back)
 
 
+@pytest.mark.parametrize("mode", ["mlock", "onfault", "dontfork", "wipeonfork", "guard", "guard-shared"])
+def test_what_a_clone_has_not_inherited(runner: Runner, mode: str) -> None:
+    target = runner.start(Workload("memory_advice", mode))
+    images = _snapshot(runner, target)
+    runner.kill(target)
+    back = runner.restore(images, target)
+    runner.assert_right(back, "restored")
+    runner.kill(back)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_trace_is_left(runner: Runner, mode: str) -> None:
     """No new child, no new descriptor, no new mapping, and the clones are gone from the machine."""

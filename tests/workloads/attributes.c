@@ -20,7 +20,8 @@ static const struct option { const char *mode; int set, get; unsigned long value
 	{"thp-disable", PR_SET_THP_DISABLE, PR_GET_THP_DISABLE, 1, 0, 0},
 	{"dumpable", PR_SET_DUMPABLE, PR_GET_DUMPABLE, 0, 1, 0},
 	{"subreaper", PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER, 1, 0, 1},
-	{"pdeathsig", PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, SIGURG, 0, 1},
+	/* It would end the program if the end of the restore counted as a parent's death. */
+	{"pdeathsig", PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, SIGUSR2, 0, 1},
 	{"slack", PR_SET_TIMERSLACK, PR_GET_TIMERSLACK, 123456, 50000, 0},
 };
 

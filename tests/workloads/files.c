@@ -257,6 +257,54 @@ static void devices_harm(void)
 	dup2(fds[0], fds[2]);
 }
 
+/* The kernel's log: a reader has a place in it, here behind two records, and one at the end. */
+enum { RECORD = 8192 };
+
+static unsigned long ended;
+
+static unsigned long read_record(int fd)
+{
+	char record[RECORD];
+	ssize_t got;
+	while ((got = read(fd, record, sizeof record - 1)) == -1 && errno == EPIPE)
+		;
+	if (got <= 0)
+		return 0;
+	record[got] = 0;
+	return strtoul(strchr(record, ',') + 1, NULL, 10) + 1;
+}
+
+static void log_set(void)
+{
+	unsigned long number;
+	for (int i = 0; i < 2; i++) {
+		fds[i] = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
+		if (fds[i] < 0 || !read_record(fds[i]) || !read_record(fds[i]))
+			cannot_run("the kernel's log cannot be read");
+	}
+	while ((number = read_record(fds[1])))
+		ended = number;
+}
+
+static int log_check(void)
+{
+	int fresh = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
+	unsigned long oldest = read_record(fresh), number;
+	CHECK(oldest && read_record(fresh));
+	CHECK((number = read_record(fresh)) == read_record(fds[0]) || oldest > 1);
+	CHECK(!close(fresh));
+	CHECK(!lseek(fds[0], 0, SEEK_SET) && read_record(fds[0]) && read_record(fds[0]));
+	/* Something may have been logged meanwhile. */
+	number = read_record(fds[1]);
+	CHECK(!number || number > ended);
+	return 1;
+}
+
+static void log_harm(void)
+{
+	lseek(fds[1], 0, SEEK_SET);
+}
+
 /* Files of /proc/self: after the restore they must show this process, not whoever opened them. */
 static void proc_set(void)
 {
@@ -339,6 +387,7 @@ WORKLOAD(
 	{"dup", dup_set, dup_check, dup_harm},
 	{"cloexec", cloexec_set, cloexec_check, cloexec_harm},
 	{"devices", devices_set, devices_check, devices_harm},
+	{"log", log_set, log_check, log_harm},
 	{"proc", proc_set, proc_check, proc_harm},
 	{"owner", owner_set, owner_check, owner_harm},
 )

@@ -210,7 +210,32 @@ static void nameless_harm(void)
 	dup2(fds[1], fds[0]);
 }
 
+/* A file whose folder is gone, and another file has that name now. */
+static void misplaced_set(void)
+{
+	NEED(!mkdir("folder", 0751));
+	fds[0] = make_file("folder/file", BYTES, 6);
+	NEED(!unlink("folder/file") && !rmdir("folder"));
+	close(make_file("folder", BYTES, 7));
+}
+
+static int misplaced_check(void)
+{
+	char got[BYTES];
+	struct stat now;
+	CHECK(pread(fds[0], got, BYTES, 0) == BYTES && same(got, BYTES, 6));
+	CHECK(!fstat(fds[0], &now) && now.st_nlink == 0);
+	CHECK(slurp("folder", got, BYTES) == BYTES - 1 && !access("folder", F_OK));
+	return 1;
+}
+
+static void misplaced_harm(void)
+{
+	NEED(pwrite(fds[0], "x", 1, 0) == 1);
+}
+
 WORKLOAD(
+	{"misplaced", misplaced_set, misplaced_check, misplaced_harm},
 	{"ghost", ghost_set, ghost_check, ghost_harm},
 	{"sparse", sparse_set, sparse_check, sparse_harm},
 	{"large", large_set, large_check, large_harm},

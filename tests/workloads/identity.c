@@ -277,6 +277,32 @@ static void limits_harm(void)
 	setrlimit(RLIMIT_NOFILE, &other);
 }
 
+/* Limits below what the process has already: nothing can be mapped. */
+static void tight_set(void)
+{
+	for (int i = 0; i < 2; i++) {
+		int which = i ? RLIMIT_DATA : RLIMIT_AS;
+		NEED(!getrlimit(which, &limits[which]));
+		limits[which].rlim_cur = 65536;
+		NEED(!setrlimit(which, &limits[which]));
+	}
+}
+
+static int tight_check(void)
+{
+	struct rlimit now;
+	CHECK(!getrlimit(RLIMIT_AS, &now) && now.rlim_cur == 65536 && now.rlim_max == limits[RLIMIT_AS].rlim_max);
+	CHECK(!getrlimit(RLIMIT_DATA, &now) && now.rlim_cur == 65536);
+	CHECK(mmap(NULL, PAGE, RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED && errno == ENOMEM);
+	return 1;
+}
+
+static void tight_harm(void)
+{
+	limits[RLIMIT_AS].rlim_cur = 1 << 30;
+	setrlimit(RLIMIT_AS, &limits[RLIMIT_AS]);
+}
+
 /* ---- folders ---- */
 
 static void umask_set(void)
@@ -403,6 +429,7 @@ WORKLOAD(
 	{"no-new-privs", nnp_set, nnp_check, nnp_harm},
 	{"thread-creds", thread_creds_set, thread_creds_check, thread_creds_harm},
 	{"limits", limits_set, limits_check, limits_harm},
+	{"tight", tight_set, tight_check, tight_harm},
 	{"umask", umask_set, umask_check, umask_harm},
 	{"cwd", cwd_set, cwd_check, cwd_harm},
 	{"cwd-deleted", cwd_set, cwd_deleted_check, cwd_harm},

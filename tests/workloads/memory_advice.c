@@ -131,7 +131,7 @@ static void mlock_harm(void)
 /* Locked when touched: untouched pages must stay away. */
 static void onfault_set(void)
 {
-	area = map_anon(PAGES);
+	area = strcmp(mode_name, "onfault-shared") ? map_anon(PAGES) : map_pages(PAGES, RW, MAP_SHARED | MAP_ANONYMOUS, -1);
 	if (mlock2(area, PAGES * PAGE, MLOCK_ONFAULT))
 		cannot_run("mlock2");
 	fill(area, 4 * PAGE, 4);
@@ -193,7 +193,8 @@ static int guarded(char *at)
 
 static void guard_set(void)
 {
-	area = map_anon(PAGES);
+	area = strcmp(mode_name, "guard-shared") ? map_anon(PAGES)
+						 : map_pages(PAGES, RW, MAP_SHARED, make_file("mapped", PAGES * PAGE, 1));
 	fill(area, PAGES * PAGE, 5);
 	if (madvise(area + 8 * PAGE, 4 * PAGE, MADV_GUARD_INSTALL))
 		cannot_run("the kernel has no guard pages");
@@ -251,8 +252,10 @@ WORKLOAD(
 	{"droppable", droppable_set, droppable_check, droppable_harm},
 	{"mlock", mlock_set, mlock_check, mlock_harm},
 	{"onfault", onfault_set, onfault_check, onfault_harm},
+	{"onfault-shared", onfault_set, onfault_check, onfault_harm},
 	{"future", future_set, future_check, future_harm},
 	{"guard", guard_set, guard_check, guard_harm},
+	{"guard-shared", guard_set, guard_check, guard_harm},
 	{"hugetlb-private", hugetlb_set, hugetlb_check, hugetlb_harm},
 	{"hugetlb-shared", hugetlb_set, hugetlb_check, hugetlb_harm},
 )

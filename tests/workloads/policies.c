@@ -1,4 +1,5 @@
 /* Rare settings: NUMA policy, speculation control and huge pages on advice only come back; the others are refused. */
+#include <asm/ldt.h>
 #include <linux/keyctl.h>
 #include <linux/mempolicy.h>
 #include <stddef.h>
@@ -142,7 +143,29 @@ static void landlock_harm(void)
 	chdir("/proc");
 }
 
+/* A segment of its own, as emulators of other systems use them. */
+static void segment_set(void)
+{
+	struct user_desc segment = {.entry_number = 1, .limit = 0xfff, .seg_32bit = 1, .useable = 1};
+	if (syscall(SYS_modify_ldt, 1, &segment, sizeof segment))
+		cannot_run("no local descriptor tables");
+}
+
+static int segment_check(void)
+{
+	char table[16];
+	CHECK(syscall(SYS_modify_ldt, 0, table, sizeof table) == sizeof table && !all_zero(table + 8, 8));
+	return 1;
+}
+
+static void segment_harm(void)
+{
+	struct user_desc segment = {.entry_number = 1, .read_exec_only = 1, .seg_not_present = 1};
+	syscall(SYS_modify_ldt, 1, &segment, sizeof segment);
+}
+
 WORKLOAD(
+	{"segment", segment_set, segment_check, segment_harm},
 	{"set", set_set, set_check, set_harm},
 	{"dispatch", dispatch_set, dispatch_check, dispatch_harm},
 	{"keyring", keyring_set, keyring_check, keyring_harm},

@@ -1,6 +1,7 @@
 /* Seccomp: strict mode, and filters: one, several, one for all threads, one per thread. */
 #include "workers.h"
 
+#include <grp.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -121,6 +122,35 @@ static int tsync_check(void)
 	return ask_workers(4);
 }
 
+/* A filter and groups that are as many as there may be, also of threads. */
+enum { LONGEST = 4096, GROUPS = 20000 };
+
+static void long_set(void)
+{
+	static struct sock_filter code[LONGEST];
+	static gid_t groups[GROUPS];
+	struct sock_fprog program = {LONGEST, code};
+	code[0] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0);
+	for (int i = 1; i < LONGEST - 3; i++)
+		code[i] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 70000 + i, 0, 0);
+	code[LONGEST - 3] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_getppid, 0, 1);
+	code[LONGEST - 2] = (struct sock_filter)BPF_STMT(BPF_RET, SECCOMP_RET_ERRNO | 77);
+	code[LONGEST - 1] = (struct sock_filter)BPF_STMT(BPF_RET, SECCOMP_RET_ALLOW);
+	for (int i = 0; i < GROUPS; i++)
+		groups[i] = 3 * i;
+	NEED(!setgroups(GROUPS, groups));
+	job = tsync_job;
+	start_workers(2);
+	NEED(!syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program));
+}
+
+static int long_check(void)
+{
+	CHECK_ALL(one_check());
+	CHECK(getgroups(0, NULL) == GROUPS);
+	return ask_workers(2);
+}
+
 /* Every thread has filters of its own; the first and main have none. */
 static void threads_prepare(struct worker *self)
 {
@@ -157,5 +187,6 @@ WORKLOAD(
 	{"one", one_set, one_check, newer_harm},
 	{"stacked", stacked_set, stacked_check, newer_harm},
 	{"tsync", tsync_set, tsync_check, newer_harm},
+	{"long", long_set, long_check, newer_harm},
 	{"threads", threads_set, threads_check, newer_harm},
 )

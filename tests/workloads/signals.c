@@ -283,7 +283,96 @@ static void stopped_harm(void)
 	continued += 5;
 }
 
+/* The very signals with which programs of the dump end are pending, for the process and for its thread. */
+static const int common[] = {SIGURG, SIGWINCH, SIGCHLD};
+
+static void crowded_set(void)
+{
+	sigset_t all;
+	sigfillset(&all);
+	NEED(!sigprocmask(SIG_SETMASK, &all, NULL));
+	for (int i = 0; i < 3; i++) {
+		siginfo_t info = {.si_signo = common[i], .si_code = SI_QUEUE};
+		info.si_pid = 4711;
+		info.si_value.sival_int = i;
+		NEED(!syscall(SYS_rt_tgsigqueueinfo, getpid(), getpid(), common[i], &info));
+		info.si_value.sival_int = i + 10;
+		NEED(!syscall(SYS_rt_sigqueueinfo, getpid(), common[i], &info));
+	}
+}
+
+static int crowded_check(void)
+{
+	const struct timespec none = {0, 0};
+	for (int i = 0; i < 3; i++)
+		for (int shared = 0; shared < 2; shared++) {
+			sigset_t one;
+			siginfo_t info;
+			sigemptyset(&one);
+			sigaddset(&one, common[i]);
+			CHECK(sigtimedwait(&one, &info, &none) == common[i]);
+			CHECK(info.si_pid == 4711 && info.si_value.sival_int == i + 10 * shared);
+		}
+	crowded_set();
+	return 1;
+}
+
+static void crowded_harm(void)
+{
+	sigset_t one;
+	const struct timespec none = {0, 0};
+	sigemptyset(&one);
+	sigaddset(&one, SIGURG);
+	sigtimedwait(&one, NULL, &none);
+}
+
+/* A thread that traps after every instruction of its own (the trap flag), as some debuggers have programs do. */
+static volatile int traps, untrap;
+
+static void on_step(int number)
+{
+	(void)number;
+	traps++;
+}
+
+static void *trapping(void *argument)
+{
+	(void)argument;
+	__asm__ volatile("pushfq\n\torq $0x100, (%%rsp)\n\tpopfq" ::: "cc", "memory");
+	while (!untrap)
+		syscall(SYS_poll, NULL, 0, 1);
+	__asm__ volatile("pushfq\n\tandq $~0x100, (%%rsp)\n\tpopfq" ::: "cc", "memory");
+	untrap = 2;
+	for (;;)
+		nap_ms(1000);
+	return NULL;
+}
+
+static void trapping_set(void)
+{
+	struct sigaction action = {.sa_handler = on_step, .sa_flags = SA_RESTART};
+	NEED(!sigaction(SIGTRAP, &action, NULL));
+	start_thread(trapping, NULL);
+	NEED(wait_for(&traps, 2000));
+}
+
+static int trapping_check(void)
+{
+	traps = 0;
+	CHECK(wait_for(&traps, 1000));
+	return 1;
+}
+
+static void trapping_harm(void)
+{
+	untrap = 1;
+	while (untrap != 2)
+		nap_ms(1);
+}
+
 WORKLOAD(
+	{"trapping", trapping_set, trapping_check, trapping_harm},
+	{"crowded", crowded_set, crowded_check, crowded_harm},
 	{"handlers", handlers_set, handlers_check, handlers_harm},
 	{"ignored", ignored_set, ignored_check, ignored_harm},
 	{"blocked", blocked_set, blocked_check, blocked_harm},

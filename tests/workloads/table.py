@@ -76,7 +76,9 @@ TABLE: list[Workload] = [
     *_all("memory_advice", "dontfork dontdump wipeonfork hugepage nohugepage mergeable random sequential"),
     # The kernel may drop the pages whenever it likes.
     Workload("memory_advice", "droppable", unlike=(r"mapping\..*\.Anonymous",)),
-    *_all("memory_advice", "mlock onfault future guard"),
+    *_all("memory_advice", "mlock onfault future guard guard-shared"),
+    # Pages of the object come back, but are mapped, and so locked, when they are touched.
+    Workload("memory_advice", "onfault-shared", unlike=(r"mapping\..*\.Locked",)),
     Workload("memory_advice", "hugetlb-private", huge=2),
     Workload("memory_advice", "hugetlb-shared", huge=2),
     *_all("pkeys", "keys child"),
@@ -99,16 +101,21 @@ TABLE: list[Workload] = [
     *_waits("ppoll pselect", unlike=(r".*status\.SigBlk",)),
     *_waits("futex-forever pause sigsuspend sigwaitinfo epoll pipe child"),
     *_all("signals", "handlers ignored blocked pending-private pending-shared deliver"),
+    *_all("signals", "crowded"),
+    # Its thread may be in the handler.
+    Workload("signals", "trapping", unlike=(r".*status\.(SigBlk|SigPnd)",)),
     Workload("signals", "stopped", stop=True),
-    *_all("timers", "real virtual prof clocks absolute notify sparse overrun overrun-kept"),
+    *_all("timers", "real virtual prof clocks absolute notify sparse crowd overrun overrun-kept"),
     # Their signals come at any moment.
     *_all("timers", "ticking firing", unlike=(r".*status\.(ShdPnd|SigPnd)",)),
     *_all("identity", "ordinary four-ids ambient bounding securebits no-new-privs thread-creds"),
-    *_all("identity", "limits umask cwd cwd-deleted chroot session loginuid"),
-    *_all("seccomp", "strict one stacked tsync threads"),
-    *_all("files", "positions append path path-link directory dup cloexec devices proc owner"),
+    *_all("identity", "limits tight umask cwd cwd-deleted chroot session loginuid"),
+    *_all("seccomp", "strict one stacked tsync long threads"),
+    *_all("files", "positions append path path-link directory dup cloexec devices log proc owner"),
     *_all("procfiles", "dead shown"),
     *_all("ghosts", "ghost sparse two folder"),
+    # The name has to be another one.
+    Workload("ghosts", "misplaced", unlike=(r"fd\.\d+",)),
     # It is called by its inode number.
     Workload("ghosts", "nameless", once=True, unlike=(r"fd\.\d+",)),
     Workload("ghosts", "large", refused=("--ghost-limit",), dump=("--ghost-limit", "4M"), ways=REFUSED_FIRST),
@@ -124,6 +131,7 @@ TABLE: list[Workload] = [
     *_all("obstacles", "pipe events socketpair terminal child listener"),
     # What nobody can save: each of them has to be named at once.
     *_all("policies", "set"),
+    _refused("policies", "segment", "has a local descriptor table"),
     _refused("policies", "dispatch", "has syscall user dispatch"),
     _refused("policies", "keyring", "has a process keyring"),
     _refused("policies", "landlock", "Landlock restricts it"),

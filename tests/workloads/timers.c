@@ -354,7 +354,34 @@ static void firing_harm(void)
 	arm(by_clock[0], 0, (struct itimerspec){{0, 0}, {0, 0}});
 }
 
+/* More of them than one program can ask for at a time. */
+enum { CROWD = 3000 };
+
+static timer_id crowd[CROWD];
+
+static void crowd_set(void)
+{
+	for (int i = 0; i < CROWD; i++) {
+		crowd[i] = make_timer(CLOCK_MONOTONIC, SIGEV_NONE, 0, 0, 0);
+		NEED(!arm(crowd[i], 0, (struct itimerspec){{i + 1, 0}, {FAR, 0}}));
+	}
+}
+
+static int crowd_check(void)
+{
+	struct itimerspec value;
+	for (int i = 0; i < CROWD; i++)
+		CHECK(!remaining(crowd[i], &value) && value.it_interval.tv_sec == i + 1 && value.it_value.tv_sec > 0);
+	return 1;
+}
+
+static void crowd_harm(void)
+{
+	syscall(SYS_timer_delete, crowd[CROWD / 2]);
+}
+
 WORKLOAD(
+	{"crowd", crowd_set, crowd_check, crowd_harm},
 	{"real", interval_set, interval_check, interval_harm},
 	{"virtual", interval_set, interval_check, interval_harm},
 	{"prof", interval_set, interval_check, interval_harm},

@@ -20,6 +20,8 @@ REG_NAMES = (
 USER_CS = 0x33
 USER_SS = 0x2B
 NO_SYSCALL = (1 << 64) - 1
+TRAP_FLAG = 0x100
+"""TF of the flags register: a trap after every instruction (include/uapi/asm/processor-flags.h)."""
 
 SYSCALL_INSTRUCTION = b"\x0f\x05"
 

@@ -165,6 +165,8 @@ def _interruptible() -> None:
             _signal.signal(other, _signal.SIG_IGN)
         raise SystemExit(128 + number)
 
+    # Ignored by whoever started us, it would have the kernel reap our children.
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     for number in numbers:
         # Ignored by whoever started us (nohup): it stays ignored.
         if _signal.getsignal(number) != _signal.SIG_IGN:

@@ -6,13 +6,14 @@ one program in the leader, one small one in every other thread, all threads at o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st_mode
 
 from firn.abi import fcntl as fc
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
-from firn.errors import Obstacle
+from firn.errors import Obstacle, TargetError
 from firn.host import features, kcmp, procfs
 from firn.resources import (
     cgroups,
@@ -172,7 +173,14 @@ def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
     """The file id of something that is opened anew at restore: shared by object, path and mode."""
-    key = ("plain", st.st_dev, st.st_ino, os.readlink(link), mode)
+    try:
+        path = os.readlink(link)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        got.obstacles.append(Obstacle(what, "has a path that is longer than the kernel tells (4095 bytes)"))
+        return 0
+    key = ("plain", st.st_dev, st.st_ino, path, mode)
     known = got.table.find(key)
     if known is not None:
         return known
@@ -232,7 +240,7 @@ class Questions:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(children)
+        size = _PROGRAM_SIZE + timers.SIZE * len(posix) + stops.SIZE * len(children)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
@@ -252,6 +260,9 @@ class Questions:
             for thread, own, _ in self.threads
         }
         for _, own, _ in self.threads:
+            if own.results:
+                # A part was run to make room for the rest, which overwrites its answers.
+                raise TargetError(f"process {mine.pid}: the questions to it do not fit their area")
             own.start()
 
     def answer(self, got: Collected, waiting: dict[int, restart.Waiting], frozen_at: int) -> None:
@@ -260,6 +271,7 @@ class Questions:
         for _, own, _ in self.threads:
             own.finish()
         answers = process.Answers(program, self.process)
+        process.check_segments(pid, [thread.regs for thread in mine.task.threads], answers, got.obstacles)
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
@@ -276,7 +288,7 @@ class Questions:
         self._find_undo(got)
         self._find_keyrings(got)
         self._settle_timers()
-        tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
+        tc["signals_s"] = signals.queue(mine.task.pending(mine.task.leader, shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
@@ -359,7 +371,7 @@ def _thread_core(
     comm = procfs.stat(mine.pid, thread.tid).comm.decode("utf-8", "surrogateescape")
     core = threads.save_core(thread, answers, creds.collect(status, answers.securebits), comm)
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
-    core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
+    core["signals_p"] = signals.queue(mine.task.pending(thread, shared=False))
     core["blk_sigset"] = thread.mask
     deliverable = restart.is_deliverable(status, thread.mask)
     interrupted = restart.save(mine.task.voice, thread, waiting, deliverable, frozen_at)

@@ -163,6 +163,21 @@ def madvise_guard() -> None:
 
 
 @_ability
+def guard_flag() -> None:
+    """Whether smaps marks mappings that have guard pages (VmFlags gu; those with a file have it since Linux 6.19)."""
+    from firn.host import procfs
+
+    flags = mman.MAP_SHARED | mman.MAP_ANONYMOUS
+    page = syscall("mmap", nr.mmap, 0, mman.PAGE, mman.PROT_READ | mman.PROT_WRITE, flags, -1, 0)
+    try:
+        syscall("MADV_GUARD_INSTALL", nr.madvise, page, mman.PAGE, mman.MADV_GUARD_INSTALL)
+        if not any(m.start <= page < m.end and "gu" in (m.flags or ()) for m in procfs.smaps(os.getpid())):
+            raise OSError(errno.ENOENT, "smaps does not show guard pages")
+    finally:
+        syscall("munmap", nr.munmap, page, mman.PAGE)
+
+
+@_ability
 def map_vdso() -> None:
     """Whether arch_prctl(2) maps a vdso at a chosen address, ARCH_MAP_VDSO_64 (needs CONFIG_CHECKPOINT_RESTORE)."""
     try:

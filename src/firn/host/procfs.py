@@ -105,7 +105,8 @@ def speaker(pid: int) -> int:
 class Map:
     """One line of /proc/PID/maps, with the VmFlags of smaps when those were read (else None)."""
 
-    __slots__ = ("device", "end", "flags", "huge", "inode", "key", "name", "offset", "page_size", "perms", "start")
+    __slots__ = ("device", "end", "flags", "huge", "inode", "key", "name", "offset", "page_size", "perms", "start",
+                 "whole")  # fmt: skip
 
     def __init__(
         self, start: int, end: int, perms: str, offset: int, device: tuple[int, int], inode: int, name: str
@@ -121,6 +122,7 @@ class Map:
         self.page_size = 4096
         self.huge = 0
         self.key = 0
+        self.whole = False
 
     def identity(self) -> tuple[int, int, str, int, int]:
         """What identifies the mapping when two readings are compared."""
@@ -170,7 +172,8 @@ def named_map(pid: int, name: str) -> Map | None:
 
 
 def smaps(pid: int) -> list[Map]:
-    """The mappings with their VmFlags, page size, amount of huge pages (bytes) and protection key.
+    """The mappings with their VmFlags, page size, amount of huge pages (bytes) and protection key, and of locked ones
+    whether they are ``whole``: all pages are in memory.
 
     Walks page tables: not cheap.
     """
@@ -185,6 +188,8 @@ def smaps(pid: int) -> list[Map]:
         current.flags = frozenset(text[flags + 9 : end].split())
         current.page_size = _kilobytes(text, "\nKernelPageSize:", at, flags) or 4096
         current.huge = _kilobytes(text, "\nAnonHugePages:", at, flags)
+        if "lo" in current.flags:
+            current.whole = _kilobytes(text, "\nRss:", at, flags) >= current.end - current.start
         # The last line before VmFlags, if the processor has protection keys.
         last = text.rfind("\n", at, flags) + 1
         if text.startswith("ProtectionKey:", last, flags):

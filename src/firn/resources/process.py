@@ -14,7 +14,9 @@ import os
 import struct
 
 from firn.abi import nr, prctl
+from firn.abi import x86_64 as cpu
 from firn.abi.libc import address_of, syscall
+from firn.errors import Obstacle
 from firn.host import features, procfs
 
 TYPE_CHECKING = False
@@ -36,6 +38,7 @@ LIMIT_NAMES = (
 _LIMIT = struct.Struct("<QQ")
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 _NO_LOGINUID = 0xFFFFFFFF
+_LDT_ENTRY = 8
 
 PRCTLS = (
     ("dumpable", prctl.GET_DUMPABLE), ("thp_disable", prctl.GET_THP_DISABLE), ("io_flusher", prctl.GET_IO_FLUSHER),
@@ -47,11 +50,12 @@ PRCTLS = (
 class Asked:
     """Where the answers lie."""
 
-    __slots__ = ("brk", "cpuid", "limits", "membarrier", "switches", "words")
+    __slots__ = ("brk", "cpuid", "ldt", "limits", "membarrier", "switches", "words")
 
     def __init__(
-        self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int, cpuid: int
+        self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int, cpuid: int, ldt: int
     ) -> None:
+        self.ldt = ldt
         self.cpuid = cpuid
         self.limits = limits
         self.words = words
@@ -62,7 +66,7 @@ class Asked:
 
 def ask(program: Program) -> Asked:
     """Add the calls that read what only the task can ask for."""
-    program.reserve(LIMITS + 18, LIMITS * _LIMIT.size + 24)
+    program.reserve(LIMITS + 19, LIMITS * _LIMIT.size + 24 + _LDT_ENTRY)
     limits = program.buffer(LIMITS * _LIMIT.size)
     words = program.buffer(24)
     for which in range(LIMITS):
@@ -74,13 +78,14 @@ def ask(program: Program) -> Asked:
     brk = program.call("brk", nr.brk, 0)
     cpuid = program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_CPUID, 0, flags=1)
     program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_XCOMP_PERM, words + 16, flags=1)
-    return Asked(limits, words, switches, membarrier, brk, cpuid)
+    ldt = program.call("modify_ldt", nr.modify_ldt, 0, program.buffer(_LDT_ENTRY), _LDT_ENTRY, flags=1)
+    return Asked(limits, words, switches, membarrier, brk, cpuid, ldt)
 
 
 class Answers:
     """What the task said about itself. A switch that the kernel does not know is 0."""
 
-    __slots__ = ("brk", "components", "limits", "membarrier", "no_cpuid", "subreaper", "switches", "tsc")
+    __slots__ = ("brk", "components", "ldt", "limits", "membarrier", "no_cpuid", "subreaper", "switches", "tsc")
 
     def __init__(self, program: Program, asked: Asked) -> None:
         raw = program.read(asked.limits, LIMITS * _LIMIT.size)
@@ -90,6 +95,7 @@ class Answers:
         self.switches = {name: max(program.results[call], 0) for name, call in asked.switches.items()}
         self.membarrier = max(program.results[asked.membarrier], 0)
         self.brk = program.results[asked.brk]
+        self.ldt = program.results[asked.ldt]
 
 
 def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
@@ -97,6 +103,16 @@ def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
         return int(procfs.read(f"/proc/{pid}/{name}") or b"0", base)
     except (OSError, ValueError):
         return None
+
+
+def check_segments(pid: int, threads: list[tuple[int, ...]], answers: Answers, obstacles: list[Obstacle]) -> None:
+    """Refuse segments of its own, which images cannot hold: a local descriptor table, or selectors in the registers of
+    *threads*. (The kernel's own flat data segment, as some programs load it, is as good as none.)"""
+    if answers.ldt > 0:
+        reason = "has a local descriptor table (modify_ldt(2))"
+        obstacles.append(Obstacle(f"process {pid}", reason, "not supported yet"))
+    elif any(regs[which] not in (0, cpu.USER_SS) for regs in threads for which in (cpu.DS, cpu.ES, cpu.FS, cpu.GS)):
+        obstacles.append(Obstacle(f"process {pid}", "uses segments of its own", "not supported yet"))
 
 
 def session_nice(pid: int) -> int:

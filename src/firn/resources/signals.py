@@ -117,9 +117,10 @@ def plan_queue(program: Program, pid: int, tid: int, shared: bool, entry: dict[s
 
 
 def free_stop_signal(queues: list[dict[str, Any] | None]) -> int:
-    """A signal with which programs can end because none of *queues* holds it."""
-    taken = {info_number(info) for entry in queues for info in infos(entry)}
-    for number in (sig.SIGWINCH, sig.SIGURG, sig.SIGCHLD):
-        if number not in taken:
+    """A signal with which programs can end because none of *queues* holds it. Restored tasks are always traced, so it
+    may be one that would end a program."""
+    taken = {info_number(info) for entry in queues for info in infos(entry)} | sig.STOP_SIGNALS
+    for number in (sig.SIGWINCH, sig.SIGURG, sig.SIGCHLD, *CHANGEABLE):
+        if number not in taken and number != sig.SIGCONT:
             return number
-    raise RestoreError("SIGWINCH, SIGURG and SIGCHLD are all pending in the checkpoint")
+    raise RestoreError("all signals are pending in the checkpoint")

@@ -12,6 +12,7 @@ import struct
 
 from firn.abi import nr, prctl
 from firn.abi import signal as sig
+from firn.abi import x86_64 as cpu
 from firn.errors import ImageError, RestoreError
 
 TYPE_CHECKING = False
@@ -25,6 +26,10 @@ ITIMERS = ("real", "virt", "prof")
 _SPEC = struct.Struct("<4q")
 """struct itimerval or itimerspec: interval seconds and fraction, value seconds and fraction."""
 _MAX_OLD_ID = 4096
+
+
+SIZE = 2 * cpu.RECORD_SIZE + _SPEC.size + 32
+"""Room in a program for the questions about one POSIX timer."""
 
 
 class Questions:

@@ -97,14 +97,18 @@ def taken(pid: int) -> RestoreError:
     return RestoreError(f"pid {pid} is taken{who}", "end that process, or restore in another pid namespace")
 
 
-def spawn(pid: int, sibling: bool) -> None:
-    """Make the stub with *pid*, seized and stopped; our child, or with *sibling* our parent's."""
+def spawn(pid: int, sibling: bool, orphan: bool = False) -> None:
+    """Make the stub with *pid*, seized and stopped; our child, or with *sibling* our parent's, or if *orphan* that of
+    whoever adopts the orphans here."""
     memfd = os.memfd_create("stub", os.MFD_CLOEXEC)
     alive, child_end = os.pipe2(os.O_CLOEXEC)
     old_mask = _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
     try:
         os.write(memfd, stub_image())
-        _clone(pid, sibling, memfd)
+        if orphan:
+            _clone_orphan(pid, memfd)
+        else:
+            _clone(pid, sibling, memfd)
         os.close(child_end)
         child_end = -1
         # The pipe closes at the execve(2); what comes before is an errno.
@@ -121,6 +125,27 @@ def spawn(pid: int, sibling: bool) -> None:
     ptrace.request("interrupt", pt.INTERRUPT, pid)
     while ptrace.wait_stop(pid).event != pt.EVENT_STOP:
         ptrace.request("continue", pt.CONT, pid)
+
+
+def _clone_orphan(pid: int, memfd: int) -> None:
+    """The same by a child of ours that ends at once."""
+    for _ in range(_REAPING_TRIES):
+        args = bytearray(sched.CLONE_ARGS.pack(0, 0, 0, 0, sig.SIGCHLD, 0, 0, 0, 0, 0, 0))
+        parent = forking_syscall("clone3", nr.clone3, address_of(args), len(args))
+        if parent == 0:
+            failed = True
+            try:
+                if os.getpid() != pid:
+                    _clone(pid, False, memfd)
+                    failed = False
+            finally:
+                os._exit(failed)
+        status = os.waitpid(parent, 0)[1]
+        if parent == pid:
+            continue  # the number was free, so this child was given it
+        if status:
+            raise taken(pid) if is_used(pid) else RestoreError(f"pid {pid} cannot be given to a new process")
+        return
 
 
 def _clone(pid: int, sibling: bool, memfd: int) -> None:

@@ -24,7 +24,7 @@ from firn.resources.memory.vdso import Own
 from firn.resources.process import set_core_filter
 from firn.restore import birth
 from firn.restore.memory import SPARE, TaskMemory, plan_sharing
-from firn.restore.tasks import LEADER_AREA, THREAD_AREA, RestoredTask, Stub, await_birth, plan_clone
+from firn.restore.tasks import LEADER_AREA, RestoredTask, Stub, await_birth, plan_clone
 from firn.tracee import memory, ptrace
 from firn.tracee.program import Runner, Scratch
 
@@ -56,9 +56,10 @@ class Family:
         self._pages_files = PagesFiles()
         self._memories: dict[int, TaskMemory] = {}
         self._plan_memories()
+        longest = max((len(entry["filter"]) for entry in checkpoint.filters), default=0)
         for process in checkpoint.processes:
             if not process.zombie:
-                self.tasks.append(RestoredTask(process, self._memories[process.ids["vm_id"]], opener))
+                self.tasks.append(RestoredTask(process, self._memories[process.ids["vm_id"]], opener, longest))
         self.by_pid = {task.pid: task for task in self.tasks}
 
     def _plan_memories(self) -> None:
@@ -161,7 +162,7 @@ class Family:
         sizes: dict[int, int] = {}
         for task in self.tasks:
             number = task.process.ids["vm_id"]
-            sizes[number] = sizes.get(number, 0) + LEADER_AREA + THREAD_AREA * len(task.threads)
+            sizes[number] = sizes.get(number, 0) + LEADER_AREA + sum(thread.area for thread in task.threads)
         for member in self.checkpoint.plan.members.values():
             if member.pid not in self.by_pid and "vm_id" in member.shares:
                 sizes[member.shares["vm_id"]] += LEADER_AREA

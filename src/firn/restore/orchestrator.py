@@ -183,8 +183,14 @@ class Restore:
         started = time.monotonic_ns()
         with TimeNamespace(self.checkpoint.clocks(), self.log):
             self.born = True
-            birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling)
+            birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling, self._must_be_orphan())
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
+
+    def _must_be_orphan(self) -> bool:
+        """Whether the root shall be told of its parent's death: not of ours, if we end at once."""
+        if not self.options.restore_detached or self.options.restore_sibling:
+            return False
+        return any(core["thread_core"].get("pdeath_sig") for core in self.checkpoint.root.cores)
 
     def rebuild(self) -> None:
         """Memory, and with it all other processes, which are cloned by their parents."""

@@ -28,17 +28,21 @@ if TYPE_CHECKING:
     from firn.restore.load import Process
 
 LEADER_AREA = 1 << 20
-THREAD_AREA = 8192
+_THREAD_AREA = 8192
+"""Without what may be large: groups and seccomp filters."""
 
 
 class RestoredThread:
     """One thread: what the images say of it, and the runner that it is now."""
 
-    __slots__ = ("core", "info", "mask", "program", "regs", "runner", "tid")
+    __slots__ = ("area", "core", "info", "mask", "program", "regs", "runner", "tid")
 
-    def __init__(self, tid: int, core: dict[str, Any], mask: int) -> None:
+    def __init__(self, tid: int, core: dict[str, Any], mask: int, longest_filter: int) -> None:
         self.tid = tid
         self.core: dict[str, Any] = core["thread_core"]
+        groups = len(self.core["creds"].get("groups", ()))
+        large = 4 * groups + (longest_filter if self.core.get("seccomp_mode") else 0)
+        self.area = _THREAD_AREA + -(-large // mman.PAGE) * mman.PAGE
         self.info: dict[str, Any] = core["thread_info"]
         self.mask = mask
         self.regs = threads.load_registers(self.info)
@@ -59,7 +63,7 @@ class Stub:
 class RestoredTask:
     """A living process of the checkpoint on its way back."""
 
-    def __init__(self, process: Process, memory: TaskMemory, opener: Opener) -> None:
+    def __init__(self, process: Process, memory: TaskMemory, opener: Opener, longest_filter: int) -> None:
         self.process = process
         self.pid = process.pid
         self.tc = process.tc
@@ -68,7 +72,8 @@ class RestoredTask:
         self.descriptors = process.fdinfo
         masks = [process.tc["blk_sigset"], *(core["thread_core"].get("blk_sigset", 0) for core in process.cores[1:])]
         self.threads = [
-            RestoredThread(tid, core, mask) for tid, core, mask in zip(process.tids, process.cores, masks, strict=True)
+            RestoredThread(tid, core, mask, longest_filter)
+            for tid, core, mask in zip(process.tids, process.cores, masks, strict=True)
         ]
         self.bereaved = False
         self.cwd, self.root = (REG, process.fs["cwd_id"]), (REG, process.fs["root_id"])
@@ -199,7 +204,7 @@ class RestoredTask:
         program.run()
         for thread in others:
             thread.runner = await_birth(thread.tid, self.pid, self.leader.runner, self.scratch)
-            thread.program = Program(thread.runner, self.scratch, self.scratch.area(THREAD_AREA), THREAD_AREA)
+            thread.program = Program(thread.runner, self.scratch, self.scratch.area(thread.area), thread.area)
 
     def end_leader(self) -> None:
         """The first thread exits, as it had before the dump; from here on the next one stands for the process."""

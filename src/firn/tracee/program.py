@@ -61,9 +61,11 @@ class Runner:
         return sig.ALL & ~sig.bit(self.stop_signal)
 
     def registers(self, **changes: int) -> list[int]:
-        """The base registers with *changes*, marked as being in no system call."""
+        """The base registers with *changes*, marked as being in no system call, and without the trap flag: its SIGTRAP
+        would be forced upon the task, which has it blocked."""
         regs = list(self.base)
         regs[cpu.ORIG_AX] = cpu.NO_SYSCALL
+        regs[cpu.FLAGS] &= ~cpu.TRAP_FLAG
         for name, value in changes.items():
             regs[cpu.REG_NAMES.index(name)] = value & _MASK
         return regs
@@ -171,9 +173,7 @@ class Runner:
         if self.own_mask is None:
             check_fault(self.tid, stop)
         if not stop.event:
-            info = bytearray(sig.SIGINFO_SIZE)
-            ptrace.request("signal information", pt.GETSIGINFO, self.tid, 0, address_of(info))
-            self.seen.append(bytes(info))
+            self.seen.append(ptrace.signal_information(self.tid))
 
 
 def check_fault(tid: int, stop: ptrace.Stop) -> None:

@@ -11,6 +11,7 @@ import struct
 
 from firn.abi import nr
 from firn.abi import ptrace as pt
+from firn.abi import signal as sig
 from firn.abi.libc import address_of, syscall
 from firn.abi.x86_64 import REGS
 from firn.errors import TargetError
@@ -79,6 +80,13 @@ def pending_signals(tid: int, shared: bool) -> list[bytes]:
         found += [bytes(buffer[128 * i : 128 * (i + 1)]) for i in range(count)]
         if count < batch:
             return found
+
+
+def signal_information(tid: int) -> bytes:
+    """The siginfo_t of the signal that a task has stopped for."""
+    info = bytearray(sig.SIGINFO_SIZE)
+    request("signal information", pt.GETSIGINFO, tid, 0, address_of(info))
+    return bytes(info)
 
 
 def rseq_configuration(tid: int) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ _SYNCHRONOUS = (4, 5, 7, 8, 11, 31)
 class Thread:
     """One frozen thread and the state that the kernel saved for it at the stop."""
 
-    __slots__ = ("held", "home", "mask", "regs", "resume_regs", "runner", "tid", "xstate")
+    __slots__ = ("held", "home", "mask", "regs", "resume_regs", "runner", "taken", "tid", "xstate")
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
@@ -57,6 +57,8 @@ class Thread:
         self.resume_regs: tuple[int, ...] = ()
         self.mask = 0
         self.xstate = b""
+        self.taken: list[tuple[bool, bytes]] = []
+        """Pending signals that were taken away, (whether the process's, siginfo_t)."""
         self.runner: Runner | None = None
         self.home = 0
         self.held = True
@@ -126,9 +128,8 @@ class Task:
         others = [s for s in range(1, sig.LAST + 1) if ignored & sig.bit(s)] if ignored else []
         free = [s for s in (*_STOP_CHOICE, *others) if not pending & sig.bit(s)]
         if not free:
-            raise TargetError(
-                f"task {thread.tid}: SIGWINCH, SIGURG and SIGCHLD are all pending", "let it handle one of them"
-            )
+            self._take_pending(thread, _STOP_CHOICE[0])
+            free = [_STOP_CHOICE[0]]
         caught = int(status["SigCgt"], 16)
         silent = [s for s in free if not caught & sig.bit(s)]
         quiet = [s for s in silent if not thread.mask & sig.bit(s)]
@@ -136,6 +137,30 @@ class Task:
         # The leader's choice was made later than this thread's status was read, if that was handed in.
         leader = self.leader.runner
         return leader.stop_signal if leader is not None and leader.stop_signal in choice else choice[0], not quiet
+
+    def _take_pending(self, thread: Thread, number: int) -> None:
+        """Take the pending signals *number* of a thread and its process: each is reported to us on its way to delivery,
+        and then dropped. The thread stops again before it is back in its own code."""
+        for shared in (False, True):
+            waiting = [info for info in ptrace.pending_signals(thread.tid, shared) if info[0] == number]
+            for _ in waiting:
+                ptrace.set_sigmask(thread.tid, sig.ALL & ~sig.bit(number))
+                ptrace.request("continue", pt.CONT, thread.tid)
+                while (stop := ptrace.wait_stop(thread.tid)).event or stop.signal != number:
+                    self.stop_again |= stop.signal == sig.SIGSTOP and not stop.event
+                    ptrace.request("continue", pt.CONT, thread.tid)
+                thread.taken.append((shared, ptrace.signal_information(thread.tid)))
+                ptrace.request("interrupt", pt.INTERRUPT, thread.tid)
+                ptrace.request("continue", pt.CONT, thread.tid)
+                while ptrace.wait_stop(thread.tid).event != pt.EVENT_STOP:
+                    ptrace.request("continue", pt.CONT, thread.tid)
+                ptrace.set_sigmask(thread.tid, thread.mask)
+
+    def pending(self, thread: Thread, shared: bool) -> list[bytes]:
+        """The pending signals as siginfo_t, also those taken away: the process's if *shared*, else the *thread*'s."""
+        threads = self.threads if shared else [thread]
+        taken = [info for each in threads for whose, info in each.taken if whose == shared]
+        return taken + ptrace.pending_signals(thread.tid, shared)
 
     def prepare(self, extra: int = 0) -> Scratch:
         """Map the scratch area (room for *extra* bytes beyond the programs), with a way home for every thread."""
@@ -164,7 +189,15 @@ class Task:
         rx, rw = mman.PROT_READ | mman.PROT_EXEC, mman.PROT_READ | mman.PROT_WRITE
 
         def mmap(start: int, size: int, protection: int) -> None:
-            self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+            try:
+                self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+            except OSError as error:
+                if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+                    raise
+                from firn.tracee.limits import Raised
+
+                with Raised(self.pid, self.voice):
+                    self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
 
         try:
             mmap(scratch.code, code_size + scratch.size, rx | rw)
@@ -243,20 +276,29 @@ class Task:
                 ptrace.set_regs(thread.tid, thread.resume_regs)
 
     def _send_again(self, thread: Thread, runner: Runner) -> None:
-        """Queue the foreign signals that came while programs ran: only the receiver may use any siginfo."""
+        """Queue the foreign signals that came while programs ran, and what we took: only the receiver may use any
+        siginfo."""
         while runner.seen:
-            info = runner.seen[0]
-            number, _, code = _SIGINFO.unpack_from(info)
-            if number == sig.SIGSTOP:
-                self.stop_again = True
-            elif self.scratch is not None:
-                memory.write(self.voice, self.scratch.data, info)
-                if code == _SI_TKILL:
-                    self._lone(thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, self.scratch.data)
-                else:
-                    # To its own id: nobody may send such a siginfo to another one, be it that of its process.
-                    self._lone(thread, nr.rt_sigqueueinfo, thread.tid, number, self.scratch.data)
+            number, _, code = _SIGINFO.unpack_from(runner.seen[0])
+            if number in (sig.SIGSTOP, sig.SIGCONT):
+                self.stop_again = number == sig.SIGSTOP
+            if number != sig.SIGSTOP:
+                self._queue(thread, code != _SI_TKILL, runner.seen[0])
             del runner.seen[0]
+        while thread.taken:
+            self._queue(thread, *thread.taken[0])
+            del thread.taken[0]
+
+    def _queue(self, thread: Thread, shared: bool, info: bytes) -> None:
+        number = info[0]
+        if self.scratch is None:
+            return
+        memory.write(self.voice, self.scratch.data, info)
+        if shared:
+            # To its own id: nobody may send such a siginfo to another one, be it that of its process.
+            self._lone(thread, nr.rt_sigqueueinfo, thread.tid, number, self.scratch.data)
+        else:
+            self._lone(thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, self.scratch.data)
 
     def release(self) -> None:
         """Let the process run on as if nothing had happened. May be called again if it was interrupted.
@@ -271,6 +313,8 @@ class Task:
                 break
             except (OSError, FirnError) as error:
                 trouble = error
+        if self.stop_again and self._was_continued():
+            self.stop_again = False
         for thread in self.threads:
             if thread.held:
                 try:
@@ -283,6 +327,13 @@ class Task:
             resend(self.pid, sig.SIGSTOP)
         if trouble is not None and self.alive():
             raise trouble
+
+    def _was_continued(self) -> bool:
+        """Whether a SIGCONT is pending: then it came after the last stop signal, which would have thrown it away."""
+        try:
+            return bool(int(procfs.status(self.pid, self.voice)["ShdPnd"], 16) & sig.bit(sig.SIGCONT))
+        except OSError:
+            return False
 
     def alive(self) -> bool:
         """Whether the process is still there and no zombie."""

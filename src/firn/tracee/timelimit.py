@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ITIMER_REAL = 0
 _SIGALRM = 14
+_ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 _EVERY = 1.0
 """Seconds."""
 
@@ -66,7 +67,11 @@ class DeathWatch:
     def _look(self, _number: int, _frame: object) -> None:
         for tid in self._others():
             try:
-                os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | pt.WALL)
+                # Only a look at first: a tracer is given stops too, whatever it asks for (wait_task_stopped in
+                # kernel/exit.c), and one that was taken here would be waited for elsewhere for ever.
+                seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | pt.WALL)
+                if seen is not None and seen.si_code in _ENDS:
+                    os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | pt.WALL)
             except ChildProcessError:
                 continue
 

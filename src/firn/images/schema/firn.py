@@ -105,6 +105,7 @@ MESSAGES = {
         4 pkey u32?
         5 numa_mode u32?
         6 numa_nodes bytes?
+        7 locked u32?
     """,
     "firn_ghost": """
         1 atime_ns i64?
@@ -176,6 +177,8 @@ MESSAGES = {
     """,
     "firn_reg": """
         1 rdev u64?
+        2 kmsg u64?
+        3 boot str?
     """,
     "firn_watcher": """
         1 overflow bool?

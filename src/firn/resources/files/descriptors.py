@@ -9,6 +9,7 @@ reason.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _MEMORY, _MISC, _MSR, _CPUID, _LOOP = 1, 10, 202, 203, 7
 _POSITIONED = ((_MEMORY, 1), (_MEMORY, 4))
 """mem, port."""
+_KMSG = os.makedev(_MEMORY, 11)
 _STATELESS = (
     *((_MEMORY, minor) for minor in (3, 5, 7, 8, 9, 11)), *((_MISC, minor) for minor in (183, 234, 235, 237)),
 )  # fmt: skip
@@ -151,7 +153,14 @@ class Collector:
         saved is added to the obstacles."""
         found: list[Descriptor] = []
         for fd in sorted(int(name) for name in os.listdir(f"/proc/{tid}/fd")):
-            open = base.Open(pid, pidfd, fd, procfs.fdinfo(tid, fd), tid)
+            try:
+                open = base.Open(pid, pidfd, fd, procfs.fdinfo(tid, fd), tid)
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                reason = "has a path that is longer than the kernel tells (4095 bytes)"
+                self.obstacles.append(Obstacle(f"process {pid}: descriptor {fd}", reason, "close it"))
+                continue
             try:
                 added = self.add(open)
             finally:
@@ -228,6 +237,10 @@ class Collector:
                 message["pos"] = NO_SEEK
             if device:
                 message["firn"] = {"rdev": open.stat.st_rdev}
+                if open.stat.st_rdev == _KMSG and not o_path and open.flags & fc.O_ACCMODE != fc.O_WRONLY:
+                    from firn.resources.files import kmsg
+
+                    message["firn"] |= kmsg.position(open.copy())
             other = process_of(link)
             if other and other not in self.context.pids and os.path.exists(f"/proc/{other}"):
                 self.context.warn(f"{open.what} is {link}, of a process outside: the restore opens what is there then")

@@ -148,7 +148,10 @@ class PathFinder:
         key = (st.st_dev, st.st_ino)
         if key not in self.links:
             remap_id = self.table.new_id()
-            base = f"{os.path.dirname(name)}/link_remap."
+            folder = os.path.dirname(name)
+            while not os.path.isdir(folder):
+                folder = os.path.dirname(folder)
+            base = f"{folder.rstrip('/')}/link_remap."
             # Another checkpoint may have taken the name.
             suffix = next(
                 (n for n in range(remap_id, remap_id + _MANY_LINKS) if not os.path.lexists(f"{base}{n}")), remap_id

@@ -172,6 +172,10 @@ class Opener:
             raise RestoreError(f"{name} cannot be opened: {why}", "put the file back") from None
         if not remapped:
             self._validate(fd, message)
+        if "kmsg" in message.get("firn", {}):
+            from firn.resources.files import kmsg
+
+            kmsg.seek(fd, message["firn"])
         return fd if flags & fc.O_PATH else _at_position(fd, name, message["pos"])
 
     def _validate(self, fd: int, message: dict[str, Any]) -> None:
@@ -221,15 +225,17 @@ class Opener:
         if kind == LINKED:
             link = self.message(REG, target)["name"]
             self.remap_links.add(link)
-            self._make_parents(name)
+            path = self._make_parents(name, f".cr.{number:x}.link")
             try:
-                os.link(link, name)
+                os.link(link, path)
             except FileExistsError:
                 self._ghosts[number] = link
                 return True
             except OSError as error:
                 raise RestoreError(f"{link} cannot be linked to {name}: {os.strerror(error.errno or 0)}") from None
-            self._temporary.append((name, False))
+            self._temporary.append((path, False))
+            if path != name:
+                self._ghosts[number] = path
             return True
         if kind != PROCFS or process_of(name) != target:
             raise ImageError(f"remap-fpath.img: {name} cannot be of process {target}")
@@ -249,16 +255,20 @@ class Opener:
         """Whether the file is one of /proc that shows another descriptor, and can only be opened after that."""
         return kind == REG and self.is_late(kind, number) and is_of_descriptor(self.message(kind, number)["name"])
 
-    def _make_parents(self, name: str) -> None:
-        """Directories on the way that are gone too; taken away again with the file."""
+    def _make_parents(self, name: str, ending: str) -> str:
+        """Make directories on the way that are gone too; taken away again with the file. The name under which it can be
+        made: one with *ending* if there is something else now where a directory was."""
         missing = []
         parent = os.path.dirname(name)
         while parent not in ("/", "") and not os.path.lexists(parent):
             missing.append(parent)
             parent = os.path.dirname(parent)
+        if not os.path.isdir(parent):
+            return parent + ending
         for path in reversed(missing):
             os.mkdir(path, 0o700)
             self._temporary.append((path, True))
+        return name
 
     def _make_ghost(self, name: str, number: int) -> str:
         key = -number
@@ -266,9 +276,11 @@ class Opener:
             return self._ghosts[key]
         if not self.images.exists("GHOST_FILE", number):
             raise ImageError(f"ghost-file-{number:x}.img is not there")
-        self._make_parents(name)
-        nameless = self._make_nameless(name, number)
-        path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
+        ending = f".cr.{number:x}.ghost"
+        path = self._make_parents(name, ending)
+        nameless = self._make_nameless(path, number)
+        if nameless or os.path.lexists(path):
+            path = nameless or path + ending
         entries = self.images.read_with_payload("GHOST_FILE", number)
         if not entries:
             raise ImageError(f"ghost-file-{number:x}.img: cut short: it has no entry")

@@ -12,6 +12,7 @@ import os
 
 from firn.abi import mman
 from firn.errors import Obstacle
+from firn.host import procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ REGULAR, STACK, VSYSCALL, VDSO, HEAP = 1, 2, 4, 8, 0x20
 FILE_PRIVATE, FILE_SHARED, ANON_SHARED, ANON_PRIVATE = 0x40, 0x80, 0x100, 0x200
 SYSVIPC, SOCKET, VVAR, AIORING, MEMFD, SHSTK, GUARD, UPROBES = (1 << n for n in range(10, 18))
 """Status bits of vma_entry (image format)."""
+
+LOCKED_ON_FAULT, LOCKED_WHOLE = 1, 2
+"""Whether a restore may fill in all pages of a locked mapping."""
 
 MADVICE = (
     ("rr", mman.MADV_RANDOM), ("sr", mman.MADV_SEQUENTIAL), ("dc", mman.MADV_DONTFORK), ("mg", mman.MADV_MERGEABLE),
@@ -60,6 +64,9 @@ class Area:
         return f"/proc/{pid}/map_files/{self.map.start:x}-{self.map.end:x}"
 
 
+_LOCKS = frozenset(("lo", "lf"))
+_MANY, _SPARE = 10000, 16
+"""Mappings that may be more than the kernel allows, and what a restore needs besides for a while."""
 _UFFD = {"um", "uw", "ui"}
 """VmFlags: missing pages, write protection, minor faults (Documentation/filesystems/proc.rst)."""
 _WITH_OBJECT = ("file", "shmem", "sysv")
@@ -73,6 +80,9 @@ def _obstacle(pid: int, m: Map, reason: str, help: str = "") -> Obstacle:
 def classify(pid: int, maps: list[Map], obstacles: list[Obstacle]) -> list[Area]:
     """What every mapping is; what cannot be saved is added to *obstacles*. vvar parts are merged into one."""
     areas: list[Area] = []
+    if len(maps) > _MANY and len(maps) + _SPARE > (limit := int(procfs.read("/proc/sys/vm/max_map_count"))):
+        reason = f"has {len(maps)} mappings, which leaves none of {limit} for a restore to work with"
+        obstacles.append(Obstacle(f"process {pid}", reason, f"sysctl -w vm.max_map_count={limit + _SPARE}"))
     for m in maps:
         kind = _kind(pid, m, obstacles)
         if kind is None:
@@ -178,6 +188,8 @@ def build_entry(area: Area) -> dict[str, Any]:
         extra["account"] = True
     if m.key:
         extra["pkey"] = m.key
+    if "lo" in flags:
+        extra["locked"] = LOCKED_WHOLE if m.whole and "lf" not in flags else LOCKED_ON_FAULT
     if "sl" in flags:
         extra["sealed"] = True
     if m.name.startswith("[anon:") or m.name.startswith("[anon_shmem:"):
@@ -207,7 +219,10 @@ def _status(area: Area) -> tuple[int, int]:
 
 
 def refresh_flags(areas: list[Area], maps: list[Map]) -> None:
-    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has."""
+    """Take the VmFlags of *maps*, read from a clone of the process, for those of *areas* that the clone has. A clone
+    has nothing locked (fork(2)): whether its original has is what was read before."""
     flags = {m.start: m.flags for m in maps}
     for area in areas:
-        area.map.flags = flags.get(area.map.start, area.map.flags)
+        found = flags.get(area.map.start)
+        if found is not None:
+            area.map.flags = found - _LOCKS | (area.map.flags or frozenset()) & _LOCKS

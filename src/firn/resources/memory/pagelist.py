@@ -44,26 +44,27 @@ def _append(runs: list[tuple[int, int]], start: int, end: int) -> None:
         runs.append((start, end))
 
 
-def scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """PAGEMAP_SCAN of [start, end): (start, end, categories) of own pages and guard pages, over all mappings at
-    once."""
+def scan(fd: int, start: int, end: int, guards: bool = False) -> Iterator[tuple[int, int, int]]:
+    """PAGEMAP_SCAN of [start, end): (start, end, categories) of own pages and guard pages, or of *guards* alone, over
+    all mappings at once."""
     vector = bytearray(mman.PAGE_REGION.size * _REGIONS)
     vector_address = address_of(vector)
     # A guard marker counts as swapped; it is told apart by its own category (Linux 6.15).
     inverted = mman.PAGE_IS_FILE | mman.PAGE_IS_PFNZERO
-    wanted = mman.PAGE_IS_PRESENT | mman.PAGE_IS_SWAPPED
+    wanted = 0 if guards else mman.PAGE_IS_PRESENT | mman.PAGE_IS_SWAPPED
+    mask = mman.PAGE_IS_GUARD if guards else inverted
     returned = mman.PAGE_IS_PRESENT | mman.PAGE_IS_SWAPPED | mman.PAGE_IS_HUGE | mman.PAGE_IS_GUARD
     while start < end:
         arg = bytearray(
             mman.PM_SCAN_ARG.pack(
                 mman.PM_SCAN_ARG.size, 0, start, end, 0, vector_address, _REGIONS, 0,
-                inverted, inverted, wanted, returned,
+                0 if guards else inverted, mask, wanted, returned,
             )
         )  # fmt: skip
         try:
             count = fcntl.ioctl(fd, mman.PAGEMAP_SCAN, arg)
         except OSError as error:
-            if error.errno != 22 or returned & mman.PAGE_IS_GUARD == 0:
+            if error.errno != 22 or guards or returned & mman.PAGE_IS_GUARD == 0:
                 raise
             returned &= ~mman.PAGE_IS_GUARD
             continue
@@ -172,6 +173,18 @@ def find(pid: int, ranges: list[tuple[int, int]], use_scan: bool) -> Pages:
     finally:
         os.close(fd)
     return pages
+
+
+def find_guards(pid: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The guard pages of *pid* inside *ranges* (ascending, disjoint); needs PAGE_IS_GUARD (Linux 6.15)."""
+    pages = Pages()
+    if ranges:
+        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _intersect(pages, scan(fd, ranges[0][0], ranges[-1][1], guards=True), ranges)
+        finally:
+            os.close(fd)
+    return pages.guards
 
 
 def _intersect(pages: Pages, found: Iterator[tuple[int, int, int]], ranges: list[tuple[int, int]]) -> None:

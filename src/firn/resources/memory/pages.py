@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from firn.abi import mman
+from firn.host import features
 from firn.images.pages import PE_PARENT, PE_PRESENT, write_pagemap
 from firn.resources.memory import areas, copyout, pagelist
 from firn.tracee import memory
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
     from firn.images.store import ImageDir
 
+
+
+def _may_have_guards(area: areas.Area) -> bool:
+    """Whether a shared mapping may have guard pages. Its contents are saved with what it maps, but not these."""
+    flags = area.map.flags or frozenset[str]()
+    if not area.map.shared or "ht" in flags or not features.pagemap_scan_guard():
+        return False
+    return "gu" in flags or not features.guard_flag()
 
 
 class ProcessPages:
@@ -38,6 +47,7 @@ class ProcessPages:
         self.use_scan = use_scan
         self.ranges: list[tuple[int, int]] = []
         self.early_ranges: list[tuple[int, int]] = []
+        self.guarded_ranges: list[tuple[int, int]] = []
         self.marked: list[tuple[int, int, int]] = []
         self.runs: list[tuple[int, int]] = []
         self.shareable: list[tuple[int, int]] = []
@@ -54,6 +64,8 @@ class ProcessPages:
                 marks = copyout.EARLY
                 self.runs.append((m.start, m.end))
             elif not area.has_pages:
+                if _may_have_guards(area):
+                    self.guarded_ranges.append((m.start, m.end))
                 continue
             elif flags & {"dc", "wf"}:
                 self.early_ranges.append((m.start, m.end))
@@ -69,7 +81,10 @@ class ProcessPages:
         """Add the pages of *pid* (the process or its clone): those that a fork leaves out if *early*, or all others."""
         found = pagelist.find(pid, self.early_ranges if early else self.ranges, self.use_scan)
         self.runs = sorted(self.runs + found.runs)
-        if not early:
+        if early:
+            # A fork need not copy page tables of shared mappings, where such markers are.
+            found.guards += pagelist.find_guards(pid, self.guarded_ranges)
+        else:
             self.shareable = found.runs
         self.guards = sorted(self.guards + found.guards)
 

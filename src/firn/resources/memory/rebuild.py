@@ -210,7 +210,10 @@ def plan_finish(program: Program, vmas: list[dict[str, Any]], writable: set[int]
             program.call(_label("mprotect", start, length), nr.mprotect, start, length, vma["prot"])
         _plan_advice(program, vma, start, length)
         if vma["flags"] & mman.MAP_LOCKED:
-            flags = 0 if present.get(start, 0) == length or vma["flags"] & mman.MAP_SHARED else mman.MLOCK_ONFAULT
+            whole = present.get(start, 0) == length or vma["flags"] & mman.MAP_SHARED
+            if "locked" in vma.get("firn", {}):
+                whole = vma["firn"]["locked"] == areas.LOCKED_WHOLE
+            flags = 0 if whole else mman.MLOCK_ONFAULT
             program.call(_label("mlock", start, length), nr.mlock2, start, length, flags)
 
 
