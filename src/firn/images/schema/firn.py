@@ -147,6 +147,7 @@ MESSAGES = {
     """,
     "firn_pipe": """
         1 outside str?
+        2 pages u32*
     """,
     "firn_reg": """
         1 rdev u64?
