@@ -8,6 +8,7 @@ which belongs to no socket that can be reached; credentials and errors, for whic
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -48,26 +49,31 @@ _NO_OWNER = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
 
 class Queued:
     """One record of a queue: its descriptors by file id; those that lead to a socket which is just being collected are
-    still in ``unknown``. ``sender`` is the name of a datagram's sender that would not send it again by itself."""
+    still in ``unknown``. ``sender`` is the name of a datagram's sender that would not send it again by itself, or
+    ``nameless``."""
 
-    __slots__ = ("ids", "record", "sender", "unknown")
+    __slots__ = ("ids", "nameless", "record", "sender", "unknown")
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self.ids: list[int] = []
         self.sender = b""
+        self.nameless = False
         self.unknown: dict[int, Open] = {}
 
 
 class Socket:
-    """A unix socket of the frozen processes."""
+    """A unix socket of the frozen processes. ``lost`` is the name of its peer that is closed; ``reset``: the error that
+    this has left behind (ECONNRESET, there is no other) was not reported yet; ``paired``: made by socketpair(2)."""
 
-    __slots__ = ("id", "open", "queue", "seen")
+    __slots__ = ("id", "lost", "open", "paired", "queue", "reset", "seen")
 
     def __init__(self, open: Open, seen: UnixSocket) -> None:
         self.open = open
         self.seen = seen
         self.queue: list[Queued] = []
+        self.lost: bytes | None = None
+        self.reset = self.paired = False
         self.id = 0
 
 
@@ -108,11 +114,15 @@ class UnixSockets(Kind):
         if inode in self.external:
             return _external(seen)
         found = self.sockets[inode] = Socket(open, seen)
+        found.reset = bool(poll.state(open.copy()) & poll.POLLERR) and f"unix[{inode}]" not in context.options.external
         copy = _socket.socket(fileno=os.dup(open.copy()))
         try:
             reasons = self._obstacles(found, copy)
             if not reasons:
-                self._collect_queue(found, copy, context)
+                try:
+                    self._collect_queue(found, copy, context)
+                except queues.Unclear:
+                    reasons.append("has an out-of-band byte among data, and the kernel does not tell where")
             for reason in reasons:
                 context.refuse(open, reason, "close it before the dump, or let the program finish with it")
             return None if reasons else self._message(found, copy, context)
@@ -122,10 +132,9 @@ class UnixSockets(Kind):
     def _obstacles(self, found: Socket, copy: socket) -> list[str]:
         seen = found.seen
         reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
-        if poll.state(copy.fileno()) & poll.POLLERR:
-            reasons.append("is a unix socket with an error that was not reported yet, which images cannot hold")
-        if seen.type == STREAM and seen.state != sockdiag.LISTEN and seen.received and queues.has_urgent(copy):
-            reasons.append("has an out-of-band byte that was not read, which images cannot hold")
+        if found.reset and seen.type != STREAM and _has_messages(copy, seen):
+            # To look at a message is to be told of the error, which is gone then (__skb_try_recv_datagram).
+            reasons.append("is a unix socket with messages in its queue and an error that was not reported yet")
         if self._listener(seen) and seen.sent:
             reasons.append("has sent data over a connection that is not accepted yet")
         return reasons
@@ -145,9 +154,15 @@ class UnixSockets(Kind):
         if listener is not None:
             # Not the diag number, which nobody needs: the place in the listener's queue, which the images cannot tell.
             message |= {"peer": listener.inode, "backlog": listener.waiting.index(seen.inode)}
-        message |= common.own_fields(_identities(copy, open.pid, listener is not None))
+        own = _identities(copy, open.pid, listener is not None)
+        found.paired = "peer" in own
         if f"unix[{seen.inode}]" in context.options.external:
             message |= {"peer": 0, "state": sockdiag.CLOSE, "shutdown": 0}
+        else:
+            if not seen.peer and listener is None:
+                found.lost = _peer_name(copy)
+            own |= {"reset": found.reset, "lost": None if found.lost is None else {"name": found.lost}}
+        message |= common.own_fields(own)
         try:
             message["opts"] = options.collect(copy)
         except OSError as error:
@@ -165,16 +180,18 @@ class UnixSockets(Kind):
 
     def _collect_queue(self, found: Socket, copy: socket, context: DumpContext) -> None:
         seen = found.seen
-        if seen.state == sockdiag.LISTEN:
+        if seen.state == sockdiag.LISTEN or (found.reset and seen.type != STREAM):
             return
         if seen.type == STREAM:
-            records = queues.peek_stream(copy, seen.received) if seen.received else []
+            records = queues.peek_stream(copy, seen.received) if seen.received or queues.at_mark(copy) else []
         else:
             records = queues.peek_messages(copy, seen.type == SEQPACKET and bool(seen.shutdown & 1))
         found.queue = [Queued(record) for record in records]
-        if not copy.getsockopt(options.SOL_SOCKET, options.SO_PASSCRED):
-            for record in records:
+        for record in records:
+            if record.credentials == queues.NO_CREDENTIALS:
                 record.credentials = b""
+            elif record.credentials and not _identity(record.credentials)["pid"]:
+                context.refuse(found.open, "has a message from a process outside our pid namespace in its queue")
         for index, queued in enumerate(found.queue):
             for place, fd in enumerate(queued.record.fds):
                 self._add_queued(found, index, place, fd, context)
@@ -208,6 +225,7 @@ class UnixSockets(Kind):
             self._check_peer(found, context)
             self._check_clients(found, context)
             self._check_senders(found, context)
+            self._check_error(found, context)
             for queued in found.queue:
                 for place, open in queued.unknown.items():
                     queued.ids[place] = (context.add_open(open) or (0, 0))[0]
@@ -225,8 +243,6 @@ class UnixSockets(Kind):
             return
         inode = peer.inode if peer is not None else seen.peer
         if inode in self.sockets:
-            if peer is not None and seen.type == DGRAM and not peer.name and peer.peer != seen.inode:
-                context.refuse(found.open, "is connected to a nameless socket that is connected elsewhere", "close it")
             return
         named = seen.type == DGRAM and peer is not None and bool(peer.name)
         if context.options.ext_unix_sk and named and self._add_external(found, inode, context):
@@ -263,21 +279,41 @@ class UnixSockets(Kind):
                 context.refuse(found.open, reason, "let it be accepted", passing=True)
 
     def _check_senders(self, found: Socket, context: DumpContext) -> None:
-        """The restore sends from the peer, else from a socket without a name, unless it is told the sender's name."""
+        """Note for each datagram who sent it, if that is not whom the restore takes for want of a word."""
         if found.seen.type != DGRAM or not found.queue:
             return
-        peers = [other.seen for other in self.sockets.values() if other.seen.peer == found.seen.inode]
-        name = peers[0].name.rstrip(b"\0") if peers else b""
+        usual = self._usual_sender(found)
         for queued in found.queue:
             sender = queued.record.sender
-            if sender.rstrip(b"\0") == name:
+            if sender.rstrip(b"\0") == usual:
                 continue
-            paired = any(peer.inode == found.seen.peer for peer in peers)
-            if not sender or not found.seen.name or paired:
+            if not found.seen.name:
                 what = show(sender) or "a socket without name"
                 context.refuse(found.open, f"has a datagram from {what} in its queue, which cannot send it again")
                 return
             queued.sender = sender
+            queued.nameless = not sender
+
+    def _usual_sender(self, found: Socket) -> bytes | None:
+        """The name of the one socket that could have sent what is in a queue; None if there are several or none."""
+        peer = self.sockets.get(found.seen.peer)
+        if found.lost is not None:
+            return found.lost
+        if peer is not None and (peer.seen.peer == found.seen.inode or not peer.seen.name or found.reset):
+            return peer.seen.name.rstrip(b"\0")
+        others = {other.seen.name for other in self.sockets.values() if other.seen.peer == found.seen.inode}
+        return others.pop().rstrip(b"\0") if len(others) == 1 else None
+
+    def _check_error(self, found: Socket, context: DumpContext) -> None:
+        """The restore lets the peer go away again; a datagram one must be the other half of the pair."""
+        if not found.reset or (found.lost is not None and found.seen.type != DGRAM):
+            return
+        peer = self.sockets.get(found.seen.peer)
+        alone = found.lost is not None or (peer is not None and peer.paired and not peer.queue)
+        foreign = any(queued.sender or queued.nameless for queued in found.queue)
+        if not (found.seen.type == DGRAM and found.paired and alone) or foreign:
+            reason = "is a unix socket with an error that was not reported yet, and that cannot be made again"
+            context.refuse(found.open, reason, "close it before the dump, or let the program finish with it")
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -292,9 +328,7 @@ class UnixSockets(Kind):
                     entry: dict[str, Any] = {"id_for": found.id, "length": len(queued.record.data)}
                     if queued.ids:
                         entry["scm"] = [{"type": queues.SCM_RIGHTS, "rights": queued.ids}]
-                    credentials = queued.record.credentials
-                    who = _identity(credentials) if credentials else None
-                    writer.add(entry | common.own_fields({"credentials": who, "sender": queued.sender}))
+                    writer.add(entry | common.own_fields(_about(queued)))
                     writer.payload(queued.record.data)
 
     def close(self) -> None:
@@ -318,6 +352,30 @@ class UnixSockets(Kind):
             self._rebuild = Rebuild(context)
             self._rebuild.run()
         return self._rebuild.take(number)
+
+
+def _about(queued: Queued) -> dict[str, Any]:
+    """firn_sk_packet: what images have no field for."""
+    credentials = queued.record.credentials
+    return {
+        "credentials": _identity(credentials) if credentials else None, "sender": queued.sender,
+        "nameless": queued.nameless, "mark": queued.record.mark,
+    }  # fmt: skip
+
+
+def _has_messages(copy: socket, seen: UnixSocket) -> bool:
+    """Whether there may be messages in a queue that cannot be looked at. Who reads no more is always readable."""
+    return bool(seen.received or (not seen.shutdown & 1 and poll.state(copy.fileno(), poll.POLLIN)))
+
+
+def _peer_name(copy: socket) -> bytes | None:
+    """What getpeername(2) says of a peer that is closed; None if there is none."""
+    try:
+        return os.fsencode(copy.getpeername())
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return None
 
 
 def _identity(credentials: bytes) -> dict[str, Any]:
