@@ -6,9 +6,11 @@ touched.
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import stat
+import time
 
 from firn.errors import RestoreError
 
@@ -16,6 +18,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
     from typing import Any
+
+_TRIES, _PAUSE = 20, 0.005
+"""How often, and how many seconds apart, an abstract name that is in use is asked for."""
+
 
 
 def bind(sock: socket, name: bytes, entry: dict[str, Any], what: str) -> int:
@@ -26,7 +32,7 @@ def bind(sock: socket, name: bytes, entry: dict[str, Any], what: str) -> int:
     at = -1
     try:
         if name[:1] == b"\0":
-            sock.bind(name)
+            _abstract(sock, name)
         elif entry.get("deleted"):
             at = out_of_sight(sock, name)
         else:
@@ -40,6 +46,20 @@ def bind(sock: socket, name: bytes, entry: dict[str, Any], what: str) -> int:
         os.chown(f"/proc/self/fd/{at}", perms["uid"], perms["gid"])
         os.chmod(f"/proc/self/fd/{at}", perms["mode"] & 0o7777)
     return at
+
+
+def _abstract(sock: socket, name: bytes) -> None:
+    """Bind to an abstract name. A socket that was on its way through its own queue still has it after its process has
+    ended, until the kernel looks for such ones, which it does when some unix socket is closed (net/unix/garbage.c)."""
+    for _ in range(_TRIES):
+        try:
+            return sock.bind(name)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        _socket.socket(sock.family, sock.type | _socket.SOCK_CLOEXEC).close()
+        time.sleep(_PAUSE)
+    sock.bind(name)
 
 
 def _on_disk(sock: socket, name: bytes, directory: str) -> int:

@@ -1,9 +1,9 @@
 """Unix sockets (images: unix_sk_entry, sk-queues.img): how they are saved; :mod:`rebuild` beside this brings them back.
 
 State owned: type, name and socket file, peer, backlog and clients that wait, shutdown, options, what is queued.
-Kernel: sock_diag(7) for peers, names and waiting clients, SIOCUNIXFILE for the socket file, getsockopt(2) and peeking
-on a copy of the descriptor. What goes wrong: a peer outside the tree; data that a client sent before it was accepted,
-which belongs to no socket that can be reached; credentials and errors, for which the images have no place.
+Kernel: sock_diag(7) for peers, names and waiting clients (:mod:`waiting` for what these had sent), SIOCUNIXFILE for the
+socket file, getsockopt(2) and peeking on a copy of the descriptor. What goes wrong: a peer outside the tree; an error
+that was not reported yet, which goes away when the queue is looked at.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from firn.abi.libc import syscall
 from firn.host import holders, procfs, sockdiag
 from firn.resources.base import Kind, Open
 from firn.resources.sockets import common, options, queues
+from firn.resources.sockets.waiting import Unseen, Waiting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from firn.resources.base import DumpContext, RestoreContext
     from firn.resources.sockets.queues import Record
     from firn.resources.sockets.rebuild import Rebuild
+    from firn.resources.sockets.waiting import Client
 
 STREAM, DGRAM, SEQPACKET = 1, 2, 5
 EXTERNAL = 1
@@ -62,11 +64,23 @@ class Queued:
         self.unknown: dict[int, Open] = {}
 
 
-class Socket:
-    """A unix socket of the frozen processes. ``lost`` is the name of its peer that is closed; ``reset``: the error that
-    this has left behind (ECONNRESET, there is no other) was not reported yet; ``paired``: made by socketpair(2)."""
+def _queued(records: list[Record]) -> list[Queued]:
+    for record in records:
+        if record.credentials == queues.NO_CREDENTIALS:
+            record.credentials = b""
+    return [Queued(record) for record in records]
 
-    __slots__ = ("id", "lost", "open", "paired", "queue", "reset", "seen")
+
+class Socket:
+    """A unix socket of the frozen processes.
+
+    ``own`` is what firn's own field of its message tells; ``gone`` are clients that wait to be accepted, and are
+    closed; ``unseen`` why those that wait cannot be looked at. ``lost`` is the name of its peer that is closed;
+    ``reset``: the error that this has left behind (ECONNRESET, there is no other) was not reported yet; ``paired``:
+    made by socketpair(2).
+    """
+
+    __slots__ = ("gone", "id", "lost", "open", "own", "paired", "queue", "reset", "seen", "unseen")
 
     def __init__(self, open: Open, seen: UnixSocket) -> None:
         self.open = open
@@ -74,6 +88,9 @@ class Socket:
         self.queue: list[Queued] = []
         self.lost: bytes | None = None
         self.reset = self.paired = False
+        self.own: dict[str, Any] = {}
+        self.gone: list[tuple[Client, list[Queued]]] = []
+        self.unseen = ""
         self.id = 0
 
 
@@ -88,6 +105,9 @@ class UnixSockets(Kind):
     def __init__(self) -> None:
         self.sockets: dict[int, Socket] = {}
         self.external: set[int] = set()
+        self.sent: dict[int, list[Queued]] = {}
+        """By inode of clients that wait to be accepted, what they have sent."""
+        self._waiting = Waiting()
         self._all: dict[int, UnixSocket] | None = None
         self._listeners: dict[int, UnixSocket] = {}
         self._pidfd = -1
@@ -117,10 +137,13 @@ class UnixSockets(Kind):
         found.reset = bool(poll.state(open.copy()) & poll.POLLERR) and f"unix[{inode}]" not in context.options.external
         copy = _socket.socket(fileno=os.dup(open.copy()))
         try:
-            reasons = self._obstacles(found, copy)
+            reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
             if not reasons:
                 try:
                     self._collect_queue(found, copy, context)
+                except Unseen as error:
+                    reason = "is a unix socket with an error that was not reported yet, and messages"
+                    reasons.append(f"{reason} that cannot be seen without taking that away: {error}")
                 except queues.Unclear:
                     reasons.append("has an out-of-band byte among data, and the kernel does not tell where")
             for reason in reasons:
@@ -128,16 +151,6 @@ class UnixSockets(Kind):
             return None if reasons else self._message(found, copy, context)
         finally:
             copy.close()
-
-    def _obstacles(self, found: Socket, copy: socket) -> list[str]:
-        seen = found.seen
-        reasons = [f"has the option {text}, which images cannot hold" for text in options.unsupported(copy)]
-        if found.reset and seen.type != STREAM and _has_messages(copy, seen):
-            # To look at a message is to be told of the error, which is gone then (__skb_try_recv_datagram).
-            reasons.append("is a unix socket with messages in its queue and an error that was not reported yet")
-        if self._listener(seen) and seen.sent:
-            reasons.append("has sent data over a connection that is not accepted yet")
-        return reasons
 
     def _listener(self, seen: UnixSocket) -> UnixSocket | None:
         """The listening socket in whose queue the connection of *seen* still waits."""
@@ -162,7 +175,9 @@ class UnixSockets(Kind):
             if not seen.peer and listener is None:
                 found.lost = _peer_name(copy)
             own |= {"reset": found.reset, "lost": None if found.lost is None else {"name": found.lost}}
-        message |= common.own_fields(own)
+        found.own.update((name, value) for name, value in own.items() if value)
+        if found.own or seen.waiting:
+            message["firn"] = found.own
         try:
             message["opts"] = options.collect(copy)
         except OSError as error:
@@ -180,30 +195,52 @@ class UnixSockets(Kind):
 
     def _collect_queue(self, found: Socket, copy: socket, context: DumpContext) -> None:
         seen = found.seen
-        if seen.state == sockdiag.LISTEN or (found.reset and seen.type != STREAM):
+        if seen.state == sockdiag.LISTEN:
+            self._collect_waiting(found, copy, context)
             return
-        if seen.type == STREAM:
+        if found.reset and seen.type != STREAM:
+            # To peek is to be told of the error, which is gone then (__skb_try_recv_datagram).
+            records = self._waiting.messages(copy.fileno(), context) if _has_messages(copy, seen) else []
+        elif seen.type == STREAM:
             records = queues.peek_stream(copy, seen.received) if seen.received or queues.at_mark(copy) else []
         else:
             records = queues.peek_messages(copy, seen.type == SEQPACKET and bool(seen.shutdown & 1))
-        found.queue = [Queued(record) for record in records]
-        for record in records:
-            if record.credentials == queues.NO_CREDENTIALS:
-                record.credentials = b""
-            elif record.credentials and not _identity(record.credentials)["pid"]:
-                context.refuse(found.open, "has a message from a process outside our pid namespace in its queue")
-        for index, queued in enumerate(found.queue):
-            for place, fd in enumerate(queued.record.fds):
-                self._add_queued(found, index, place, fd, context)
+        found.queue = _queued(records)
+        self._add_all_queued(found, found.queue, context)
 
-    def _add_queued(self, found: Socket, index: int, place: int, fd: int, context: DumpContext) -> None:
+    def _collect_waiting(self, found: Socket, copy: socket, context: DumpContext) -> None:
+        """What was sent to a listening socket's connections that it has not accepted."""
+        try:
+            clients = self._waiting.look(copy.fileno(), found.seen, self._seen(), context)
+        except Unseen as error:
+            found.unseen = str(error)
+            return
+        for client in clients:
+            inode = found.seen.waiting[client.place]
+            queue = _queued(client.records)
+            if inode:
+                self.sent[inode] = queue
+            else:
+                found.gone.append((client, queue))
+            self._add_all_queued(found, queue, context)
+
+    def _add_all_queued(self, found: Socket, queue: list[Queued], context: DumpContext) -> None:
+        """Store what the descriptors in a queue lead to."""
+        for index, queued in enumerate(queue):
+            credentials = queued.record.credentials
+            if credentials and not _identity(credentials)["pid"]:
+                context.refuse(found.open, "has a message from a process outside our pid namespace in its queue")
+            for place, fd in enumerate(queued.record.fds):
+                what = f"{found.open.what}: descriptor {place} of message {index} in its queue"
+                self._add_queued(queued, what, place, fd, context)
+
+    def _add_queued(self, queued: Queued, what: str, place: int, fd: int, context: DumpContext) -> None:
         """Store what a queued descriptor leads to. The descriptor is ours, and stays open until the end, so the kernel
         can compare it with others."""
         if self._pidfd < 0:
             self._pidfd = syscall("pidfd_open of firn", nr.pidfd_open, os.getpid(), 0)
         open = Open(os.getpid(), self._pidfd, fd, procfs.fdinfo(os.getpid(), fd))
-        open.what = f"{found.open.what}: descriptor {place} of message {index} in its queue"
-        queued = found.queue[index]
+        open.what = what
         queued.ids.append(0)
         if open.link.startswith("socket:[") and open.stat.st_ino in self.sockets:
             queued.unknown[place] = open
@@ -226,12 +263,29 @@ class UnixSockets(Kind):
             self._check_clients(found, context)
             self._check_senders(found, context)
             self._check_error(found, context)
-            for queued in found.queue:
-                for place, open in queued.unknown.items():
-                    queued.ids[place] = (context.add_open(open) or (0, 0))[0]
-                    open.close()
+            self._finish_queue(found.queue, context)
             if found.queue:
                 found.id = (context.add_open(found.open) or (0, 0))[0]
+
+            waited = self.sent.get(found.seen.inode, [])
+            for queue in (waited, *(queue for _, queue in found.gone)):
+                self._finish_queue(queue, context)
+            found.own |= common.filled({
+                "sent": [_message(queued) for queued in waited],
+                "gone": [
+                    common.filled({
+                        "place": client.place, "name": client.name, "connector": client.connector,
+                        "sent": [_message(queued) for queued in queue],
+                    }) for client, queue in found.gone
+                ],
+            })  # fmt: skip
+
+    @staticmethod
+    def _finish_queue(queue: list[Queued], context: DumpContext) -> None:
+        for queued in queue:
+            for place, open in queued.unknown.items():
+                queued.ids[place] = (context.add_open(open) or (0, 0))[0]
+                open.close()
 
     def _check_peer(self, found: Socket, context: DumpContext) -> None:
         seen = found.seen
@@ -274,8 +328,9 @@ class UnixSockets(Kind):
             if inode and inode not in self.sockets:
                 who = self._who(found, inode)
                 context.refuse(found.open, f"has a client outside the tree that it did not accept yet: {who}", _HELP)
-            elif not inode:
-                reason = "has a client that is gone and was not accepted yet"
+            if found.unseen and (not inode or self._seen()[inode].sent):
+                reason = "has a client that is gone" if not inode else "has a client that sent something"
+                reason += f" before it was accepted: {found.unseen}"
                 context.refuse(found.open, reason, "let it be accepted", passing=True)
 
     def _check_senders(self, found: Socket, context: DumpContext) -> None:
@@ -333,8 +388,11 @@ class UnixSockets(Kind):
 
     def close(self) -> None:
         """Close queued descriptors and what was rebuilt."""
-        for found in self.sockets.values():
-            for queued in found.queue:
+        self._waiting.close()
+        queues = [found.queue for found in self.sockets.values()]
+        queues += [queue for found in self.sockets.values() for _, queue in found.gone]
+        for queue in (*queues, *self.sent.values()):
+            for queued in queue:
                 queued.record.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
@@ -352,6 +410,12 @@ class UnixSockets(Kind):
             self._rebuild = Rebuild(context)
             self._rebuild.run()
         return self._rebuild.take(number)
+
+
+def _message(queued: Queued) -> dict[str, Any]:
+    """firn_unix_message."""
+    about = common.filled(_about(queued))
+    return common.filled({"data": queued.record.data, "rights": queued.ids, "about": about})
 
 
 def _about(queued: Queued) -> dict[str, Any]:
