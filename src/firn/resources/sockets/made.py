@@ -97,8 +97,9 @@ def gone_ones(made: list[Made], queues: set[int]) -> list[Made]:
         found.append(Made(-1 - len(found), usual | {"peer": like.inode, "deleted": True} | entry, gone=True))
         return _BEYOND + len(found) - 1
 
+    heard = {each.entry["peer"] for each in made}
     for each in made:
-        name = each.lost(each.id in queues)
+        name = each.lost(each.id in queues and each.inode not in heard)
         if name is not None:
             each.entry = {**each.entry, "peer": add(each, {"name": name})}
         for client in each.own.get("gone", []) if each.listens else []:

@@ -53,13 +53,17 @@ class Rebuild:
         self.by_inode = {made.inode: made for made in self.all}
         self.listeners = {(made.name, made.type): made for made in own if made.listens}
         self.left: list[Made] = []
-        """Datagram sockets without a name whose partner is still connected to them, but not they to it."""
+        """Datagram sockets that have left their partner, which is still connected to them."""
 
     def run(self) -> None:
         """All stages."""
         try:
             self._find_pairs()
             self._make_sockets()
+            for made in self.all:
+                if made.peer in self.left:
+                    self.refill.fill(made)
+            self._part()
             for made in self.all:
                 if not made.external:
                     self.refill.fill(made)
@@ -100,34 +104,35 @@ class Rebuild:
     # -- sockets -----------------------------------------------------------------------------------------------------
 
     def _find_pairs(self) -> None:
-        one_sided = []
+        heard = {made.entry["peer"] for made in self.all}
         for made in self.all:
             other = self.by_inode.get(made.entry["peer"])
             if other is None or other is made or made.listens or other.listens or other.external:
                 continue
             mutual = other.entry["peer"] == made.inode
-            if not self._was_pair(made, other, mutual):
+            if not self._was_pair(made, other, mutual, made.inode in heard):
                 continue
             if other.type != made.type:
                 raise ImageError(f"{made} is connected to {other} of another type")
             made.peer = other
             if not mutual:
-                one_sided.append(other)
-        for made in one_sided:
+                self.left.append(other)
+        for made in self.left:
             if made.peer is not None:
                 if not made.peer.gone or not made.peer.name:
                     raise ImageError(f"{made} is half of two pairs")
                 made.peer.peer = None
             made.peer = None
-        self.left = one_sided
 
-    @staticmethod
-    def _was_pair(made: Made, other: Made, mutual: bool) -> bool:
+    def _was_pair(self, made: Made, other: Made, mutual: bool, heard: bool) -> bool:
         """Whether two sockets, the first of which is connected to the second, are made as a pair. Only so can they be
-        connected to one without a name, or an error of the other's parting be had."""
+        connected to one without a name, or hear from it, or an error of its parting be had. *heard*: somebody is
+        connected to the first, so that if it has no name it was a pair with that one."""
         if made.type != DGRAM:
             return mutual
-        return not other.name or made.reset or (mutual and (not made.name or other.reset))
+        if mutual:
+            return not (made.name and other.name) or made.reset or other.reset
+        return not other.name or made.reset or (not made.name and not heard and made.id in self.refill.records)
 
     def _make_sockets(self) -> None:
         waiting = []
@@ -255,34 +260,46 @@ class Rebuild:
 
     # -- the rest ----------------------------------------------------------------------------------------------------
 
-    def _connect_datagrams(self) -> None:
+    def _part(self) -> None:
+        """Let go those that have left their partner. They lose what is in their queues, so that is not filled yet."""
         for made in self.all:
-            if made.type == DGRAM and made.reset and made.peer is not None:
-                # It hears of it that this is lost, when the other one leaves.
+            if made.reset and made.peer in self.left:
                 made.get().send(b"\0")
-        for made in self.all:
-            inode = made.entry["peer"]
-            if made.type != DGRAM or made.peer is not None or made.external or made.gone:
-                continue
-            peer = self.by_inode.get(inode)
-            if peer is not None and peer.gone and (not peer.name or peer.is_closed()):
-                continue
-            if made in self.left and (not inode or peer is None):
-                disconnect(made.get())
-            if not inode:
-                continue
-            if peer is None or not peer.name:
-                raise ImageError(f"{made}: its peer {inode} is not there, or has no name")
-            if not peer.external:
-                made.get().connect(peer.address())
-                continue
-            if not self.context.options.ext_unix_sk:
-                raise RestoreError(f"{made} is connected to a service outside", "allow that with --ext-unix-sk")
-            try:
-                made.get().connect(peer.name)
-            except OSError as error:
-                name = os.fsdecode(peer.name).replace("\0", "@")
-                raise RestoreError(f"{made} cannot be connected to {name}: {error.strerror}") from None
+        for made in self.left:
+            disconnect(made.get())
+
+    def _connect_datagrams(self) -> None:
+        """Whoever is connected to others was heard by them before that: a connected one takes nothing from others, not
+        even that they connect to it."""
+        pending = [
+            made for made in self.all
+            if made.type == DGRAM and made.entry["peer"] and made.peer is None and not made.external and not made.gone
+        ]  # fmt: skip
+        while pending:
+            heard_by: dict[int, list[int]] = {}
+            for made in pending:
+                heard_by.setdefault(made.entry["peer"], []).append(made.inode)
+            ready = [made for made in pending if heard_by.get(made.inode, []) in ([], [made.entry["peer"]])] or pending
+            for made in ready:
+                self._connect_datagram(made)
+            pending = [made for made in pending if made not in ready]
+
+    def _connect_datagram(self, made: Made) -> None:
+        peer = self.by_inode.get(made.entry["peer"])
+        if peer is not None and peer.gone and (not peer.name or peer.is_closed()):
+            return
+        if peer is None or not peer.name:
+            raise ImageError(f"{made}: its peer {made.entry['peer']} is not there, or has no name")
+        if not peer.external:
+            made.get().connect(peer.address())
+            return
+        if not self.context.options.ext_unix_sk:
+            raise RestoreError(f"{made} is connected to a service outside", "allow that with --ext-unix-sk")
+        try:
+            made.get().connect(peer.name)
+        except OSError as error:
+            name = os.fsdecode(peer.name).replace("\0", "@")
+            raise RestoreError(f"{made} cannot be connected to {name}: {error.strerror}") from None
 
     @staticmethod
     def _end(made: Made) -> None:
@@ -290,10 +307,9 @@ class Rebuild:
         if made.is_closed():
             return
         if made.peer is not None and made.peer.reset:
+            made.peer.get().send(b"\0")
             if made.type == DGRAM:
                 disconnect(made.get())
-            else:
-                made.peer.get().send(b"\0")
         made.get().close()
 
     def _finish(self, made: Made) -> None:

@@ -40,6 +40,7 @@ _DELETED = " (deleted)"
 _SO_PEERCRED, _SO_PEERGROUPS = 17, 59
 _UCRED = struct.Struct("<III")
 _NOBODY = 0xFFFFFFFF
+_NOBODY_HAS_IT = "nobody in sight (it is on its way through a socket)"
 _MOST_GROUPS = 1024
 _HELP = "dump that process too, or close the socket"
 _NO_OPTIONS = {
@@ -304,11 +305,14 @@ class UnixSockets(Kind):
         help = f"{_HELP}; --external unix[{seen.inode}] drops the connection"
         if named:
             help += ", --ext-unix-sk connects again to its name"
-        context.refuse(found.open, f"is connected to a socket outside the tree: {self._who(found, inode)}", help)
+        who = self._who(found, inode)
+        # One that is only in its own queue is closed by the kernel before long (net/unix/garbage.c).
+        reason = f"is connected to a socket outside the tree: {who or _NOBODY_HAS_IT}"
+        context.refuse(found.open, reason, help, passing=not who)
 
     def _who(self, found: Socket, inode: int) -> str:
         who = holders.find(found.open.stat.st_dev, inode, {os.getpid()})
-        return "; ".join(str(holder) for holder in who) or "nobody in sight (it is on its way through a socket)"
+        return "; ".join(str(holder) for holder in who)
 
     def _add_external(self, found: Socket, inode: int, context: DumpContext) -> bool:
         """Store a socket outside the tree by its name."""
@@ -326,7 +330,7 @@ class UnixSockets(Kind):
     def _check_clients(self, found: Socket, context: DumpContext) -> None:
         for inode in found.seen.waiting:
             if inode and inode not in self.sockets:
-                who = self._who(found, inode)
+                who = self._who(found, inode) or _NOBODY_HAS_IT
                 context.refuse(found.open, f"has a client outside the tree that it did not accept yet: {who}", _HELP)
             if found.unseen and (not inode or self._seen()[inode].sent):
                 reason = "has a client that is gone" if not inode else "has a client that sent something"
@@ -352,11 +356,14 @@ class UnixSockets(Kind):
     def _usual_sender(self, found: Socket) -> bytes | None:
         """The name of the one socket that could have sent what is in a queue; None if there are several or none."""
         peer = self.sockets.get(found.seen.peer)
+        others = {other.seen.name for other in self.sockets.values() if other.seen.peer == found.seen.inode}
+        if not found.seen.name and len(others) == 1:
+            return others.pop().rstrip(b"\0")
         if found.lost is not None:
             return found.lost
-        if peer is not None and (peer.seen.peer == found.seen.inode or not peer.seen.name or found.reset):
+        paired = peer is not None and peer is not found and peer.seen.peer == found.seen.inode
+        if peer is not None and (paired or found.reset or not (peer.seen.name and found.seen.name)):
             return peer.seen.name.rstrip(b"\0")
-        others = {other.seen.name for other in self.sockets.values() if other.seen.peer == found.seen.inode}
         return others.pop().rstrip(b"\0") if len(others) == 1 else None
 
     def _check_error(self, found: Socket, context: DumpContext) -> None:
