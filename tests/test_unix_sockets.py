@@ -25,6 +25,8 @@ UNLIKE = (r"fd\.\d+",)
 MODES = ("pairs", "listen", "waiting", "half", "datagrams", "rights", "options")
 TABLE = [Workload("unix_sockets", mode, once=mode not in ("listen", "options"), unlike=UNLIKE) for mode in MODES]
 TABLE += [Workload("unix_identity", mode, once=True, unlike=UNLIKE) for mode in ("peers", "letters", "relative")]
+QUEUES = ("early", "parted", "strangers", "urgent", "signed", "circles")
+TABLE += [Workload("unix_queues", mode, once=True, unlike=UNLIKE) for mode in QUEUES]
 TREES = ("pipes", "sockets")
 TABLE += [Workload("ipc_tree", mode, once=mode == "sockets", unlike=UNLIKE) for mode in TREES]
 

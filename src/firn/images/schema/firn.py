@@ -147,6 +147,7 @@ MESSAGES = {
     """,
     "firn_unix_lost": """
         1 name bytes?
+        2 left bool?
     """,
     "firn_unix_message": """
         1 data bytes?

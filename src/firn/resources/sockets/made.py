@@ -63,9 +63,9 @@ class Made:
             raise ImageError(f"{self} is needed before it can be made")
         return self.sock
 
-    def is_closed(self) -> bool:
-        """Whether it was closed again."""
-        return self.sock is not None and self.sock.fileno() < 0
+    def is_open(self) -> bool:
+        """Whether it was made, and not closed again."""
+        return self.sock is not None and self.sock.fileno() >= 0
 
     def address(self) -> str | bytes:
         """Where it can be reached."""
@@ -88,8 +88,8 @@ class Made:
 
 
 def gone_ones(made: list[Made], queues: set[int]) -> list[Made]:
-    """The closed sockets that *made* ones had to do with: their peers, and clients that still wait to be accepted.
-    *queues*: ids of those that have something in their queues."""
+    """The closed sockets that *made* ones had to do with: their peers (also those that they had left before), and
+    clients that still wait to be accepted. *queues*: ids of those that have something in their queues."""
     found: list[Made] = []
 
     def add(like: Made, entry: dict[str, Any]) -> int:
@@ -101,7 +101,9 @@ def gone_ones(made: list[Made], queues: set[int]) -> list[Made]:
     for each in made:
         name = each.lost(each.id in queues and each.inode not in heard)
         if name is not None:
-            each.entry = {**each.entry, "peer": add(each, {"name": name})}
+            inode = add(each, {"name": name})
+            if not each.own.get("lost", {}).get("left"):
+                each.entry = {**each.entry, "peer": inode}
         for client in each.own.get("gone", []) if each.listens else []:
             own = {"connector": client.get("connector", {}), "sent": client.get("sent", [])}
             add(each, {"name": client.get("name", b""), "backlog": client.get("place", 0), "firn": own})

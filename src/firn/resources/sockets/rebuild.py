@@ -263,8 +263,13 @@ class Rebuild:
     def _part(self) -> None:
         """Let go those that have left their partner. They lose what is in their queues, so that is not filled yet."""
         for made in self.all:
-            if made.reset and made.peer in self.left:
-                made.get().send(b"\0")
+            if made.type != DGRAM or not made.reset or made.peer is None or made.peer.gone:
+                continue
+            made.get().send(b"\0")
+            if made.peer not in self.left:
+                # It has come back since.
+                disconnect(made.peer.get())
+                made.peer.get().connect(made.address())
         for made in self.left:
             disconnect(made.get())
 
@@ -286,7 +291,7 @@ class Rebuild:
 
     def _connect_datagram(self, made: Made) -> None:
         peer = self.by_inode.get(made.entry["peer"])
-        if peer is not None and peer.gone and (not peer.name or peer.is_closed()):
+        if peer is not None and peer.gone and not (peer.name and peer.is_open()):
             return
         if peer is None or not peer.name:
             raise ImageError(f"{made}: its peer {made.entry['peer']} is not there, or has no name")
@@ -304,7 +309,7 @@ class Rebuild:
     @staticmethod
     def _end(made: Made) -> None:
         """Close a socket that was closed. Its peer is told of what was not read by an error (unix_release_sock)."""
-        if made.is_closed():
+        if not made.is_open():
             return
         if made.peer is not None and made.peer.reset:
             made.peer.get().send(b"\0")

@@ -127,8 +127,8 @@ class Refill:
     def _other_sender(self, name: bytes) -> _socket.socket:
         """The datagram socket of that name, or a temporary one in its place."""
         for other in self.made if name else ():
-            if other.type == DGRAM and other.name == name and not other.external and other.sock is not None:
-                return other.sock
+            if other.type == DGRAM and other.name == name and not other.external and other.is_open():
+                return other.get()
         if name not in self._temporary:
             helper = self._temporary[name] = _socket.socket(AF_UNIX, DGRAM | SOCK_CLOEXEC, 0)
             if name[:1] == b"\0":

@@ -107,7 +107,8 @@ class UnixSockets(Kind):
         self.sockets: dict[int, Socket] = {}
         self.external: set[int] = set()
         self.sent: dict[int, list[Queued]] = {}
-        """By inode of clients that wait to be accepted, what they have sent."""
+        self.connectors: dict[int, dict[str, Any]] = {}
+        """By inode of clients that wait to be accepted, what they have sent, and who connected them."""
         self._waiting = Waiting()
         self._all: dict[int, UnixSocket] | None = None
         self._listeners: dict[int, UnixSocket] = {}
@@ -200,14 +201,25 @@ class UnixSockets(Kind):
             self._collect_waiting(found, copy, context)
             return
         if found.reset and seen.type != STREAM:
-            # To peek is to be told of the error, which is gone then (__skb_try_recv_datagram).
-            records = self._waiting.messages(copy.fileno(), context) if _has_messages(copy, seen) else []
+            records = self._behind_error(copy, seen, context)
         elif seen.type == STREAM:
             records = queues.peek_stream(copy, seen.received) if seen.received or queues.at_mark(copy) else []
         else:
             records = queues.peek_messages(copy, seen.type == SEQPACKET and bool(seen.shutdown & 1))
         found.queue = _queued(records)
         self._add_all_queued(found, found.queue, context)
+
+    def _behind_error(self, copy: socket, seen: UnixSocket, context: DumpContext) -> list[Record]:
+        """The messages in a queue before which an error waits: to peek is to be told of that, which is gone then
+        (__skb_try_recv_datagram). Who reads no more is always readable."""
+        if not poll.state(copy.fileno(), poll.POLLIN):
+            return []
+        try:
+            return self._waiting.messages(copy.fileno(), context)
+        except Unseen:
+            if seen.received or not seen.shutdown & 1:
+                raise
+            return []  # at the most empty ones
 
     def _collect_waiting(self, found: Socket, copy: socket, context: DumpContext) -> None:
         """What was sent to a listening socket's connections that it has not accepted."""
@@ -221,6 +233,7 @@ class UnixSockets(Kind):
             queue = _queued(client.records)
             if inode:
                 self.sent[inode] = queue
+                self.connectors[inode] = client.connector
             else:
                 found.gone.append((client, queue))
             self._add_all_queued(found, queue, context)
@@ -271,6 +284,8 @@ class UnixSockets(Kind):
             waited = self.sent.get(found.seen.inode, [])
             for queue in (waited, *(queue for _, queue in found.gone)):
                 self._finish_queue(queue, context)
+            if found.seen.inode in self.connectors:
+                found.own["connector"] = self.connectors[found.seen.inode]
             found.own |= common.filled({
                 "sent": [_message(queued) for queued in waited],
                 "gone": [
@@ -332,7 +347,7 @@ class UnixSockets(Kind):
             if inode and inode not in self.sockets:
                 who = self._who(found, inode) or _NOBODY_HAS_IT
                 context.refuse(found.open, f"has a client outside the tree that it did not accept yet: {who}", _HELP)
-            if found.unseen and (not inode or self._seen()[inode].sent):
+            elif found.unseen and (not inode or self._seen()[inode].sent):
                 reason = "has a client that is gone" if not inode else "has a client that sent something"
                 reason += f" before it was accepted: {found.unseen}"
                 context.refuse(found.open, reason, "let it be accepted", passing=True)
@@ -342,6 +357,11 @@ class UnixSockets(Kind):
         if found.seen.type != DGRAM or not found.queue:
             return
         usual = self._usual_sender(found)
+        senders = {queued.record.sender.rstrip(b"\0") for queued in found.queue}
+        if usual is None and not found.seen.name and not found.seen.peer and len(senders) == 1:
+            # Half of a pair: it has left the other half, which has sent something since, and is closed.
+            found.own["lost"] = {"name": senders.pop(), "left": True}
+            return
         for queued in found.queue:
             sender = queued.record.sender
             if sender.rstrip(b"\0") == usual:
@@ -432,11 +452,6 @@ def _about(queued: Queued) -> dict[str, Any]:
         "credentials": _identity(credentials) if credentials else None, "sender": queued.sender,
         "nameless": queued.nameless, "mark": queued.record.mark,
     }  # fmt: skip
-
-
-def _has_messages(copy: socket, seen: UnixSocket) -> bool:
-    """Whether there may be messages in a queue that cannot be looked at. Who reads no more is always readable."""
-    return bool(seen.received or (not seen.shutdown & 1 and poll.state(copy.fileno(), poll.POLLIN)))
 
 
 def _peer_name(copy: socket) -> bytes | None:
