@@ -12,17 +12,35 @@ BPF_PSEUDO_MAP_VALUE = 2
 ATTRIBUTE_SIZE = 120
 """Of the part of union bpf_attr that Linux 5.15 knows of all commands used here."""
 
-MAP_CREATE = struct.Struct("<4I")
-"""Type, sizes of key and value, number of entries."""
-MAP_ELEM = struct.Struct("<I4xQQQ")
-"""Descriptor, addresses of key and value, flags."""
-PROG_LOAD = struct.Struct("<IIQQIIQII16s")
-"""Type, number of instructions, their address, that of the licence, log level, size and address, kernel version, flags,
-name."""
-PROG_TEST_RUN = struct.Struct("<IIIIQQIIIIQQ")
-"""Descriptor, result; sizes and addresses of data in and out; repetitions, duration; sizes and addresses of the context
-in and out."""
+_MAP_CREATE = struct.Struct("<4I")
+_MAP_LOOKUP = struct.Struct("<I4xQQQ")
+_PROG_LOAD = struct.Struct("<IIQQIIQII16s")
+_PROG_TEST_RUN = struct.Struct("<IIIIQQIIIIQQ")
 _INSTRUCTION = struct.Struct("<BBhi")
+
+
+def map_create(kind: int, key: int, value: int, entries: int) -> bytes:
+    """union bpf_attr of BPF_MAP_CREATE: type, sizes of key and value, number of entries."""
+    return _MAP_CREATE.pack(kind, key, value, entries)
+
+
+def map_lookup(fd: int, key: int, value: int) -> bytes:
+    """... of BPF_MAP_LOOKUP_ELEM: descriptor, addresses of key and value."""
+    return _MAP_LOOKUP.pack(fd, key, value, 0)
+
+
+def prog_load(kind: int, count: int, code: int, licence: int, name: bytes) -> bytes:
+    """... of BPF_PROG_LOAD: type, number of instructions, their address, that of the licence, a name."""
+    return _PROG_LOAD.pack(kind, count, code, licence, 0, 0, 0, 0, 0, name)
+
+
+def prog_test_run(fd: int, size: int, context: int) -> bytes:
+    """... of BPF_PROG_TEST_RUN: descriptor, size and address of the context."""
+    return _PROG_TEST_RUN.pack(fd, 0, 0, 0, 0, 0, 0, 0, size, 0, context, 0)
+
+
+RESULT = slice(4, 8)
+"""Where BPF_PROG_TEST_RUN puts what the program returned."""
 
 
 def instruction(code: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:

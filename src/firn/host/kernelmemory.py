@@ -54,13 +54,12 @@ class KernelMemory:
         self._value = bytearray(_MOST)
         self._context = bytearray(16)
         try:
-            self._values = self._bpf(bpf.BPF_MAP_CREATE, bpf.MAP_CREATE.pack(bpf.BPF_MAP_TYPE_ARRAY, 4, _MOST, 1))
+            self._values = self._bpf(bpf.BPF_MAP_CREATE, bpf.map_create(bpf.BPF_MAP_TYPE_ARRAY, 4, _MOST, 1))
             self._fds.append(self._values)
             code, licence = bytearray(_program(self._values)), bytearray(_LICENCE)
-            wanted = bpf.PROG_LOAD.pack(
-                bpf.BPF_PROG_TYPE_RAW_TRACEPOINT, len(code) // 8, address_of(code), address_of(licence), 0, 0, 0, 0, 0,
-                b"firn",
-            )  # fmt: skip
+            wanted = bpf.prog_load(
+                bpf.BPF_PROG_TYPE_RAW_TRACEPOINT, len(code) // 8, address_of(code), address_of(licence), b"firn"
+            )
             self._run = self._bpf(bpf.BPF_PROG_LOAD, wanted)
             self._fds.append(self._run)
             self.task = int.from_bytes(self.read(0, 8), "little")
@@ -80,16 +79,13 @@ class KernelMemory:
         while len(found) < count:
             part = min(count - len(found), _MOST)
             self._context[:] = _TWO.pack(address and address + len(found), part)
-            request = bytearray(
-                bpf.PROG_TEST_RUN.pack(self._run, 0, 0, 0, 0, 0, 0, 0, 16, 0, address_of(self._context), 0)
-            ).ljust(bpf.ATTRIBUTE_SIZE, b"\0")
+            request = bytearray(bpf.prog_test_run(self._run, len(self._context), address_of(self._context)))
+            request += bytes(bpf.ATTRIBUTE_SIZE - len(request))
             syscall("bpf", nr.bpf, bpf.BPF_PROG_TEST_RUN, address_of(request), len(request))
-            if any(request[4:8]):
+            if any(request[bpf.RESULT]):
                 raise OSError(errno.EFAULT, "an address of the kernel's memory leads nowhere")
-            self._bpf(
-                bpf.BPF_MAP_LOOKUP_ELEM,
-                bpf.MAP_ELEM.pack(self._values, address_of(self._key), address_of(self._value), 0),
-            )
+            key, value = address_of(self._key), address_of(self._value)
+            self._bpf(bpf.BPF_MAP_LOOKUP_ELEM, bpf.map_lookup(self._values, key, value))
             found += self._value[:part]
         return found
 

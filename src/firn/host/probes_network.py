@@ -15,6 +15,7 @@ from firn.abi.libc import syscall
 from firn.errors import KernelError
 from firn.host.netlink import attribute, attributes, message
 from firn.host.probes_netlink import talk
+from firn.host.unixqueue import Queues
 
 _PROBE_NAME = b"firn-probe\0"
 _ALL_STATES = 0xFFFFFFFF
@@ -115,6 +116,22 @@ def unix_file() -> None:
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
+
+
+def unix_queues() -> None:
+    """bpf(2) and BTF: what is in the queue of a connection that was not accepted yet, in the kernel's memory."""
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(b"")
+        server.listen()
+        client.connect(server.getsockname())
+        client.send(b"early")
+        queues = Queues()
+        try:
+            (waiting,) = queues.clients(server.fileno())
+        finally:
+            queues.close()
+    if [piece.data for piece in waiting.sent] != [b"early"] or waiting.pid != os.getpid():
+        raise KernelError("the kernel's memory is in an order that is not known")
 
 
 # -- TCP_REPAIR -------------------------------------------------------------------------------------------------------

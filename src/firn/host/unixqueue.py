@@ -154,7 +154,9 @@ class Queues:
             raw = self._memory.read(sent + self._at("scm_fp_list", "fp"), 8 * count)
             files = list(struct.unpack(f"<{count}Q", raw))
         sender = self._memory.field(skb, "sk_buff", "sk")
-        return Message(self._data(skb), files, credentials, self._name(sender) if sender else b"", urgent)
+        # Of a stream a part may have been read.
+        data = self._data(skb)[self._memory.field(control, "unix_skb_parms", "consumed", size=4) :]
+        return Message(data, files, credentials, self._name(sender) if sender else b"", urgent)
 
     def _data(self, skb: int) -> bytes:
         whole = self._memory.field(skb, "sk_buff", "len", size=4)

@@ -157,6 +157,16 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
     only the first piece of the queue is treated so, so a look that begins at such a byte shows it.
     """
     records: list[Record] = []
+    try:
+        _add_stream(records, sock, count)
+    except BaseException:
+        for record in records:
+            record.close()
+        raise
+    return records
+
+
+def _add_stream(records: list[Record], sock: socket, count: int) -> None:
     urgent = _urgent_byte(sock)
     first = at_mark(sock)
     at = 0
@@ -186,7 +196,6 @@ def peek_stream(sock: socket, count: int) -> list[Record]:
         raise Unclear
     if urgent is None or not first:
         _find_marks(records, urgent)
-    return records
 
 
 def _byte_at(sock: socket, offset: int) -> bytes:

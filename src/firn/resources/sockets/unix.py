@@ -144,10 +144,8 @@ class UnixSockets(Kind):
                 try:
                     self._collect_queue(found, copy, context)
                 except Unseen as error:
-                    reason = "is a unix socket with an error that was not reported yet, and messages"
-                    reasons.append(f"{reason} that cannot be seen without taking that away: {error}")
-                except queues.Unclear:
-                    reasons.append("has an out-of-band byte among data, and the kernel does not tell where")
+                    what = "an error that was not reported yet" if found.reset else "an out-of-band byte"
+                    reasons.append(f"is a unix socket with {what} in its queue, which cannot be looked at: {error}")
             for reason in reasons:
                 context.refuse(open, reason, "close it before the dump, or let the program finish with it")
             return None if reasons else self._message(found, copy, context)
@@ -203,11 +201,17 @@ class UnixSockets(Kind):
         if found.reset and seen.type != STREAM:
             records = self._behind_error(copy, seen, context)
         elif seen.type == STREAM:
-            records = queues.peek_stream(copy, seen.received) if seen.received or queues.at_mark(copy) else []
+            records = self._stream(copy, seen, context) if seen.received or queues.at_mark(copy) else []
         else:
             records = queues.peek_messages(copy, seen.type == SEQPACKET and bool(seen.shutdown & 1))
         found.queue = _queued(records)
         self._add_all_queued(found, found.queue, context)
+
+    def _stream(self, copy: socket, seen: UnixSocket, context: DumpContext) -> list[Record]:
+        try:
+            return queues.peek_stream(copy, seen.received)
+        except queues.Unclear:
+            return self._waiting.messages(copy.fileno(), context, stream=True)
 
     def _behind_error(self, copy: socket, seen: UnixSocket, context: DumpContext) -> list[Record]:
         """The messages in a queue before which an error waits: to peek is to be told of that, which is gone then

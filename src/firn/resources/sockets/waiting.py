@@ -1,5 +1,6 @@
 """Clients of listening unix sockets that were not accepted yet: what they have sent, and those that are gone again.
-And messages that cannot be peeked at, since that would take away an error that waits before them.
+And messages that cannot be peeked at, since that would take away an error that waits before them, or would not show
+where an out-of-band byte is.
 
 None of these can be reached by a call, so they are seen in the kernel's memory (:mod:`firn.host.unixqueue`), if it lets
 us. A descriptor that was sent so is found by the address of its file among those of the tree. What goes wrong: it is
@@ -81,15 +82,19 @@ class Waiting:
                 os.close(ours)
         return found
 
-    def messages(self, fd: int, context: DumpContext) -> list[queues.Record]:
-        """What is in the queue of a socket, of which *fd* is our descriptor. Raises :class:`Unseen`."""
+    def messages(self, fd: int, context: DumpContext, stream: bool = False) -> list[queues.Record]:
+        """What is in the queue of a socket, of which *fd* is our descriptor; in that of a *stream* only an out-of-band
+        byte that was read leaves a piece without bytes. Raises :class:`Unseen`."""
         try:
             messages = self._open().messages(fd)
             files = self._find_files({file for message in messages for file in message.files}, context)
         except (KernelError, OSError) as error:
             raise Unseen(str(error)) from None
         try:
-            return [_record(message, files) for message in messages]
+            records = [_record(message, files) for message in messages]
+            for record in records:
+                record.mark = record.mark or (queues.WAS_URGENT if stream and not record.data else 0)
+            return records
         finally:
             for ours in files.values():
                 os.close(ours)
