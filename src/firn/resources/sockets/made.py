@@ -91,6 +91,7 @@ def gone_ones(made: list[Made], queues: set[int]) -> list[Made]:
     """The closed sockets that *made* ones had to do with: their peers (also those that they had left before), and
     clients that still wait to be accepted. *queues*: ids of those that have something in their queues."""
     found: list[Made] = []
+    shared: dict[bytes, int] = {}
 
     def add(like: Made, entry: dict[str, Any]) -> int:
         usual = {"ino": _BEYOND + len(found), "type": like.type, "state": ESTABLISHED, "uflags": 0, "backlog": 0}
@@ -101,10 +102,20 @@ def gone_ones(made: list[Made], queues: set[int]) -> list[Made]:
     for each in made:
         name = each.lost(each.id in queues and each.inode not in heard)
         if name is not None:
-            inode = add(each, {"name": name})
+            inode = shared.get(name, 0)
+            if not inode or not is_found_by_name(each, name, each.id in queues):
+                inode = add(each, {"name": name})
+            if is_found_by_name(each, name, each.id in queues):
+                shared[name] = inode
             if not each.own.get("lost", {}).get("left"):
                 each.entry = {**each.entry, "peer": inode}
         for client in each.own.get("gone", []) if each.listens else []:
             own = {"connector": client.get("connector", {}), "sent": client.get("sent", [])}
             add(each, {"name": client.get("name", b""), "backlog": client.get("place", 0), "firn": own})
     return found
+
+
+def is_found_by_name(made: Made, name: bytes, queue: bool) -> bool:
+    """Whether a datagram socket is connected to a closed one of that *name* by the name, not as its partner; *queue*:
+    something is in its own queue."""
+    return bool(made.type == DGRAM and name and not made.reset and (made.name or not queue))

@@ -20,7 +20,7 @@ from firn.errors import ImageError, RestoreError
 from firn.host.sockdiag import CLOSE
 from firn.resources.base import UNIXSK
 from firn.resources.sockets import common, names, options
-from firn.resources.sockets.made import DGRAM, Made, gone_ones
+from firn.resources.sockets.made import DGRAM, Made, gone_ones, is_found_by_name
 from firn.resources.sockets.refill import Refill, disconnect
 from firn.resources.sockets.standins import StandIns
 
@@ -130,6 +130,9 @@ class Rebuild:
         connected to the first, so that if it has no name it was a pair with that one."""
         if made.type != DGRAM:
             return mutual
+        if made.gone or other.gone:
+            live, gone = (other, made) if made.gone else (made, other)
+            return made.gone if not mutual else not is_found_by_name(live, gone.name, live.id in self.refill.records)
         if mutual:
             return not (made.name and other.name) or made.reset or other.reset
         return not other.name or made.reset or (not made.name and not heard and made.id in self.refill.records)

@@ -143,6 +143,9 @@ class Refill:
         if made.type != DGRAM:
             raise ImageError(f"sk-queues.img: {made} is not connected, and has a queue")
         for other in self.made:
+            if other.gone and made.name and made.entry["peer"] == other.inode:
+                return other.get(), made.address()
+        for other in self.made:
             if other.entry["peer"] == made.inode and not other.external:
                 return other.get(), made.address()
         return self._other_sender(b""), made.address()

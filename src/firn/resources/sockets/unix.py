@@ -167,7 +167,7 @@ class UnixSockets(Kind):
         if listener is not None:
             # Not the diag number, which nobody needs: the place in the listener's queue, which the images cannot tell.
             message |= {"peer": listener.inode, "backlog": listener.waiting.index(seen.inode)}
-        own = _identities(copy, open.pid, listener is not None)
+        own = _peer_identity(copy)
         found.paired = "peer" in own
         if f"unix[{seen.inode}]" in context.options.external:
             message |= {"peer": 0, "state": sockdiag.CLOSE, "shutdown": 0}
@@ -176,7 +176,7 @@ class UnixSockets(Kind):
                 found.lost = _peer_name(copy)
             own |= {"reset": found.reset, "lost": None if found.lost is None else {"name": found.lost}}
         found.own.update((name, value) for name, value in own.items() if value)
-        if found.own or seen.waiting:
+        if found.own or seen.waiting or listener is not None:
             message["firn"] = found.own
         try:
             message["opts"] = options.collect(copy)
@@ -288,8 +288,8 @@ class UnixSockets(Kind):
             waited = self.sent.get(found.seen.inode, [])
             for queue in (waited, *(queue for _, queue in found.gone)):
                 self._finish_queue(queue, context)
-            if found.seen.inode in self.connectors:
-                found.own["connector"] = self.connectors[found.seen.inode]
+            if self._listener(found.seen) is not None:
+                found.own["connector"] = self._connector(found, context)
             found.own |= common.filled({
                 "sent": [_message(queued) for queued in waited],
                 "gone": [
@@ -299,6 +299,16 @@ class UnixSockets(Kind):
                     }) for client, queue in found.gone
                 ],
             })  # fmt: skip
+
+    def _connector(self, found: Socket, context: DumpContext) -> dict[str, Any]:
+        """Who will be told to have connected a client that waits: who did, or else who has it, or its server."""
+        if found.seen.inode in self.connectors:
+            return self.connectors[found.seen.inode]
+        listener = self._listener(found.seen)
+        near = [found, self.sockets[listener.inode]] if listener and listener.inode in self.sockets else [found]
+        # What came out of a queue was found with us.
+        holders = (each.open.pid for each in near if each.open.pid != os.getpid())
+        return _who_is(next(holders, context.pids[0]))
 
     @staticmethod
     def _finish_queue(queue: list[Queued], context: DumpContext) -> None:
@@ -472,24 +482,26 @@ def _identity(credentials: bytes) -> dict[str, Any]:
     return dict(zip(("pid", "uid", "gid"), _UCRED.unpack(credentials), strict=True))
 
 
-def _identities(copy: socket, pid: int, waits: bool) -> dict[str, Any]:
-    """firn_unix: whom SO_PEERCRED tells of; with *waits* also process *pid*, of whom the server will be told."""
-    found: dict[str, Any] = {}
+def _peer_identity(copy: socket) -> dict[str, Any]:
+    """firn_unix: whom SO_PEERCRED tells of."""
     peer = _identity(copy.getsockopt(options.SOL_SOCKET, _SO_PEERCRED, _UCRED.size))
-    if peer["uid"] != _NOBODY:
-        found["peer"] = peer
-        try:
-            groups = copy.getsockopt(options.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS)
-        except OSError:
-            groups = b""
-        if groups:
-            peer["groups"] = groups
-    if waits and pid != os.getpid():
-        status = procfs.status(pid)
-        uid, gid = (int(status[field].split()[1]) for field in ("Uid", "Gid"))
-        groups = b"".join(int(group).to_bytes(4, "little") for group in status["Groups"].split())
-        found["connector"] = {"pid": pid, "uid": uid, "gid": gid, "groups": groups}
-    return found
+    if peer["uid"] == _NOBODY:
+        return {}
+    try:
+        groups = copy.getsockopt(options.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS)
+    except OSError:
+        groups = b""
+    if groups:
+        peer["groups"] = groups
+    return {"peer": peer}
+
+
+def _who_is(pid: int) -> dict[str, Any]:
+    """firn_identity of a process."""
+    status = procfs.status(pid)
+    uid, gid = (int(status[field].split()[1]) for field in ("Uid", "Gid"))
+    groups = b"".join(int(group).to_bytes(4, "little") for group in status["Groups"].split())
+    return {"pid": pid, "uid": uid, "gid": gid, "groups": groups}
 
 
 def _external(seen: UnixSocket) -> dict[str, Any]:

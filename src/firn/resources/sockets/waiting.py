@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Client:
-    """One that waits, and is to be looked at: its place in the queue, its name, who connected, what it had sent."""
+    """One that waits: its place in the queue, its name, who connected, what it had sent."""
 
     __slots__ = ("connector", "name", "place", "records")
 
@@ -56,24 +56,22 @@ class Waiting:
             self._queues = None
 
     def look(self, fd: int, seen: UnixSocket, sockets: dict[int, UnixSocket], context: DumpContext) -> list[Client]:
-        """Those clients of the listening socket *seen*, whose descriptor *fd* is ours, that are gone or have sent
-        something. *sockets* are all of the machine. Raises :class:`Unseen`."""
-        places = [
-            place for place, inode in enumerate(seen.waiting)
-            if not inode or (inode in sockets and sockets[inode].sent)
-        ]  # fmt: skip
-        if not places:
+        """The clients of the listening socket *seen*, whose descriptor *fd* is ours, if some are gone or have sent
+        something; else none. *sockets* are all of the machine. Raises :class:`Unseen`."""
+        unheard = [inode for inode in seen.waiting if not inode or (inode in sockets and sockets[inode].sent)]
+        if not unheard:
             return []
         try:
-            clients = self._open().clients(fd)
-            wanted = {file for place in places for message in clients[place].sent for file in message.files}
-            files = self._find_files(wanted, context)
-        except (KernelError, OSError, IndexError) as error:
-            raise Unseen(str(error) or "it has changed meanwhile") from None
+            clients = self._open().clients(fd)[: len(seen.waiting)]
+            messages = [message for client in clients for message in client.sent]
+            files = self._find_files({file for message in messages for file in message.files}, context)
+        except (KernelError, OSError) as error:
+            raise Unseen(str(error)) from None
+        if len(clients) < len(seen.waiting):
+            raise Unseen("it has changed meanwhile")
         found = []
         try:
-            for place in places:
-                client = clients[place]
+            for place, client in enumerate(clients):
                 connector = {"pid": client.pid, "uid": client.uid, "gid": client.gid, "groups": client.groups}
                 records = [_record(message, files) for message in client.sent]
                 found.append(Client(place, client.name, connector, records))
