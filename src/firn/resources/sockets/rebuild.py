@@ -170,6 +170,7 @@ class Rebuild:
                 raise ImageError(f"{made}: its peer {made.entry['peer']} is not there")
             made.sock = _new(made.type)
             self._bind(made)
+            self._standins.listen(made.who or listener.who, listener.get(), len(self.all) + 1)
             self._standins.connect(made.connector, made.sock, listener.address())
 
     def _late(self) -> list[Made]:
@@ -237,7 +238,7 @@ class Rebuild:
             self._bind(own)
         try:
             # The client is told of who listened, the server of who connected.
-            self._standins.listen(client.who, listener.get(), len(self.all) + 1)
+            self._standins.listen(client.who or listener.who, listener.get(), len(self.all) + 1)
             client.sock = _new(server.type)
             self._bind(client)
             self._standins.connect(server.who, client.sock, listener.address())
