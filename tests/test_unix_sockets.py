@@ -7,18 +7,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
 from firn.errors import FirnError, KernelError
 from firn.host import sockdiag
-from firn.resources.base import DumpContext
+from firn.host.kernelmemory import KernelMemory
+from firn.resources.base import UNIXSK, DumpContext, RestoreContext
 from firn.resources.sockets import options, queues
+from firn.resources.sockets.rebuild import Rebuild
 from firn.resources.sockets.standins import Identity, StandIns
 from firn.resources.sockets.waiting import Unseen, Waiting
 
@@ -162,6 +165,26 @@ def test_without_a_look_at_the_kernel_what_was_sent_is_refused(
     client.close()
 
 
+def test_the_kernels_memory_is_read_by_names() -> None:
+    try:
+        memory = KernelMemory()
+    except KernelError as error:
+        pytest.skip(str(error))
+    twin = os.dup(0)
+    try:
+        assert memory.field(memory.task, "task_struct", "pid", size=4) == threading.get_native_id()
+        assert memory.file(0) == memory.file(twin) != memory.file(2)
+        assert memory.layouts.offset("sk_buff", "next") == 0  # in a member without a name
+        for name, member in (("task_struct", "no_such_member"), ("no_such_struct", "pid")):
+            with pytest.raises(KernelError, match="no_such"):
+                memory.layouts.offset(name, member)
+        with pytest.raises(OSError, match="leads nowhere"):
+            memory.read(8, 8)
+    finally:
+        os.close(twin)
+        memory.close()
+
+
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 def test_what_waits_before_it_is_accepted_is_seen_and_stays(runner: Runner, kind: int) -> None:
     server, client = waits(runner, kind)
@@ -238,6 +261,61 @@ def test_impossible_peers_are_one_error_or_nobody(peer: dict[str, Any]) -> None:
     finally:
         helpers.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+NO_OWNER = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
+PLAIN = {"so_sndbuf": 0, "so_rcvbuf": 0} | {
+    f"so_{way}_tmo_{unit}": 0 for way in ("snd", "rcv") for unit in ("sec", "usec")
+}  # fmt: skip
+
+
+def entry(number: int, **fields: Any) -> dict[str, Any]:
+    """A unix_sk_entry of a socket by itself."""
+    usual = {"ino": number, "type": 1, "state": 7, "flags": os.O_RDWR, "uflags": 0, "backlog": 0, "peer": 0}
+    return {"usk": usual | {"fown": NO_OWNER, "name": b"", "opts": PLAIN} | fields}
+
+
+class Images:
+    """An image directory without queues."""
+
+    def read_with_payload(self, kind: str) -> list[Any]:
+        return []
+
+
+class Nothing:
+    """No file is supplied."""
+
+    def supplies(self, kind: int, message: dict[str, Any]) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [entry(1, state=1, firn={"lost": {"name": b"/" + b"x" * 200}})],
+        [entry(1, state=10, name=b"\0impossible", firn={"gone": [{"sent": [{"data": b"x", "rights": [7]}]}]})],
+        [entry(1, state=1, firn={"lost": {}, "sent": [{"data": b"", "rights": [99]}]})],
+        [entry(1, peer=2, state=1, type=2), entry(2, peer=3, state=1, type=2), entry(3, peer=2, state=1, type=2)],
+        [entry(1, peer=2, state=1), entry(2, peer=1, state=1, type=5)],
+        [entry(1, peer=2, state=1, type=2), entry(2, type=2), entry(3, peer=2, state=1, type=2)],
+    ],
+    ids=range(6),
+)  # fmt: skip
+def test_impossible_images_are_one_error(entries: list[dict[str, Any]]) -> None:
+    files = {(UNIXSK, number): each for number, each in enumerate(entries, 1)}
+    context = RestoreContext(Images(), None, [], files, lambda *_: {}, lambda *_: -1, Nothing())  # type: ignore[arg-type]
+    before = open_descriptors()
+    try:
+        rebuild = Rebuild(context)
+    except FirnError:
+        return
+    try:
+        with pytest.raises(FirnError):
+            rebuild.run()
+    finally:
+        rebuild.close()
+    del rebuild
+    assert open_descriptors() == before
 
 
 def shown(records: list[queues.Record]) -> list[tuple[bytes, int]]:

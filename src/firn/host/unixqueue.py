@@ -57,8 +57,8 @@ class Client:
 
 
 class Queues:
-    """Looks into queues, until :meth:`close`. All methods raise :class:`KernelError` or
-    :class:`OSError` for what cannot be seen."""
+    """Looks into queues, until :meth:`close`. All methods raise :class:`KernelError` or :class:`OSError` for what
+    cannot be seen. First it is tried with a queue of our own, so that a kernel with another order is not misread."""
 
     def __init__(self) -> None:
         with open("/proc/self/uid_map", encoding="ascii") as file:
@@ -66,12 +66,33 @@ class Queues:
                 raise KernelError("user ids of the kernel are not ours in a user namespace")
         self._memory = KernelMemory()
         self._page_map: int | None = None
-        fields = self._memory.field
-        task = self._memory.task
-        ours = fields(task, "task_struct", "thread_pid")
-        self._level = fields(ours, "pid", "level", size=4)
-        self._numbers = self._memory.layouts.offset("pid", "numbers")
-        self._namespace = self._memory.number(ours + self._numbers + 16 * self._level + 8)
+        try:
+            ours = self._memory.field(self._memory.task, "task_struct", "thread_pid")
+            self._level = self._memory.field(ours, "pid", "level", size=4)
+            self._numbers = self._memory.layouts.offset("pid", "numbers")
+            self._namespace = self._memory.number(ours + self._numbers + 16 * self._level + 8)
+            self._try()
+        except BaseException:
+            self.close()
+            raise
+
+    def _try(self) -> None:
+        import _socket
+
+        server, client = (_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC) for _ in range(2))
+        try:
+            server.bind(b"")
+            server.listen(1)
+            client.connect(server.getsockname())
+            control = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, client.fileno().to_bytes(4, "little"))]
+            client.sendmsg([b"early"], control)
+            (seen,) = self.clients(server.fileno())
+            right = [(piece.data, piece.files) for piece in seen.sent] == [(b"early", [self.file(client.fileno())])]
+            if not right or (seen.pid, seen.uid, seen.gid) != (os.getpid(), os.geteuid(), os.getegid()):
+                raise KernelError("the kernel's memory is in an order that is not known")
+        finally:
+            server.close()
+            client.close()
 
     def close(self) -> None:
         """Let go of the kernel's memory."""
