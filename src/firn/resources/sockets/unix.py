@@ -284,21 +284,23 @@ class UnixSockets(Kind):
             self._finish_queue(found.queue, context)
             if found.queue:
                 found.id = (context.add_open(found.open) or (0, 0))[0]
+            self._finish_waiting(found, context)
 
-            waited = self.sent.get(found.seen.inode, [])
-            for queue in (waited, *(queue for _, queue in found.gone)):
-                self._finish_queue(queue, context)
-            if self._listener(found.seen) is not None:
-                found.own["connector"] = self._connector(found, context)
-            found.own |= common.filled({
-                "sent": [_message(queued) for queued in waited],
-                "gone": [
-                    common.filled({
-                        "place": client.place, "name": client.name, "connector": client.connector,
-                        "sent": [_message(queued) for queued in queue],
-                    }) for client, queue in found.gone
-                ],
-            })  # fmt: skip
+    def _finish_waiting(self, found: Socket, context: DumpContext) -> None:
+        """Tell what a client had sent before it was accepted; of a listening socket, which clients are gone."""
+        waited = self.sent.get(found.seen.inode, [])
+        for queue in (waited, *(queue for _, queue in found.gone)):
+            self._finish_queue(queue, context)
+        if self._listener(found.seen) is not None:
+            found.own["connector"] = self._connector(found, context)
+        gone = [
+            common.filled({
+                "place": client.place, "name": client.name, "connector": client.connector,
+                "sent": [_message(queued) for queued in queue],
+            })
+            for client, queue in found.gone
+        ]  # fmt: skip
+        found.own |= common.filled({"sent": [_message(queued) for queued in waited], "gone": gone})
 
     def _connector(self, found: Socket, context: DumpContext) -> dict[str, Any]:
         """Who will be told to have connected a client that waits: who did, or else who has it, or its server."""
