@@ -1,53 +1,39 @@
-"""bpf(2): what it takes to run a few instructions. Source: include/uapi/linux/bpf.h."""
+"""BPF programs and the type information of the kernel. Source: include/uapi/linux/{bpf,btf}.h, bpf(2)."""
 
 from __future__ import annotations
 
 import struct
 
-BPF_MAP_CREATE, BPF_MAP_LOOKUP_ELEM, BPF_PROG_LOAD, BPF_PROG_TEST_RUN = 0, 1, 5, 10
-BPF_MAP_TYPE_ARRAY = 2
+BPF_MAP_CREATE, BPF_PROG_LOAD, BPF_PROG_TEST_RUN = 0, 5, 10
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17
-BPF_FUNC_get_current_task, BPF_FUNC_probe_read_kernel = 35, 113
-BPF_PSEUDO_MAP_VALUE = 2
-ATTRIBUTE_SIZE = 120
-"""Of the part of union bpf_attr that Linux 5.15 knows of all commands used here."""
+BPF_MAP_TYPE_PERCPU_ARRAY = 6
+ATTR_SIZE = 128
+"""Bytes given to bpf(2): what the kernel does not know of it must be zero."""
+MAP_CREATE = struct.Struct("<4I")
+"""map_type, key_size, value_size, max_entries."""
+PROG_LOAD = struct.Struct("<IIQQ")
+"""prog_type, insn_cnt, insns, license."""
+TEST_RUN = struct.Struct("<IIIIQQIIIIQ")
+"""prog_fd, retval, data_size_in, data_size_out, data_in, data_out, repeat, duration, ctx_size_in, ctx_size_out,
+ctx_in."""
+INSTRUCTION = struct.Struct("<BBhi")
+"""Code, registers (source << 4 | destination), offset, immediate."""
+PSEUDO_MAP_FD = 1
 
-_MAP_CREATE = struct.Struct("<4I")
-_MAP_LOOKUP = struct.Struct("<I4xQQQ")
-_PROG_LOAD = struct.Struct("<IIQQIIQII16s")
-_PROG_TEST_RUN = struct.Struct("<IIIIQQIIIIQQ")
-_INSTRUCTION = struct.Struct("<BBhi")
+GET_CURRENT_TASK, PROBE_READ_KERNEL, MAP_LOOKUP_PERCPU_ELEM = 35, 113, 195
+"""Helpers (bpf-helpers(7)); the last since Linux 5.19."""
+MOV, MOV_IMM, ADD_IMM, LOAD, STORE, STORE_IMM, SHIFT_RIGHT = 0xBF, 0xB7, 0x07, 0x79, 0x7B, 0x7A, 0x7F
+STORE_IMM_32, LOAD_IMM_64, CALL, EXIT = 0x62, 0x18, 0x85, 0x95
 
-
-def map_create(kind: int, key: int, value: int, entries: int) -> bytes:
-    """union bpf_attr of BPF_MAP_CREATE: type, sizes of key and value, number of entries."""
-    return _MAP_CREATE.pack(kind, key, value, entries)
-
-
-def map_lookup(fd: int, key: int, value: int) -> bytes:
-    """... of BPF_MAP_LOOKUP_ELEM: descriptor, addresses of key and value."""
-    return _MAP_LOOKUP.pack(fd, key, value, 0)
-
-
-def prog_load(kind: int, count: int, code: int, licence: int, name: bytes) -> bytes:
-    """... of BPF_PROG_LOAD: type, number of instructions, their address, that of the licence, a name."""
-    return _PROG_LOAD.pack(kind, count, code, licence, 0, 0, 0, 0, 0, name)
-
-
-def prog_test_run(fd: int, size: int, context: int) -> bytes:
-    """... of BPF_PROG_TEST_RUN: descriptor, size and address of the context."""
-    return _PROG_TEST_RUN.pack(fd, 0, 0, 0, 0, 0, 0, 0, size, 0, context, 0)
-
-
-RESULT = slice(4, 8)
-"""Where BPF_PROG_TEST_RUN puts what the program returned."""
-
-
-def instruction(code: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
-    """One struct bpf_insn: operation, the numbers of both registers, offset, immediate value."""
-    return _INSTRUCTION.pack(code, to | source << 4, offset, value)
-
-
-# BPF_ALU64|BPF_MOV|BPF_X, BPF_ALU64|BPF_MOV|BPF_K, BPF_LDX|BPF_MEM|BPF_DW, BPF_STX|BPF_MEM|BPF_DW,
-# BPF_LD|BPF_IMM|BPF_DW, BPF_JMP|BPF_JNE|BPF_K, BPF_JMP|BPF_JGT|BPF_K, BPF_JMP|BPF_CALL, BPF_JMP|BPF_EXIT
-MOVE, SET, LOAD, STORE, LOAD_WIDE, IF_NOT, IF_GREATER, CALL, EXIT = 0xBF, 0xB7, 0x79, 0x7B, 0x18, 0x55, 0x25, 0x85, 0x95
+BTF_HEADER = struct.Struct("<HBBIIIII")
+"""magic, version, flags, header's length, types' offset and length, strings' offset and length."""
+BTF_MAGIC = 0xEB9F
+BTF_TYPE = struct.Struct("<III")
+"""name's offset; kind (bits 24-28), number of members (bits 0-15), flag (bit 31); size or type."""
+BTF_MEMBER = struct.Struct("<III")
+"""name's offset, type, offset in bits (with the flag: the low 24 bits of it)."""
+BTF_KIND_STRUCT, BTF_KIND_UNION = 4, 5
+BTF_EXTRA = {1: 4, 3: 12, 14: 4, 17: 4}
+"""Kind -> bytes behind a type: of an integer, an array, a variable, a tag of a declaration."""
+BTF_EACH = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
+"""Kind -> bytes behind a type for each member: of structs, unions, enums, functions, sections, wide enums."""

@@ -11,7 +11,8 @@ import errno
 import os
 import struct
 
-from firn.abi import bpf, nr
+from firn.abi import bpf_run as bpf
+from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import KernelError
 from firn.host.btf import Layouts
