@@ -7,24 +7,31 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Runner, Target, firn_command, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import Workload
 
-from firn.errors import FirnError
+from firn.errors import FirnError, KernelError
 from firn.host import sockdiag
+from firn.host.kernelmemory import KernelMemory
+from firn.resources.base import UNIXSK, DumpContext, RestoreContext
 from firn.resources.sockets import options, queues
+from firn.resources.sockets.rebuild import Rebuild
 from firn.resources.sockets.standins import Identity, StandIns
+from firn.resources.sockets.waiting import Unseen, Waiting
 
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
 MODES = ("pairs", "listen", "waiting", "half", "datagrams", "rights", "options")
 TABLE = [Workload("unix_sockets", mode, once=mode not in ("listen", "options"), unlike=UNLIKE) for mode in MODES]
 TABLE += [Workload("unix_identity", mode, once=True, unlike=UNLIKE) for mode in ("peers", "letters", "relative")]
+QUEUES = ("early", "parted", "strangers", "urgent", "signed", "circles")
+TABLE += [Workload("unix_queues", mode, once=True, unlike=UNLIKE) for mode in QUEUES]
 TREES = ("pipes", "sockets")
 TABLE += [Workload("ipc_tree", mode, once=mode == "sockets", unlike=UNLIKE) for mode in TREES]
 
@@ -110,21 +117,102 @@ def test_a_client_outside_that_waits_is_refused(runner: Runner) -> None:
     runner.kill(target)
 
 
+def waits(runner: Runner, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
+    """A listening socket, and a client that it has not accepted."""
+    server, client = socket.socket(socket.AF_UNIX, kind), socket.socket(socket.AF_UNIX, kind)
+    server.bind(str(runner.folder / "server"))
+    server.listen()
+    client.connect(str(runner.folder / "server"))
+    return server, client
+
+
 @needs_firn
-@pytest.mark.parametrize("reason", ["error", "urgent"])
-def test_what_images_cannot_hold_is_refused(runner: Runner, reason: str) -> None:
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    if reason == "error":
-        one.send(b"x")
-    else:
-        other.send(b"x", socket.MSG_OOB)
-    other.close()
-    target = sleeper(runner, one.fileno())
-    one.close()
+def test_a_descriptor_that_nobody_has_is_refused(runner: Runner) -> None:
+    server, client = waits(runner)
+    fd = os.open("/etc/passwd", os.O_RDONLY)
+    client.sendmsg([b"file"], rights(fd))
+    os.close(fd)
+    client.close()
+    target = sleeper(runner, server.fileno())
+    server.close()
     code, text, _ = runner.try_dump(target)
-    word = {"urgent": "out-of-band"}.get(reason, reason)
-    assert code and word in text and "Traceback" not in text, text
+    assert code and "no process of the tree has open" in text and "let it be accepted" in text, text
     runner.kill(target)
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_without_a_look_at_the_kernel_what_was_sent_is_refused(
+    runner: Runner, sends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: object) -> None:
+        raise KernelError("no BPF here")
+
+    monkeypatch.setattr("firn.host.kernelmemory.KernelMemory.__init__", never)
+    server, client = waits(runner)
+    if sends:
+        client.send(b"early")
+    seen = sockdiag.unix_sockets()
+    waiting = Waiting()
+    found = seen[os.fstat(server.fileno()).st_ino]
+    context = DumpContext([], None, [os.getpid()], lambda _: {}, lambda *_: 0, lambda _: None)
+    if sends:
+        with pytest.raises(Unseen, match="no BPF here"):
+            waiting.look(server.fileno(), found, seen, context)
+    else:
+        assert waiting.look(server.fileno(), found, seen, context) == []
+    waiting.close()
+    server.close()
+    client.close()
+
+
+def test_the_kernels_memory_is_read_by_names() -> None:
+    try:
+        memory = KernelMemory()
+    except KernelError as error:
+        pytest.skip(str(error))
+    twin = os.dup(0)
+    try:
+        assert memory.field(memory.task, "task_struct", "pid", size=4) == threading.get_native_id()
+        assert memory.file(0) == memory.file(twin) != memory.file(2)
+        assert memory.layouts.offset("sk_buff", "next") == 0  # in a member without a name
+        for name, member in (("task_struct", "no_such_member"), ("no_such_struct", "pid")):
+            with pytest.raises(KernelError, match="no_such"):
+                memory.layouts.offset(name, member)
+        with pytest.raises(OSError, match="leads nowhere"):
+            memory.read(8, 8)
+    finally:
+        os.close(twin)
+        memory.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_what_waits_before_it_is_accepted_is_seen_and_stays(runner: Runner, kind: int) -> None:
+    server, client = waits(runner, kind)
+    large = os.urandom(100_000)
+    client.send(b"small")
+    client.sendmsg([b"file"], rights(0))
+    client.send(large)
+    before = len(os.listdir("/proc/self/fd"))
+    seen = sockdiag.unix_sockets()
+    waiting = Waiting()
+    context = DumpContext([], None, [os.getpid()], lambda _: {}, lambda *_: 0, lambda _: None)
+    try:
+        (found,) = waiting.look(server.fileno(), seen[os.fstat(server.fileno()).st_ino], seen, context)
+    except Unseen as error:
+        pytest.skip(str(error))
+    finally:
+        waiting.close()
+    assert (found.place, found.name, found.connector["pid"]) == (0, b"", os.getpid())
+    assert b"".join(record.data for record in found.records) == b"smallfile" + large
+    (fd,) = (fd for record in found.records for fd in record.fds)
+    assert os.path.samestat(os.fstat(fd), os.fstat(0))
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    for record in found.records:
+        record.close()
+    accepted, _ = server.accept()
+    assert accepted.recv(9 if kind == socket.SOCK_STREAM else 5).startswith(b"small")
+    for each in (server, client, accepted):
+        each.close()
 
 
 STANDIN = """
@@ -175,6 +263,61 @@ def test_impossible_peers_are_one_error_or_nobody(peer: dict[str, Any]) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+NO_OWNER = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
+PLAIN = {"so_sndbuf": 0, "so_rcvbuf": 0} | {
+    f"so_{way}_tmo_{unit}": 0 for way in ("snd", "rcv") for unit in ("sec", "usec")
+}  # fmt: skip
+
+
+def entry(number: int, **fields: Any) -> dict[str, Any]:
+    """A unix_sk_entry of a socket by itself."""
+    usual = {"ino": number, "type": 1, "state": 7, "flags": os.O_RDWR, "uflags": 0, "backlog": 0, "peer": 0}
+    return {"usk": usual | {"fown": NO_OWNER, "name": b"", "opts": PLAIN} | fields}
+
+
+class Images:
+    """An image directory without queues."""
+
+    def read_with_payload(self, kind: str) -> list[Any]:
+        return []
+
+
+class Nothing:
+    """No file is supplied."""
+
+    def supplies(self, kind: int, message: dict[str, Any]) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [entry(1, state=1, firn={"lost": {"name": b"/" + b"x" * 200}})],
+        [entry(1, state=10, name=b"\0impossible", firn={"gone": [{"sent": [{"data": b"x", "rights": [7]}]}]})],
+        [entry(1, state=1, firn={"lost": {}, "sent": [{"data": b"", "rights": [99]}]})],
+        [entry(1, peer=2, state=1, type=2), entry(2, peer=3, state=1, type=2), entry(3, peer=2, state=1, type=2)],
+        [entry(1, peer=2, state=1), entry(2, peer=1, state=1, type=5)],
+        [entry(1, peer=2, state=1, type=2), entry(2, type=2), entry(3, peer=2, state=1, type=2)],
+    ],
+    ids=range(6),
+)  # fmt: skip
+def test_impossible_images_are_one_error(entries: list[dict[str, Any]]) -> None:
+    files = {(UNIXSK, number): each for number, each in enumerate(entries, 1)}
+    context = RestoreContext(Images(), None, [], files, lambda *_: {}, lambda *_: -1, Nothing())  # type: ignore[arg-type]
+    before = open_descriptors()
+    try:
+        rebuild = Rebuild(context)
+    except FirnError:
+        return
+    try:
+        with pytest.raises(FirnError):
+            rebuild.run()
+    finally:
+        rebuild.close()
+    del rebuild
+    assert open_descriptors() == before
+
+
 def shown(records: list[queues.Record]) -> list[tuple[bytes, int]]:
     found = [(record.data, len(record.fds)) for record in records]
     for record in records:
@@ -202,6 +345,50 @@ def test_a_stream_is_cut_where_descriptors_hang() -> None:
         assert len(os.listdir("/proc/self/fd")) == before
     assert other.getsockopt(socket.SOL_SOCKET, options.SO_PEEK_OFF) == -1
     assert other.recv(5000) == b"a" * 1000 + b"b" * 500 + b"with"
+
+
+def marked(sock: socket.socket) -> list[tuple[bytes, int]]:
+    count = sockdiag.unix_sockets()[os.fstat(sock.fileno()).st_ino].received
+    return [(record.data, record.mark) for record in queues.peek_stream(sock, count)]
+
+
+@pytest.mark.parametrize("inline", [0, 1])
+@pytest.mark.parametrize(("first", "last"), [(b"ab", b"cd"), (b"", b"cd"), (b"ab", b""), (b"", b"")])
+def test_an_out_of_band_byte_is_found_and_stays(first: bytes, last: bytes, inline: int) -> None:
+    one, other = socket.socketpair()
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, inline)
+    for data, flags in ((first, 0), (b"!", socket.MSG_OOB), (last, 0)):
+        if data:
+            one.send(data, flags)
+    wanted = [(data, mark) for data, mark in ((first, 0), (b"!", queues.URGENT), (last, 0)) if data]
+    for _ in range(2):
+        assert marked(other) == wanted
+    if not inline:
+        assert other.recv(1, socket.MSG_OOB) == b"!"
+        place = [(b"", queues.WAS_URGENT)] if last or not first else []  # at the end nothing shows it
+        assert marked(other) == [(first, 0)] * bool(first) + place + [(last, 0)] * bool(last)
+    one.close()
+    other.close()
+
+
+def test_an_out_of_band_byte_behind_descriptors_is_found_or_unclear() -> None:
+    one, other = socket.socketpair()
+    one.sendmsg([b"a"], rights(0))
+    one.send(b"!", socket.MSG_OOB)
+    one.send(b"b")
+    assert marked(other) == [(b"a", 0), (b"!", queues.URGENT), (b"b", 0)]
+    one.close()
+    other.close()
+    one, other = socket.socketpair()
+    for _ in range(2):
+        one.sendmsg([b"a"], rights(0))
+        one.send(b"!!")
+    one.sendmsg([b"c"], rights(0))
+    one.send(b"!", socket.MSG_OOB)
+    with pytest.raises(queues.Unclear):
+        marked(other)
+    one.close()
+    other.close()
 
 
 @pytest.mark.parametrize("ended", [False, True])

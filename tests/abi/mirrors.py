@@ -342,8 +342,20 @@ TCP = Mirror(
     own=frozenset({"INFO", "TCP_MAX_WSCALE"}),
 )
 
+BPF_RUN = Mirror(
+    headers=("linux/bpf.h",),
+    expressions={
+        "MOVE": "BPF_ALU64 | BPF_MOV | BPF_X", "SET": "BPF_ALU64 | BPF_MOV | BPF_K",
+        "LOAD": "BPF_LDX | BPF_MEM | BPF_DW", "STORE": "BPF_STX | BPF_MEM | BPF_DW",
+        "LOAD_WIDE": "BPF_LD | BPF_IMM | BPF_DW", "IF_NOT": "BPF_JMP | BPF_JNE | BPF_K",
+        "IF_GREATER": "BPF_JMP | BPF_JGT | BPF_K", "CALL": "BPF_JMP | BPF_CALL", "EXIT": "BPF_JMP | BPF_EXIT",
+    },
+    own=_names("ATTRIBUTE_SIZE"),
+)  # fmt: skip
+
 MIRRORS = {
-    "bpf": BPF, "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
+    "bpf": BPF, "bpf_run": BPF_RUN,
+    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
     "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
     "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip

@@ -53,6 +53,7 @@ CONFIG = {
     "huge_pages": "HUGETLBFS",
     "inotify_numbers": "INOTIFY_USER CHECKPOINT_RESTORE",
     "executable_memfd": "MEMFD_CREATE",
+    "unix_queues": "BPF_SYSCALL DEBUG_INFO_BTF",
 }
 
 # The system calls without which an ability cannot be: each alone must turn the answer.
@@ -132,6 +133,7 @@ WITHOUT: dict[str, tuple[int, ...]] = {
     "descriptor_table_copy": (nr.close_range,),
     "huge_pages": (nr.openat, nr.mmap),
     "inotify_numbers": (nr.inotify_init1, nr.ioctl),
+    "unix_queues": (nr.bpf, nr.connect),
     "kernel_view": (nr.bpf, nr.openat),
 }
 # What is made by no system call of its own.

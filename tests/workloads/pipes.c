@@ -67,6 +67,46 @@ static int full_check(void)
 	return 1;
 }
 
+/* Full, though there are far fewer bytes in it than its capacity: by small writes that share no page, also of a FIFO; by
+ * splice; by a page of which a part was read; and one whose last page has room. */
+enum { SMALL = 3000, TINY = 5 };
+
+static int is_full(int fd)
+{
+	struct pollfd ask = {fd, POLLOUT, 0};
+	return poll(&ask, 1, 0) == 0;
+}
+
+static void pages_set(void)
+{
+	int other[2];
+	fill(expected, BYTES, 5);
+	for (int i = 0; i < 8; i += 2)
+		NEED(!pipe2(fds + i, O_NONBLOCK));
+	NEED(!mkfifo("small", 0600) && (fds[8] = open("small", O_RDWR | O_NONBLOCK)) >= 0 && !pipe(other));
+	for (int i = 0; i < 16; i++) {
+		NEED(write(fds[1], expected + SMALL * i, SMALL) == SMALL && write(fds[8], expected + i, SMALL) == SMALL);
+		NEED(write(other[1], expected, TINY) == TINY && splice(other[0], NULL, fds[3], NULL, TINY, 0) == TINY);
+		NEED(i == 15 || write(fds[7], expected, SMALL) == SMALL);
+	}
+	NEED(write(fds[5], expected, BYTES) == BYTES && read(fds[4], got, 1) == 1 && !close(other[0]) && !close(other[1]));
+}
+
+static int pages_check(void)
+{
+	CHECK(is_full(fds[1]) && is_full(fds[3]) && is_full(fds[5]) && is_full(fds[8]) && !is_full(fds[7]));
+	CHECK(pending(fds[0]) == 16 * SMALL && pending(fds[2]) == 16 * TINY && pending(fds[4]) == BYTES - 1);
+	CHECK(write(fds[1], expected, 1500) == -1 && errno == EAGAIN && write(fds[8], expected, 1500) == -1);
+	CHECK(write(fds[5], expected, 1) == -1 && errno == EAGAIN);
+	CHECK(write(fds[7], expected, 4096) == 4096 && is_full(fds[7]));
+	CHECK(write(fds[1], expected, 1000) == 1000 && read(fds[0], got, 16 * SMALL) == 16 * SMALL);
+	CHECK(!memcmp(got, expected, 16 * SMALL) && read(fds[0], got, BYTES) == 1000);
+	CHECK(read(fds[4], got, 4095) == 4095 && write(fds[5], expected, 4096) == 4096 && is_full(fds[5]));
+	CHECK(read(fds[2], got, BYTES) == 16 * TINY && !memcmp(got + TINY, expected, TINY));
+	CHECK(read(fds[8], got, SMALL) == SMALL && !memcmp(got, expected, SMALL) && !is_full(fds[8]));
+	return 1;
+}
+
 /* Capacities: less than usual, more, more and full. */
 static const int sizes[3] = {4096, 131072, 1 << 20};
 
@@ -336,6 +376,7 @@ static void many_harm(void)
 WORKLOAD(
 	{"stream", stream_set, stream_check, stream_harm},
 	{"full", full_set, full_check, stream_harm},
+	{"pages", pages_set, pages_check, stream_harm},
 	{"capacity", capacity_set, capacity_check, capacity_harm},
 	{"packets", packets_set, packets_check, packets_harm},
 	{"mixed", mixed_set, mixed_check, packets_harm},

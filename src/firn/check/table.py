@@ -258,6 +258,8 @@ ABILITIES: tuple[Ability, ...] = (
           "mappings of huge pages", "processes that have them cannot be restored"),
     _base("inotify_numbers", files.inotify_numbers, ALONE, USED,
           "gives inotify watches their numbers", "they are reached in a loop"),
+    _base("unix_queues", network.unix_queues, ALONE, USED,
+          "sees what clients have sent to a unix socket before it accepted them", "a dump waits for it to accept them"),
     _base("kernel_view", memory.kernel_view, ALONE, USED,
           "sees AIO requests in flight", "they are lost, with a warning"),
 )  # fmt: skip

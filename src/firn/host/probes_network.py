@@ -15,6 +15,7 @@ from firn.abi.libc import syscall
 from firn.errors import KernelError
 from firn.host.netlink import attribute, attributes, message
 from firn.host.probes_netlink import talk
+from firn.host.unixqueue import Queues
 
 _PROBE_NAME = b"firn-probe\0"
 _ALL_STATES = 0xFFFFFFFF
@@ -115,6 +116,11 @@ def unix_file() -> None:
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
+
+
+def unix_queues() -> None:
+    """bpf(2) and BTF: what is in the queue of a connection that was not accepted yet, in the kernel's memory."""
+    Queues().close()
 
 
 # -- TCP_REPAIR -------------------------------------------------------------------------------------------------------

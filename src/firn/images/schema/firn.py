@@ -161,10 +161,31 @@ MESSAGES = {
     "firn_sk_packet": """
         1 credentials firn_identity?
         2 sender bytes?
+        3 nameless bool?
+        4 mark u32?
     """,
     "firn_unix": """
         1 peer firn_identity?
         2 connector firn_identity?
+        3 lost firn_unix_lost?
+        4 reset bool?
+        5 sent firn_unix_message*
+        6 gone firn_unix_client*
+    """,
+    "firn_unix_lost": """
+        1 name bytes?
+        2 left bool?
+    """,
+    "firn_unix_message": """
+        1 data bytes?
+        2 rights u32*
+        3 about firn_sk_packet?
+    """,
+    "firn_unix_client": """
+        1 place u32?
+        2 name bytes?
+        3 connector firn_identity?
+        4 sent firn_unix_message*
     """,
     "firn_identity": """
         1 pid u32
@@ -174,6 +195,7 @@ MESSAGES = {
     """,
     "firn_pipe": """
         1 outside str?
+        2 pages u32*
     """,
     "firn_reg": """
         1 rdev u64?

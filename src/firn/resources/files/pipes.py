@@ -13,6 +13,12 @@ A FIFO is opened by its name, so its other end is the one outside, if that is st
 Contents are one record per pipe, as CRIU writes them, unless there are packets (which CRIU refuses): then the record
 with the size has the bytes before the first packet, each further record without a size is a packet, and each further
 one with a size is a run of bytes without boundaries.
+
+A pipe is a ring of pages (fs/pipe.c), and is full when none is free, however little is in each. A write is joined to
+what came before only if it fits into the same page whole, so bytes that came in small writes take more pages than they
+need. How many bytes are in each page is kept, in a field of firn's own, where one write would not put them so. What is
+not seen: whether the last page may be filled up (not if it came by splice, tee or vmsplice, or where bytes before those
+in it were read); the last page of a restored pipe can be.
 """
 
 from __future__ import annotations
@@ -31,17 +37,18 @@ from firn.resources.base import FIFO, PIPE, REG, Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from firn.images.reader import PayloadRef
     from firn.images.store import ImageDir
     from firn.resources.base import DumpContext, Open, RestoreContext
 
-    Part = tuple[bytes, bool]
     Records = list[tuple[dict[str, Any], PayloadRef]]
 
 O_LARGEFILE = 0o100000
 """The kernel's own bit: in the flags of what was opened by a name or through /proc, not of what pipe(2) made."""
+PAGE = os.sysconf("SC_PAGESIZE")
 READ, WRITE = 1, 2
 _SIDES = {READ: "read", WRITE: "write"}
 _DATA = {PIPE: "PIPES_DATA", FIFO: "FIFO_DATA"}
@@ -62,6 +69,21 @@ def _queued(fd: int) -> int:
     return int.from_bytes(count, "little")
 
 
+class Part:
+    """A packet, or a run of bytes; ``pages`` tells how many of its bytes are in each page of the pipe."""
+
+    __slots__ = ("data", "packet", "pages")
+
+    def __init__(self, data: bytes, packet: bool = False, pages: Iterable[int] = ()) -> None:
+        self.data = data
+        self.packet = packet
+        self.pages = list(pages) or [len(data)]
+
+    def is_dense(self) -> bool:
+        """Whether one write would put the bytes into pages as they are, or this cannot be had."""
+        return all(count == PAGE for count in self.pages[:-1]) or max(self.pages) > PAGE
+
+
 class Contents:
     """Reads what is in pipes without taking it out. Has three pipes of its own, open until :meth:`close`."""
 
@@ -69,13 +91,13 @@ class Contents:
         self._pipes: list[tuple[int, int]] = []
 
     def read(self, end: int) -> list[Part]:
-        """What is in the pipe of read end *end*: (bytes, whether they are one packet), oldest first.
+        """What is in the pipe of read end *end*, oldest first.
 
         Raises :class:`OSError` for a pipe that cannot be looked into.
         """
         if not self._pipes:
             self._pipes = [os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) for _ in range(3)]
-            fcntl.fcntl(self._pipes[1][1], fcntl.F_SETPIPE_SZ, os.sysconf("SC_PAGESIZE"))
+            fcntl.fcntl(self._pipes[1][1], fcntl.F_SETPIPE_SZ, PAGE)
         reader, writer = self._pipes[0]
         self._grow(writer, fcntl.fcntl(end, fcntl.F_GETPIPE_SZ))
         try:
@@ -87,7 +109,8 @@ class Contents:
         if got < _queued(end):
             raise OSError(errno.EFBIG, f"{_queued(end)} bytes are more than a pipe of ours may hold (CAP_SYS_RESOURCE)")
         whole = self._without_packets(reader, writer, got)
-        return [(whole, False)] if whole else self._split(end)
+        syscall("tee of a pipe", nr.tee, end, writer, _EVERYTHING, os.SPLICE_F_NONBLOCK)
+        return self._split() if whole is None else [Part(whole, pages=self._pages(got))]
 
     @staticmethod
     def _grow(writer: int, size: int) -> None:
@@ -102,8 +125,8 @@ class Contents:
             return
 
     @staticmethod
-    def _without_packets(reader: int, writer: int, count: int) -> bytes:
-        """The bytes of the copy, or none if there are packets in it: reading stops after a packet, so a byte written
+    def _without_packets(reader: int, writer: int, count: int) -> bytes | None:
+        """The bytes of the copy, or None if there are packets in it: reading stops after a packet, so a byte written
         behind everything is only reached if there is none. The copy is empty afterwards."""
         try:
             os.write(writer, b"\0")
@@ -114,26 +137,36 @@ class Contents:
             return data[:-1]
         while _queued(reader):
             os.read(reader, count)
-        return b""
+        return None
 
-    def _split(self, end: int) -> list[Part]:
-        """The contents buffer by buffer: slower, and exact about packets."""
-        (reader, writer), (one, into_one), (probe, into_probe) = self._pipes
-        syscall("tee of a pipe", nr.tee, end, writer, _EVERYTHING, os.SPLICE_F_NONBLOCK)
+    def _pages(self, count: int) -> list[int]:
+        """How the *count* bytes of the copy are spread over its pages; it is empty afterwards."""
+        (reader, _), (one, into_one), _ = self._pipes
+        pages = []
+        while count:
+            # Goes into a pipe of one page, and is not joined to anything.
+            pages.append(os.splice(reader, into_one, _EVERYTHING, flags=os.SPLICE_F_NONBLOCK))
+            os.read(one, pages[-1])
+            count -= pages[-1]
+        return pages
+
+    def _split(self) -> list[Part]:
+        """The copy page by page: slower, and exact about packets."""
+        (reader, _), (one, into_one), (probe, into_probe) = self._pipes
         parts: list[Part] = []
         while _queued(reader):
-            os.splice(reader, into_one, _EVERYTHING, flags=os.SPLICE_F_NONBLOCK)
-            count = _queued(one)
+            count = os.splice(reader, into_one, _EVERYTHING, flags=os.SPLICE_F_NONBLOCK)
             syscall("tee of a pipe", nr.tee, one, into_probe, count, os.SPLICE_F_NONBLOCK)
             os.write(into_probe, b"\0")
             packet = len(os.read(probe, count + 1)) == count
             if packet:
                 os.read(probe, 1)
-            data = os.read(one, count)
-            if parts and not packet and not parts[-1][1]:
-                parts[-1] = parts[-1][0] + data, False
+            part = Part(os.read(one, count), packet)
+            if parts and not packet and not parts[-1].packet:
+                parts[-1].data += part.data
+                parts[-1].pages += part.pages
             else:
-                parts.append((data, packet))
+                parts.append(part)
         return parts
 
     def close(self) -> None:
@@ -236,14 +269,17 @@ class _Piped(Kind):
         with images.writer(_DATA[self.type]) as writer:
             for pipe in self.pipes.values():
                 parts = pipe.parts or []
-                if not parts or parts[0][1]:
-                    parts = [(b"", False), *parts]
-                for data, packet in parts:
-                    entry: dict[str, Any] = {"pipe_id": pipe.id, "bytes": len(data)}
-                    if pipe.outside:
-                        entry["firn"] = {"outside": pipe.outside}
-                    writer.add(entry if packet else {**entry, "size": pipe.size})
-                    writer.payload(data)
+                if not parts or parts[0].packet:
+                    parts = [Part(b""), *parts]
+                for part in parts:
+                    entry: dict[str, Any] = {"pipe_id": pipe.id, "bytes": len(part.data)}
+                    own: dict[str, Any] = {"outside": pipe.outside} if pipe.outside else {}
+                    if not part.is_dense():
+                        own["pages"] = part.pages
+                    if own:
+                        entry["firn"] = own
+                    writer.add(entry if part.packet else {**entry, "size": pipe.size})
+                    writer.payload(part.data)
 
     def close(self) -> None:
         """Close what was needed to look into pipes."""
@@ -269,22 +305,31 @@ class _Piped(Kind):
         capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
         for index, (entry, payload) in enumerate(records):
             data = context.images.read_payload(payload, capacity)
-            if len(records) == 1:
+            pages = entry.get("firn", {}).get("pages", [])
+            if pages and (sum(pages) != len(data) or not all(pages)):
+                raise ImageError(f"{payload.name}: pipe {number} has {len(data)} bytes, but others in its pages")
+            if len(records) == 1 and not pages:
                 done = _write(fd, data)
             else:
-                done = _splice_in(fd, data, bool(index) and "size" not in entry, capacity)
+                done = _splice_in(fd, data, bool(index) and "size" not in entry, capacity, pages)
             if done != len(data):
                 raise ImageError(f"{payload.name}: pipe {number} has more bytes than its capacity of {capacity}")
 
 
-def _splice_in(fd: int, data: bytes, packet: bool, capacity: int) -> int:
-    """Put a run of bytes or a packet into a pipe; the kernel would join a written packet to bytes before it."""
+def _splice_in(fd: int, data: bytes, packet: bool, capacity: int, pages: list[int]) -> int:
+    """Put a run of bytes or a packet into a pipe, with so many bytes in its *pages*, or packed; how many bytes went in.
+
+    The kernel joins what is written to bytes before it, but what is spliced it moves page by page as it is.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC | (os.O_DIRECT if packet else 0))
+    done = 0
     try:
         _set_capacity(writer, capacity, 0)
-        done = moved = _write(writer, data)
-        while moved:
-            moved -= os.splice(reader, fd, moved, flags=os.SPLICE_F_NONBLOCK)
+        for count in pages or [len(data)]:
+            moved = _write(writer, data[done : done + count])
+            done += moved
+            while moved:
+                moved -= os.splice(reader, fd, moved, flags=os.SPLICE_F_NONBLOCK)
         return done
     except BlockingIOError:
         return -1

@@ -32,7 +32,12 @@ def set_flags(fd: int, entry: dict[str, Any]) -> None:
     fcntl.fcntl(fd, fc.F_SETFL, flags)
 
 
+def filled(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those *fields* that are not empty."""
+    return {name: value for name, value in fields.items() if value}
+
+
 def own_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The field with firn's own additions to a message: those *fields* that are not empty; nothing if all are."""
-    own = {name: value for name, value in fields.items() if value}
+    own = filled(fields)
     return {"firn": own} if own else {}

@@ -1,13 +1,13 @@
 """Unix sockets come back, all at once, in the controller (images: see :mod:`unix` beside this).
 
 sockets   all exist, bound to their names; listening ones listen; pairs and streams are connected
-fill      queues have what they had, sent by the peer, or by a temporary one
+fill      queues have what they had, sent by the peer, or by a temporary one (:mod:`refill`)
 connect   datagram sockets are connected (only now, for a connected one takes nothing from others)
-finish    options, backlogs, shutdown, flags are as they were
+finish    options, backlogs, shutdown, flags are as they were, and what was closed is closed again
 
 Connections are made through the listening socket whose name the accepted end bears, or a temporary one, because there
-is no other way to give an accepted socket its name. Names that are not on disk any more are bound in a root directory
-of our own, so that nothing that has the name now is touched.
+is no other way to give an accepted socket its name. A closed peer is made as well, for its name (getpeername), for what
+it had sent, and for the error that its end has left behind: ECONNRESET for whom it had not heard out.
 """
 
 from __future__ import annotations
@@ -15,73 +15,20 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import stat
 
 from firn.errors import ImageError, RestoreError
-from firn.host.sockdiag import CLOSE, ESTABLISHED, LISTEN
+from firn.host.sockdiag import CLOSE
 from firn.resources.base import UNIXSK
-from firn.resources.sockets import common, options, queues
-from firn.resources.sockets.standins import UCRED, Identity, StandIns
+from firn.resources.sockets import common, names, options
+from firn.resources.sockets.made import DGRAM, Made, gone_ones, is_found_by_name
+from firn.resources.sockets.refill import Refill, disconnect
+from firn.resources.sockets.standins import StandIns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from firn.resources.base import RestoreContext
 
-AF_UNIX, AF_UNSPEC, SOCK_CLOEXEC = 1, 0, 0o2000000
-STREAM, DGRAM, SEQPACKET = 1, 2, 5
-EXTERNAL = 1
-_NAME_SIZE = 108
-_PAYLOAD_LIMIT = 1 << 30
-
-
-class Made:
-    """A socket of the checkpoint on its way back. ``at`` is an O_PATH descriptor of its file; ``peer`` the other end of
-    a connected pair, ``helper`` a temporary socket in its place."""
-
-    __slots__ = ("at", "entry", "helper", "id", "peer", "sock", "taken")
-
-    def __init__(self, number: int, entry: dict[str, Any]) -> None:
-        self.id = number
-        self.entry = entry
-        self.sock: _socket.socket | None = None
-        self.at = -1
-        self.peer: Made | None = None
-        self.helper: _socket.socket | None = None
-        self.taken = False
-        if entry["type"] not in (STREAM, DGRAM, SEQPACKET) or entry["state"] not in (ESTABLISHED, CLOSE, LISTEN):
-            raise ImageError(f"{self}: impossible type {entry['type']} or state {entry['state']}")
-        if len(entry["name"]) > _NAME_SIZE:
-            raise ImageError(f"{self}: its name has {len(entry['name'])} bytes")
-
-    def __str__(self) -> str:
-        return f"unix socket {self.id}"
-
-    inode = property(lambda self: self.entry["ino"])
-    type = property(lambda self: self.entry["type"])
-    who = property(lambda self: self._identity("peer"))
-    connector = property(lambda self: self._identity("connector"))
-    name = property(lambda self: self.entry["name"] if self.entry["name"][:1] == b"\0" else
-                    self.entry["name"].split(b"\0")[0])  # fmt: skip
-    listens = property(lambda self: self.entry["state"] == LISTEN)
-    external = property(lambda self: bool(self.entry["uflags"] & EXTERNAL))
-
-    def _identity(self, field: str) -> Identity | None:
-        """Whom SO_PEERCRED tells of (peer), who made the connection that waits (connector); None if that is unknown."""
-        entry = self.entry.get("firn", {}).get(field)
-        return None if entry is None else Identity(entry)
-
-    def get(self) -> _socket.socket:
-        """The socket, which must have been made by now."""
-        if self.sock is None:
-            raise ImageError(f"{self} is needed before it can be made")
-        return self.sock
-
-    def address(self) -> str | bytes:
-        """Where it can be reached."""
-        name: bytes = self.name
-        return f"/proc/self/fd/{self.at}" if self.at >= 0 else name
+AF_UNIX, SOCK_CLOEXEC = 1, 0o2000000
 
 
 def _new(kind: int) -> _socket.socket:
@@ -98,27 +45,31 @@ class Rebuild:
             for (kind, number), entry in context.files.items()
             if kind == UNIXSK and not context.inherited.supplies(kind, entry["usk"])
         }
-        self.by_inode = {made.inode: made for made in self.made.values()}
-        self.listeners = {(made.name, made.type): made for made in self.made.values() if made.listens}
-        self.records: dict[int, list[tuple[dict[str, Any], Any]]] = {}
-        for record, payload in context.images.read_with_payload("SK_QUEUES"):
-            self.records.setdefault(record["id_for"], []).append((record, payload))
-        self.types: dict[int, int] = {}
-        for kind, number in context.files:
-            self.types.setdefault(number, kind)
-        self._temporary: list[_socket.socket] = []
-        self._senders: dict[bytes, _socket.socket] = {}
         self._standins = StandIns()
+        own = list(self.made.values())
+        self.refill = Refill(own, context, self._standins)
+        self.gone = gone_ones(own, set(self.refill.records))
+        self.all = self.refill.made = own + self.gone
+        self.by_inode = {made.inode: made for made in self.all}
+        self.listeners = {(made.name, made.type): made for made in own if made.listens}
+        self.left: list[Made] = []
+        """Datagram sockets that have left their partner, which is still connected to them."""
 
     def run(self) -> None:
         """All stages."""
         try:
             self._find_pairs()
             self._make_sockets()
-            for made in self.made.values():
-                if made.id in self.records and not made.external:
-                    self._fill(made)
+            for made in self.all:
+                if made.peer in self.left:
+                    self.refill.fill(made)
+            self._part()
+            for made in self.all:
+                if not made.external:
+                    self.refill.fill(made)
             self._connect_datagrams()
+            for made in self.gone:
+                self._end(made)
             for made in self.made.values():
                 if made.sock is not None:
                     self._finish(made)
@@ -126,9 +77,11 @@ class Rebuild:
             raise RestoreError(f"unix sockets cannot be made again: {error}") from error
         finally:
             self._standins.close()
-            for helper in self._temporary:
-                helper.close()
-            for made in self.made.values():
+            self.refill.close()
+            for made in self.gone:
+                if made.sock is not None:
+                    made.sock.close()
+            for made in self.all:
                 if made.at >= 0:
                     os.close(made.at)
                     made.at = -1
@@ -151,18 +104,45 @@ class Rebuild:
     # -- sockets -----------------------------------------------------------------------------------------------------
 
     def _find_pairs(self) -> None:
-        for made in self.made.values():
+        heard = {made.entry["peer"] for made in self.all}
+        for made in self.all:
             other = self.by_inode.get(made.entry["peer"])
-            if other is not None and other is not made and other.entry["peer"] == made.inode and not made.listens:
-                if other.type != made.type:
-                    raise ImageError(f"{made} is connected to {other} of another type")
-                made.peer = other
+            if other is None or other is made or made.listens or other.listens or other.external:
+                continue
+            mutual = other.entry["peer"] == made.inode
+            if not self._was_pair(made, other, mutual, made.inode in heard):
+                continue
+            if other.type != made.type:
+                raise ImageError(f"{made} is connected to {other} of another type")
+            made.peer = other
+            if not mutual:
+                self.left.append(other)
+        for made in self.left:
+            if made.peer is not None:
+                if not made.peer.gone or not made.peer.name:
+                    raise ImageError(f"{made} is half of two pairs")
+                made.peer.peer = None
+            made.peer = None
+
+    def _was_pair(self, made: Made, other: Made, mutual: bool, heard: bool) -> bool:
+        """Whether two sockets, the first of which is connected to the second, are made as a pair. Only so can they be
+        connected to one without a name, or hear from it, or an error of its parting be had. *heard*: somebody is
+        connected to the first, so that if it has no name it was a pair with that one."""
+        if made.type != DGRAM:
+            return mutual
+        if made.gone or other.gone:
+            live, gone = (other, made) if made.gone else (made, other)
+            return made.gone if not mutual else not is_found_by_name(live, gone.name, live.id in self.refill.records)
+        if mutual:
+            return not (made.name and other.name) or made.reset or other.reset
+        return not other.name or made.reset or (not made.name and not heard and made.id in self.refill.records)
 
     def _make_sockets(self) -> None:
         waiting = []
         connected = []
-        for made in self.made.values():
-            if made.external:
+        late = self._late()
+        for made in sorted(self.all, key=lambda made: made.peer is None):
+            if made.external or made in late:
                 continue
             if made.type == DGRAM:
                 self._make_datagram(made)
@@ -170,11 +150,17 @@ class Rebuild:
                 made.sock = _new(made.type)
                 self._bind(made)
                 if made.listens:
-                    self._standins.listen(made.who, made.sock, len(self.made) + 1)
+                    self._standins.listen(made.who, made.sock, len(self.all) + 1)
             elif made.entry["peer"] and made.peer is None:
                 waiting.append(made)
             else:
                 connected.append(made)
+        taken = {made.name for made in late}
+        for made in self.gone:
+            if made.type == DGRAM and made.name in taken:
+                self._finish_early(made)
+        for made in late:
+            self._make_datagram(made)
         for made in connected:
             if made.sock is None:
                 self._make_connected(made)
@@ -184,42 +170,54 @@ class Rebuild:
                 raise ImageError(f"{made}: its peer {made.entry['peer']} is not there")
             made.sock = _new(made.type)
             self._bind(made)
+            self._standins.listen(made.who or listener.who, listener.get(), len(self.all) + 1)
             self._standins.connect(made.connector, made.sock, listener.address())
+
+    def _late(self) -> list[Made]:
+        """Datagram sockets with an abstract name that a closed one had before, which must have it first."""
+        before = {made.name for made in self.gone if made.type == DGRAM and made.name[:1] == b"\0"}
+        return [made for made in self.made.values() if made.type == DGRAM and made.name in before]
+
+    def _finish_early(self, gone: Made) -> None:
+        """Have all done that a closed datagram socket is needed for. Whoever is connected to it hears only it."""
+        for made in self.made.values():
+            if made.entry["peer"] == gone.inode:
+                self.refill.fill(made)
+                if made.peer is None:
+                    made.get().connect(gone.address())
+        self._end(gone)
 
     def _make_datagram(self, made: Made) -> None:
         if made.sock is not None:
             return
-        if made.peer is not None:
-            made.sock, made.peer.sock = self._standins.pair(made.who, DGRAM)
-            self._bind(made.peer)
-        elif self._had_peer(made):
-            made.sock, made.helper = self._standins.pair(made.who, DGRAM)
-            self._temporary.append(made.helper)
-        else:
+        if made.peer is None and made.who is not None:
+            # It was one of a pair once; SO_PEERCRED still tells who made that.
+            made.sock, other = self._standins.pair(made.who, DGRAM)
+            other.close()
+            disconnect(made.sock)
+        elif made.peer is None:
             made.sock = _new(DGRAM)
+        else:
+            if made.peer.sock is not None:
+                raise ImageError(f"{made.peer} is half of two pairs")
+            made.sock, made.peer.sock = self._standins.pair(made.who or made.peer.who, DGRAM)
+            self._bind(made.peer)
         self._bind(made)
 
-    def _had_peer(self, made: Made) -> bool:
-        """Whether a datagram socket is one of a pair whose other end is closed."""
-        used = made.entry["state"] == ESTABLISHED or made.id in self.records
-        return used and not made.name and not made.entry["peer"]
-
     def _make_connected(self, made: Made) -> None:
-        """A stream or seqpacket socket and its peer, or a temporary one if that is closed."""
+        """A stream or seqpacket socket and its peer."""
         peer = made.peer
+        if peer is None:
+            raise ImageError(f"{made} is connected, but not to anything")
         server = made
-        if peer is not None and (not made.name or (peer.name and self._is_server(peer, made))):
+        if not made.name or (peer.name and self._is_server(peer, made)):
             server = peer
         client = peer if server is made else made
         if not server.name:
-            server.sock, other = self._standins.pair(server.who, server.type)
+            server.sock, client.sock = self._standins.pair(server.who or client.who, server.type)
+            self._bind(client)
         else:
-            server.sock, other = self._connect_through(server, client)
-        if client is not None:
-            client.sock = other
-        else:
-            server.helper = other
-            self._temporary.append(other)
+            self._connect_through(server, client)
 
     def _is_server(self, one: Made, other: Made) -> bool:
         """Which of two named ends was accepted: the one with a listening socket's name, else the younger one."""
@@ -230,148 +228,101 @@ class Rebuild:
     def _listener(self, server: Made) -> Made | None:
         return self.listeners.get((server.name, server.type))
 
-    def _connect_through(
-        self, server: Made, client: Made | None
-    ) -> tuple[_socket.socket, _socket.socket]:
-        """(accepted socket, its client); the accepted one bears the listening socket's name."""
+    def _connect_through(self, server: Made, client: Made) -> None:
+        """An accepted socket and its client; the accepted one bears the listening socket's name."""
         listener = self._listener(server)
         own = None
         if listener is None:
-            own = listener = Made(server.id, {**server.entry, "deleted": True})
+            own = listener = Made(server.id, {**server.entry, "deleted": True}, server.gone)
             own.sock = _new(server.type)
             self._bind(own)
-        # The client is told of who listened, the server of who connected.
-        self._standins.listen(client.who if client else None, listener.get(), len(self.made) + 1)
-        other = _new(server.type)
         try:
-            if client is not None:
-                client.sock = other
-                self._bind(client)
-            self._standins.connect(server.who, other, listener.address())
+            # The client is told of who listened, the server of who connected.
+            self._standins.listen(client.who or listener.who, listener.get(), len(self.all) + 1)
+            client.sock = _new(server.type)
+            self._bind(client)
+            self._standins.connect(server.who, client.sock, listener.address())
             fd, _ = listener.get()._accept()  # type: ignore[attr-defined]
-            return _socket.socket(fileno=fd), other
+            server.sock = _socket.socket(fileno=fd)
         finally:
             if own is not None:
                 own.get().close()
                 if own.at >= 0:
                     os.close(own.at)
 
-    # -- names -------------------------------------------------------------------------------------------------------
-
     def _bind(self, made: Made) -> None:
-        name = made.name
-        if not name:
+        if not made.name:
             return
         try:
-            if name[:1] == b"\0":
-                made.get().bind(name)
-            elif made.entry.get("deleted"):
-                made.at = _bind_in_own_root(made.get(), name)
-            else:
-                made.at = _bind_on_disk(made.get(), name, made.entry.get("name_dir", "."))
-        except OSError as error:
-            shown = os.fsdecode(name).replace("\0", "@")
-            help = "end the process that has it" if error.errno == errno.EADDRINUSE else ""
-            raise RestoreError(f"{made} cannot be bound to {shown}: {os.strerror(error.errno or 0)}", help) from None
-        perms = made.entry.get("file_perms")
-        if perms and made.at >= 0:
-            os.chown(f"/proc/self/fd/{made.at}", perms["uid"], perms["gid"])
-            os.chmod(f"/proc/self/fd/{made.at}", perms["mode"] & 0o7777)
-
-    # -- queues ------------------------------------------------------------------------------------------------------
-
-    def _fill(self, made: Made) -> None:
-        if made.listens:
-            raise ImageError(f"sk-queues.img: {made} listens, and has a queue")
-        sender, to = self._sender(made)
-        size = sender.getsockopt(options.SOL_SOCKET, options.SO_SNDBUF)
-        for record, payload in self.records[made.id]:
-            data = self.context.images.read_payload(payload, _PAYLOAD_LIMIT)
-            fds = []
-            for scm in record.get("scm", []):
-                if scm["type"] != queues.SCM_RIGHTS:
-                    raise ImageError(f"sk-queues.img: a message for {made} has something of type {scm['type']}")
-                fds += [self._queued(number) for number in scm["rights"]]
-            own = record.get("firn", {})
-            try:
-                from_whom, where = sender, to
-                if own.get("sender"):
-                    from_whom, where = self._named_sender(own["sender"]), made.address()
-                queues.send(from_whom, data, fds, made.type == STREAM, where, self._credentials(own))
-            except OSError as error:
-                raise RestoreError(f"the queue of {made} cannot be filled: {error.strerror}") from None
-        options.set_buffer(sender, options.SO_SNDBUF, size)
-
-    def _credentials(self, own: dict[str, Any]) -> bytes:
-        """The struct ucred that a message bears; its process exists now."""
-        if "credentials" not in own:
-            return b""
-        who = Identity(own["credentials"])
-        self._standins.hold(who.pid)
-        return UCRED.pack(who.pid, who.uid, who.gid)
-
-    def _named_sender(self, name: bytes) -> _socket.socket:
-        """The datagram socket of that name, or a temporary one in its place."""
-        wanted = name if name[:1] == b"\0" else name.split(b"\0")[0]
-        for other in self.made.values():
-            if other.type == DGRAM and other.name == wanted and not other.external:
-                return other.get()
-        if wanted not in self._senders:
-            helper = self._senders[wanted] = _new(DGRAM)
-            self._temporary.append(helper)
-            if wanted[:1] == b"\0":
-                helper.bind(wanted)
-            else:
-                os.close(_bind_in_own_root(helper, wanted))
-        return self._senders[wanted]
-
-    def _queued(self, number: int) -> int:
-        """Our descriptor of a file that is in a message."""
-        kind = self.types.get(number)
-        if kind is None:
-            raise ImageError(f"sk-queues.img: file {number} is not there")
-        return self.made[number].get().fileno() if number in self.made else self.context.open(kind, number)
-
-    def _sender(self, made: Made) -> tuple[_socket.socket, str | bytes]:
-        """Who sends what is in the queue, and the address if that is needed."""
-        if made.peer is not None:
-            return made.peer.get(), b""
-        if made.helper is not None:
-            return made.helper, b""
-        if made.type != DGRAM:
-            raise ImageError(f"sk-queues.img: {made} is not connected, and has a queue")
-        for other in self.made.values():
-            if other.entry["peer"] == made.inode and not other.external:
-                return other.get(), made.address()
-        helper = _new(DGRAM)
-        self._temporary.append(helper)
-        return helper, made.address()
+            made.at = names.bind(made.get(), made.name, made.entry, str(made))
+        except RestoreError as error:
+            # The name of what is closed would only be shown, and may well be another's by now.
+            if not made.gone or getattr(error.__cause__, "errno", 0) != errno.EADDRINUSE:
+                raise
+            self.context.warn(f"{error.message}: it comes back without that name")
+            made.entry = {**made.entry, "name": b""}
 
     # -- the rest ----------------------------------------------------------------------------------------------------
 
+    def _part(self) -> None:
+        """Let go those that have left their partner. They lose what is in their queues, so that is not filled yet."""
+        for made in self.all:
+            if made.type != DGRAM or not made.reset or made.peer is None or made.peer.gone:
+                continue
+            made.get().send(b"\0")
+            if made.peer not in self.left:
+                # It has come back since.
+                disconnect(made.peer.get())
+                made.peer.get().connect(made.address())
+        for made in self.left:
+            disconnect(made.get())
+
     def _connect_datagrams(self) -> None:
-        for made in self.made.values():
-            inode = made.entry["peer"]
-            if made.type != DGRAM or made.peer is not None or not inode or made.external:
-                continue
-            peer = self.by_inode.get(inode)
-            if peer is None or not peer.name:
-                raise ImageError(f"{made}: its peer {inode} is not there, or has no name")
-            if not peer.external:
-                made.get().connect(peer.address())
-                continue
-            if not self.context.options.ext_unix_sk:
-                raise RestoreError(f"{made} is connected to a service outside", "allow that with --ext-unix-sk")
-            try:
-                made.get().connect(peer.name)
-            except OSError as error:
-                name = os.fsdecode(peer.name).replace("\0", "@")
-                raise RestoreError(f"{made} cannot be connected to {name}: {error.strerror}") from None
+        """Whoever is connected to others was heard by them before that: a connected one takes nothing from others, not
+        even that they connect to it."""
+        pending = [
+            made for made in self.all
+            if made.type == DGRAM and made.entry["peer"] and made.peer is None and not made.external and not made.gone
+        ]  # fmt: skip
+        while pending:
+            heard_by: dict[int, list[int]] = {}
+            for made in pending:
+                heard_by.setdefault(made.entry["peer"], []).append(made.inode)
+            ready = [made for made in pending if heard_by.get(made.inode, []) in ([], [made.entry["peer"]])] or pending
+            for made in ready:
+                self._connect_datagram(made)
+            pending = [made for made in pending if made not in ready]
+
+    def _connect_datagram(self, made: Made) -> None:
+        peer = self.by_inode.get(made.entry["peer"])
+        if peer is not None and peer.gone and not (peer.name and peer.is_open()):
+            return
+        if peer is None or not peer.name:
+            raise ImageError(f"{made}: its peer {made.entry['peer']} is not there, or has no name")
+        if not peer.external:
+            made.get().connect(peer.address())
+            return
+        if not self.context.options.ext_unix_sk:
+            raise RestoreError(f"{made} is connected to a service outside", "allow that with --ext-unix-sk")
+        try:
+            made.get().connect(peer.name)
+        except OSError as error:
+            name = os.fsdecode(peer.name).replace("\0", "@")
+            raise RestoreError(f"{made} cannot be connected to {name}: {error.strerror}") from None
+
+    @staticmethod
+    def _end(made: Made) -> None:
+        """Close a socket that was closed. Its peer is told of what was not read by an error (unix_release_sock)."""
+        if not made.is_open():
+            return
+        if made.peer is not None and made.peer.reset:
+            made.peer.get().send(b"\0")
+            if made.type == DGRAM:
+                disconnect(made.get())
+        made.get().close()
 
     def _finish(self, made: Made) -> None:
         entry, sock = made.entry, made.get()
-        if made.helper is not None:
-            made.helper.close()
         try:
             options.restore(sock, entry["opts"])
         except OSError as error:
@@ -382,50 +333,3 @@ class Rebuild:
         if how:
             sock.shutdown(how - 1)  # SHUT_RD 0, SHUT_WR 1, SHUT_RDWR 2
         common.set_flags(sock.fileno(), entry)
-
-
-def _bind_on_disk(sock: _socket.socket, name: bytes, directory: str) -> int:
-    """Bind to a path, relative ones in *directory*; a socket that has the name is replaced. An O_PATH descriptor."""
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    try:
-        os.chdir(directory)
-        try:
-            if stat.S_ISSOCK(os.lstat(name).st_mode):
-                os.unlink(name)
-        except FileNotFoundError:
-            pass
-        sock.bind(name)
-        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    finally:
-        os.fchdir(here)
-        os.close(here)
-
-
-def _bind_in_own_root(sock: _socket.socket, name: bytes) -> int:
-    """Bind to a path that stays out of sight: in a directory that is the root meanwhile, and gone again afterwards."""
-    top = f"/tmp/.firn-{os.getpid()}"
-    os.mkdir(top, 0o700)
-    root, here = (os.open(path, os.O_PATH | os.O_CLOEXEC) for path in ("/", "."))
-    folder = os.path.join(b"/", os.path.dirname(name))
-    try:
-        os.chroot(top)
-        os.chdir("/")
-        os.makedirs(folder, exist_ok=True)
-        sock.bind(name)
-        at = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        os.unlink(name)
-        try:
-            os.removedirs(folder)
-        except OSError:  # the name has no folder: this is the root itself
-            pass
-        return at
-    finally:
-        os.fchdir(root)
-        os.chroot(".")
-        os.fchdir(here)
-        os.close(root)
-        os.close(here)
-        try:
-            os.rmdir(top)
-        except OSError:
-            pass
