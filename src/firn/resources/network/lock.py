@@ -122,10 +122,12 @@ def _pid_namespace() -> int:
 class Lock:
     """What a dump or a restore does to connections. This one does nothing: ``--network-lock skip``.
 
-    ``method`` is for the inventory; ``used`` whether a connection was ever added.
+    ``method`` is for the inventory; ``used`` whether a connection was ever added; ``holds_doors`` whether it keeps new
+    clients away.
     """
 
     method = SKIP
+    holds_doors = False
 
     def __init__(self) -> None:
         self.used = False
@@ -135,8 +137,8 @@ class Lock:
         with more. Raises :class:`OSError` and :class:`KernelError`; then what was locked before still is."""
 
     def close_doors(self, doors: Iterable[bytes]) -> None:
-        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`), which end with the dump. Once.
-        Raises :class:`OSError`."""
+        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`) while the dump is at work. May be
+        called again with more. Raises :class:`OSError`."""
 
     def keep(self) -> None:
         """From now on the lock stays when firn ends, for the restore. Raises :class:`OSError`."""
@@ -157,6 +159,7 @@ class NftLock(Lock):
     """
 
     method = NFTABLES
+    holds_doors = True
 
     def __init__(self, run_id: str, note: Note, namespace: int = -1, rules: bool = False) -> None:
         super().__init__()
@@ -202,9 +205,10 @@ class NftLock(Lock):
 
     def close_doors(self, doors: Iterable[bytes]) -> None:
         """Drop the SYN of new clients."""
-        self._doors = list(doors)
-        self.used |= bool(self._doors)
-        nftables.close_doors(self._open_channel(), self._own, self._doors, incoming=True)
+        more = [each for each in doors if each not in self._doors]
+        self.used |= bool(more)
+        nftables.close_doors(self._open_channel(), self._own, more, incoming=True)
+        self._doors += more
 
     def keep(self) -> None:
         """Lock the same in the table that stays."""

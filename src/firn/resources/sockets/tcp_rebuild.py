@@ -248,11 +248,8 @@ class Stream:
             window = theirs % _WORD, _OPEN_WINDOW, _OPEN_WINDOW, _OPEN_WINDOW, theirs % _WORD
             self.sock.setsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.pack(*window))
         source, target = self._raw("dst"), self._raw("src")
-        ports = self.entry["dst_port"], self.entry["src_port"]
-        head = (*ports, theirs % _WORD, ours % _WORD, 5 << 4, flags, _OPEN_WINDOW)
-        draft = struct.pack(">HHIIBBHHH", *head, 0, 0)
-        check = packets.checksum(packets.pseudo(source, target, TCP, len(draft)) + draft)
-        packets.send(source, target, TCP, struct.pack(">HHIIBBHHH", *head, check, 0), packets.LOCK_MARK)
+        ends = source, self.entry["dst_port"], target, self.entry["src_port"]
+        packets.segment(ends, (theirs, ours), flags, _OPEN_WINDOW)
         end = time.monotonic() + _PATIENCE_S
         # Late, the true peer may have its say too.
         wanted = (reached, TCP_CLOSE) if late else (reached,)

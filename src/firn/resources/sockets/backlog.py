@@ -1,0 +1,310 @@
+"""Connections that wait to be accepted: how they are saved (images: firn_client, in the entry of the listening socket).
+
+Kernel: nobody has a descriptor of them, so they are accepted, and then read like any other (:mod:`tcp`). What was
+accepted cannot be put back; an equal one can be made (:mod:`admission`), which the restore does too. So the sockets
+are emptied last of all, when everything else is in the images. If the tree runs on, or the dump fails after all, its
+clients are put back in their order; if it ends, its clients vanish with it.
+
+Whether that can be done is found out before: the ability is tried with a socket of our own while the tree runs, once
+a look has found that there is need of it; and a segment that means nothing, sent in the name of each peer, shows
+whether a firewall lets such through. Where it cannot, new clients are kept away for a moment (their SYN is dropped, so
+they try again after a second), until the program has accepted all that wait.
+
+What goes wrong: if firn is killed after a client was accepted and before it is back, the connection is closed.
+Handshakes that take longer than 0.1 s end while nobody listens: their peers are told so when they speak.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import time
+
+from firn.abi import poll
+from firn.abi.tcp import INFO, SIOCINQ, TCP_CLOSE, TCP_FASTOPEN, TCP_INFO, TH_ACK
+from firn.errors import FirnError, KernelError, Obstacle, Refused, TargetError
+from firn.host import holders, sockdiag
+from firn.host.nftables import Connection
+from firn.resources.sockets import connections, inet_options, options, packets, tcp
+from firn.resources.sockets.admission import SMALLEST, Admission, Client
+from firn.resources.sockets.inet_options import AF_INET6, TCP
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from firn.resources.base import DumpContext, Open
+    from firn.resources.network.lock import Lock
+
+    Listener = tuple[_socket.socket, Open, dict[str, Any]]
+
+_HANDSHAKES_S = 0.1
+_DRAIN_S = 0.5
+_STEP_S = 0.002
+_ARRIVAL_S = 0.05
+_STAMPS = 12
+"""Bytes that a timestamp takes from each segment."""
+_HELP = "let them be accepted, or drop them with --skip-in-flight"
+
+
+def waiting(listener: _socket.socket) -> int:
+    """How many connections wait to be accepted."""
+    return int(INFO.unpack(listener.getsockopt(TCP, TCP_INFO, INFO.size))[3])
+
+
+def refusal(count: int, why: str = "") -> tuple[str, str]:
+    """(Reason, help) of an obstacle: *count* connections wait, and cannot be saved."""
+    reason = f"listens, and {count} connection{'s wait' if count > 1 else ' waits'} to be accepted"
+    return reason + (f" ({why})" if why else ""), _HELP
+
+
+def doors(listener: _socket.socket) -> list[bytes]:
+    """Where new clients reach it."""
+    family, address = listener.family, listener.getsockname()
+    message = {"family": family, "src_addr": _words(address, family), "src_port": address[1]}
+    if family == AF_INET6:
+        message["v6only"] = bool(listener.getsockopt(inet_options.IPV6, inet_options.IPV6_V6ONLY))
+    return connections.doors(message)
+
+
+def _words(address: tuple[Any, ...], family: int) -> list[int]:
+    return connections.to_words(address[0].partition("%")[0], family)
+
+
+class _Taken:
+    """A client that we have accepted, and from which listening socket."""
+
+    __slots__ = ("client", "connection", "listener")
+
+    def __init__(self, listener: _socket.socket, connection: tcp.Connection) -> None:
+        self.listener = listener
+        self.connection = connection
+        self.client: Client | None = None
+
+    def read(self) -> list[str]:
+        """Read everything; reasons why it cannot be saved."""
+        sock, message = self.connection.sock, self.connection.message
+        entry: dict[str, Any] = {
+            name: message[name] for name in ("src_addr", "src_port", "dst_addr", "dst_port")
+        }
+        entry["rcvbuf"] = sock.getsockopt(options.SOL_SOCKET, options.SO_RCVBUF)
+        reasons: list[str] = []
+        if INFO.unpack(sock.getsockopt(TCP, TCP_INFO, INFO.size))[0] == TCP_CLOSE:
+            # Reset by its peer.
+            unread = tcp.count(sock, SIOCINQ)
+            entry |= {"state": TCP_CLOSE, "data": tcp.peek(sock, unread) if unread else b""}
+        else:
+            reasons = self.connection.read()
+            entry |= {"state": message["state"], "stream": self.connection.stream, "data": self.connection.data}
+        self.client = Client(entry)
+        return reasons
+
+
+class Backlogs:
+    """The backlogs of all listening sockets of a dump. Lives from before the first look at the tree.
+
+    ``lock`` is that of the current look.
+    """
+
+    def __init__(self, lock: Lock, warn: Callable[[str], object]) -> None:
+        self.lock = lock
+        self._warn = warn
+        self._admission: Admission | None = None
+        self._why = ""
+        self._tried = False
+        self._refused: list[_socket.socket] = []
+        self._listeners: list[Listener] = []
+        self._probed: set[bytes] = set()
+        self._taken: list[_Taken] = []
+
+    # -- looks at the tree ---------------------------------------------------------------------------------------------
+
+    def prepare(self) -> bool:
+        """The tree runs: whether the clients can be saved from now on."""
+        if not self._tried:
+            self._tried = True
+            try:
+                if not self.lock.holds_doors:
+                    raise KernelError("without a network lock by nf_tables")
+                self._admission = Admission()
+                return True
+            except KernelError as error:
+                self._why = str(error)
+        return False
+
+    def collect(self, listener: _socket.socket, open: Open, context: DumpContext) -> bool:
+        """Whether the dump may go on with *listener*, for which somebody waits; else it is refused."""
+        if self._admission is None:
+            self._refuse(listener, open, context, self._why)
+            return False
+        return True
+
+    def _refuse(self, listener: _socket.socket, open: Open, context: DumpContext, why: str) -> None:
+        context.refuse(open, *refusal(waiting(listener), why), passing=True)
+        self._refused.append(_socket.socket(fileno=os.dup(listener.fileno())))
+
+    def finish(self, listeners: list[Listener], context: DumpContext) -> None:
+        """All sockets are known, and where the tree ends, nobody new comes: find out whether those who wait can be put
+        back. Refuses what cannot."""
+        self._listeners = [each for each in listeners if self._admission is not None and waiting(each[0])]
+        if not self._listeners:
+            return
+        inodes = {open.stat.st_ino for _, open, _ in self._listeners}
+        shared = holders.of_sockets(inodes, {os.getpid(), *context.pids})
+        for listener, open, _ in self._listeners:
+            holder = shared.get(open.stat.st_ino)
+            why = f"{holder} has the socket too" if holder is not None else self._against(listener)
+            if why:
+                self._refuse(listener, open, context, why)
+
+    def _against(self, listener: _socket.socket) -> str:
+        """Why those who wait could not be put back; they are locked."""
+        if options.value(listener, options.SOL_SOCKET, options.SO_BINDTODEVICE):
+            return "of a socket that is bound to a network device"
+        if listener.getsockopt(TCP, TCP_FASTOPEN):
+            return "of a socket with TCP Fast Open"
+        found = sockdiag.unaccepted(listener.family, listener.getsockname()[1])
+        self.lock.add([Connection(listener.family, each.near, each.sport, each.far, each.dport) for each in found])
+        for each in found:
+            if each.room + _STAMPS < SMALLEST[len(packets.unmapped(each.far))]:
+                return "one has very small segments"
+            if len(each.far) == 16 and each.far[0] == 0xFE and each.far[1] >> 6 == 2:
+                return "one has a link-local address"
+            if each.far not in self._probed and not self._arrives(listener.family, each):
+                return "a firewall would not let one be put back"
+            self._probed.add(each.far)
+        return ""
+
+    @staticmethod
+    def _arrives(family: int, one: sockdiag.Unaccepted) -> bool:
+        """Whether a segment that we send in the peer's name reaches the connection. Its numbers mean nothing, so the
+        kernel only repeats its own, which the lock drops."""
+        ends = packets.unmapped(one.far), one.dport, packets.unmapped(one.near), one.sport
+        packets.segment(ends, (0, 0), TH_ACK, 0)
+        end = time.monotonic() + _ARRIVAL_S
+        while time.monotonic() < end:
+            now = sockdiag.find_unaccepted(family, one.near, one.sport, one.far, one.dport)
+            if now is None or now.arrived != one.arrived:
+                return True
+            time.sleep(_STEP_S)
+        return False
+
+    def relent(self) -> bool:
+        """The tree runs on after a look that was refused: whether more than a moment of time was won. Either clients
+        can be saved now, or none waits any more at the sockets that were in the way."""
+        refused, self._refused = self._refused, []
+        self._listeners = []
+        try:
+            return bool(refused) and (self.prepare() or self._drain(refused))
+        finally:
+            for each in refused:
+                each.close()
+
+    def _drain(self, listeners: list[_socket.socket]) -> bool:
+        """Keep new clients away until nobody waits, but not for long."""
+        if not self.lock.holds_doors:
+            return False
+        self.lock.close_doors([door for each in listeners for door in doors(each)])
+        end = time.monotonic() + _DRAIN_S
+        while any(waiting(each) for each in listeners) and time.monotonic() < end:
+            time.sleep(_STEP_S)
+        return True
+
+    # -- the end of a dump ---------------------------------------------------------------------------------------------
+
+    def take(self, stays: bool) -> None:
+        """Accept and read all who wait, and note them in the listening sockets' messages. If the tree *stays*, they are
+        put back at once. Raises :class:`Refused`, :class:`OSError`, :class:`FirnError`; then :meth:`put_back` helps."""
+        listeners, self._listeners = self._listeners, []
+        if not listeners:
+            return
+        if stays:
+            self.lock.close_doors([door for listener, _, _ in listeners for door in doors(listener)])
+        else:
+            self._wait_for_handshakes([listener for listener, _, _ in listeners])
+        obstacles = []
+        for listener, open, _ in listeners:
+            why = self._against(listener)
+            if why:
+                obstacles.append(Obstacle(open.what, *refusal(waiting(listener), why)))
+        if obstacles:
+            raise Refused(obstacles)
+        for listener, open, message in listeners:
+            self._accept_all(listener, open.what, message)
+        if stays:
+            lost = self._put_back()
+            if lost:
+                raise TargetError(lost[0])
+
+    @staticmethod
+    def _wait_for_handshakes(listeners: list[_socket.socket]) -> None:
+        end = time.monotonic() + _HANDSHAKES_S
+        for listener in listeners:
+            port = listener.getsockname()[1]
+            while sockdiag.half_open(listener.family, port) and time.monotonic() < end:
+                time.sleep(_STEP_S)
+
+    def _accept_all(self, listener: _socket.socket, what: str, entry: dict[str, Any]) -> None:
+        port = listener.getsockname()[1]
+        # Whether anybody waits is asked first, for the socket may be one that blocks.
+        while poll.state(listener.fileno(), poll.POLLIN):
+            try:
+                fd, peer = listener._accept()  # type: ignore[attr-defined]
+            except ConnectionAbortedError:
+                continue
+            sock = _socket.socket(fileno=fd)
+            message = _message(sock, port, peer)
+            taken = _Taken(listener, tcp.Connection(sock, message, f"{what}: the connection of {peer[0]}:{peer[1]}"))
+            self._taken.append(taken)
+            self.lock.add([connections.connection(message)])
+            reasons = taken.read()
+            if reasons:
+                raise Refused([Obstacle(taken.connection.what, reason, _HELP) for reason in reasons])
+            assert taken.client is not None
+            entry.setdefault("firn", {}).setdefault("clients", []).append(taken.client.entry)
+
+    def put_back(self) -> None:
+        """The tree runs on after all: whoever was taken waits again."""
+        for lost in self._put_back():
+            self._warn(lost)
+
+    def _put_back(self) -> list[str]:
+        """What went wrong, for each who is lost."""
+        lost = []
+        while self._taken:
+            taken = self._taken[0]
+            try:
+                if taken.client is None:
+                    taken.read()
+                taken.connection.vanish()
+                assert taken.client is not None and self._admission is not None
+                self._admission.admit(taken.listener, taken.client)
+            except (OSError, FirnError) as error:
+                lost.append(f"{taken.connection.what} is lost: {error}")
+            self._taken.pop(0)
+        return lost
+
+    def killed(self) -> None:
+        """The tree has ended: its clients hear nothing, until it is restored."""
+        while self._taken:
+            self._taken.pop().connection.vanish()
+
+    def close(self) -> None:
+        """Let go of what was held."""
+        for each in (*self._refused, *(taken.connection.sock for taken in self._taken)):
+            each.close()
+        self._refused, self._taken = [], []
+        if self._admission is not None:
+            self._admission.close()
+
+
+def _message(sock: _socket.socket, port: int, peer: tuple[Any, ...]) -> dict[str, Any]:
+    """As much of an inet_sk_entry as :class:`tcp.Connection` and the lock need. Of a connection that is over, the
+    socket does not tell *port* and *peer*."""
+    return {
+        "ino": os.fstat(sock.fileno()).st_ino, "family": sock.family,
+        "opts": {"reuseaddr": bool(sock.getsockopt(options.SOL_SOCKET, options.SO_REUSEADDR))},
+        "src_addr": _words(sock.getsockname(), sock.family), "src_port": port,
+        "dst_addr": _words(peer, sock.family), "dst_port": peer[1],
+    }  # fmt: skip
