@@ -317,9 +317,48 @@ TCP = Mirror(
     own=frozenset({"INFO", "TCP_MAX_WSCALE"}),
 )
 
+BPF = Mirror(
+    headers=("linux/bpf.h", "linux/btf.h"),
+    prefixes={"": "BPF_"},
+    expressions={
+        "TCX_NEXT": "-1",
+        "LOAD_64": "BPF_LD | BPF_DW | BPF_IMM",
+        "LOAD_W": "BPF_LDX | BPF_MEM | BPF_W",
+        "STORE_W": "BPF_STX | BPF_MEM | BPF_W",
+        "STORE_CONSTANT_W": "BPF_ST | BPF_MEM | BPF_W",
+        "MOVE": "BPF_ALU64 | BPF_MOV | BPF_X",
+        "MOVE_CONSTANT": "BPF_ALU64 | BPF_MOV | BPF_K",
+        "ADD_CONSTANT": "BPF_ALU64 | BPF_ADD | BPF_K",
+        "JUMP_EQUAL": "BPF_JMP | BPF_JEQ | BPF_K",
+        "JUMP_UNEQUAL": "BPF_JMP | BPF_JNE | BPF_K",
+        "JUMP_UNEQUAL_REGISTER": "BPF_JMP | BPF_JNE | BPF_X",
+        "CALL": "BPF_JMP | BPF_CALL",
+        "EXIT": "BPF_JMP | BPF_EXIT",
+        "FUNC_MAP_LOOKUP_ELEM": "BPF_FUNC_map_lookup_elem",
+        "FUNC_SKB_LOAD_BYTES": "BPF_FUNC_skb_load_bytes",
+        "FUNC_SK_RELEASE": "BPF_FUNC_sk_release",
+        "FUNC_SKC_TO_TCP_SOCK": "BPF_FUNC_skc_to_tcp_sock",
+        "SKB_MARK": "offsetof(struct __sk_buff, mark)",
+        "BTF_MAGIC": "BTF_MAGIC",
+        "BTF_FUNC": "BTF_KIND_FUNC",
+        "BTF_TYPE_WORDS": "sizeof(struct btf_type) / 4",
+    },
+    structs={
+        "BTF_HEADER": ("struct btf_header", "magic version flags hdr_len type_off type_len str_off str_len"),
+    },
+    newer={
+        "TCX_INGRESS": ("include/uapi/linux/bpf.h, Linux 6.6", 46),
+        "F_BEFORE": ("include/uapi/linux/bpf.h, Linux 6.6", 8),
+    },
+    # Beginnings of a union, bit fields, and a structure that no header for programs has.
+    own=frozenset({
+        "MAP_CREATE_ATTR", "MAP_ELEM_ATTR", "PROG_LOAD_ATTR", "LINK_CREATE_ATTR", "INSTRUCTION", "TCP_REQ_ATTRS",
+    }),
+)  # fmt: skip
+
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
-    "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
+    "bpf": BPF, "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES,
+    "policies": POLICIES, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
     "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.

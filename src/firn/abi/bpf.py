@@ -26,7 +26,7 @@ INSTRUCTION = struct.Struct("<BBhi")
 """struct bpf_insn: operation, registers (the target's number in the lower half), jump or offset, constant."""
 LOAD_64, LOAD_W, STORE_W, STORE_CONSTANT_W = 0x18, 0x61, 0x63, 0x62
 MOVE, MOVE_CONSTANT, ADD_CONSTANT = 0xBF, 0xB7, 0x07
-JUMP, JUMP_EQUAL, JUMP_UNEQUAL, JUMP_UNEQUAL_REGISTER, CALL, EXIT = 0x05, 0x15, 0x55, 0x5D, 0x85, 0x95
+JUMP_EQUAL, JUMP_UNEQUAL, JUMP_UNEQUAL_REGISTER, CALL, EXIT = 0x15, 0x55, 0x5D, 0x85, 0x95
 PSEUDO_MAP_FD, PSEUDO_MAP_VALUE, PSEUDO_KFUNC_CALL = 1, 2, 2
 """The source register of LOAD_64 or CALL tells what the constant is."""
 FUNC_MAP_LOOKUP_ELEM, FUNC_SKB_LOAD_BYTES, FUNC_SK_RELEASE, FUNC_SKC_TO_TCP_SOCK = 1, 26, 86, 137

@@ -33,8 +33,8 @@ _SYN_RECV, _WAITING = 3, 1 << 1 | 1 << 8
 """That of a handshake; as bits, those of a connection that waits to be accepted: ESTABLISHED, CLOSE-WAIT."""
 _SOCK_DESTROY = 21  # linux/sock_diag.h
 _TCP = 6
-_ENDING = (4, 9, 11)
-"""FIN-WAIT-1, LAST-ACK, CLOSING (net/tcp_states.h)."""
+_ENDING = (4, 6, 9, 11)
+"""FIN-WAIT-1, TIME-WAIT, LAST-ACK, CLOSING (net/tcp_states.h)."""
 _ENDS = struct.Struct(">HH16s16s")
 """struct inet_diag_sockid: ports and addresses."""
 _TCP_INFO = struct.Struct("<16xI120xI")
@@ -217,14 +217,14 @@ def find_unaccepted(family: int, near: bytes, sport: int, far: bytes, dport: int
         if error.errno != errno.ENOENT:
             raise
         return None
-    # If there is none, the kernel tells of the listening socket.
-    mine = [each for each in found if each[1] != LISTEN and not INET_DIAG_MSG.unpack_from(each)[-1]]
+    # If there is none, the kernel tells of the listening socket, or of what it remembers of an earlier one.
+    mine = [each for each in found if _WAITING >> each[1] & 1 and not INET_DIAG_MSG.unpack_from(each)[-1]]
     return Unaccepted(mine[0]) if mine else None
 
 
 def destroy_orphans(connections: list[Connection]) -> None:
     """Remove the kernel's half of those of the *connections* that no process has a descriptor of any more, but that the
-    kernel still tries to end properly. Says a reset to their peers, unless that is dropped on the way.
+    kernel still tries to end properly, or remembers. Says a reset to their peers, unless that is dropped on the way.
 
     For a socket in this state it works since Linux 6.11 (tcp_abort). Raises :class:`OSError`.
     """
