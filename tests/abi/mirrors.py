@@ -358,8 +358,8 @@ BPF = Mirror(
 
 MIRRORS = {
     "bpf": BPF, "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES,
-    "policies": POLICIES, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
-    "tun": TUN, "wait": WAIT, "x86_64": X86_64,
+    "policies": POLICIES, "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP,
+    "tty": TTY, "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip
 # No constants of the kernel's, or (probe_consts) compared by tests/host, or (nr) by a test of its own.
 OTHERS = {"__init__", "cpuid", "libc", "nr", "probe_consts"}

@@ -41,7 +41,7 @@ from firn.abi.tcp import (
     TCPI_OPT_WSCALE,
     TH_ACK,
     TH_FIN,
-    TH_PSH,
+    TH_PUSH,
     TH_RST,
 )
 from firn.errors import FirnError, ImageError, KernelError, RestoreError
@@ -389,7 +389,7 @@ class Admission:
     @staticmethod
     def _send_rest(client: Client, first: int) -> None:
         for at in range(first, len(client.data), _PIECE):
-            client.send(at, TH_ACK | TH_PSH, client.data[at : at + _PIECE])
+            client.send(at, TH_ACK | TH_PUSH, client.data[at : at + _PIECE])
         if client.state == TCP_CLOSE_WAIT:
             client.send(len(client.data), TH_ACK | TH_FIN)
 
