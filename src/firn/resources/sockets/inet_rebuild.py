@@ -122,8 +122,7 @@ class InetRebuild:
             for (kind, number), entry in context.files.items()
             if kind == INETSK and not context.inherited.supplies(kind, entry["isk"])
         }
-        self._images = context.images
-        self._warn = context.warn
+        self._context = context
         self._admission: Admission | None = None
         self._sharing: dict[tuple[int, int, int], int] = {}
 
@@ -146,12 +145,12 @@ class InetRebuild:
             raise RestoreError(what, "--tcp-established brings it back so; --tcp-close brings it back closed")
         from firn.resources.sockets.tcp_rebuild import Stream
 
-        made.stream = Stream(str(made), made.entry, self._images)
+        made.stream = Stream(str(made), made.entry, self._context.images)
 
     def _load_clients(self, made: Made) -> None:
         """Those who wait to be accepted get into the backlog last of all, for they would hear if we failed then."""
         if self.options.tcp_close:
-            self._warn(f"{made} comes back without the connections that waited to be accepted")
+            self._context.warn(f"{made} comes back without the connections that waited to be accepted")
             return
         if not self.options.tcp_established:
             what = f"{made} has connections that wait to be accepted"
