@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -44,7 +45,8 @@ needs_ability = pytest.mark.skipif(not _able(), reason="this kernel puts nothing
 # what it has to say, and gets them back with its number.
 SLOW = BEGIN + """
 family = socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET
-server = socket.create_server((sys.argv[2], 0), family=family, backlog=64, dualstack_ipv6=sys.argv[2] == "::")
+dual = sys.argv[2] == "::"
+server = socket.create_server((sys.argv[2], 0), family=family, backlog=int(sys.argv[4]), dualstack_ipv6=dual)
 tell("port", server.getsockname()[1])
 await_("go")
 number = 0
@@ -80,8 +82,8 @@ def hosts() -> Iterator[Hosts]:
 class Slow(Program):
     """The server, and clients who wait for it."""
 
-    def __init__(self, runner: Runner, bound: str, pause: float = 0) -> None:
-        super().__init__(runner, SLOW, bound, str(pause))
+    def __init__(self, runner: Runner, bound: str, pause: float = 0, backlog: int = 1000) -> None:
+        super().__init__(runner, SLOW, bound, str(pause), str(backlog))
         self.port = int(self.wait_for("port"))
 
 
@@ -266,7 +268,7 @@ class Crowd(threading.Thread):
 def test_clients_come_without_end_to_a_slow_server(runner: Runner, pair: Pair) -> None:
     """No dump is refused, and no client left out: not by those that leave it running, nor while it is away."""
     runner.within = pair.command()
-    server = Slow(runner, "0.0.0.0", 0.018)
+    server = Slow(runner, "0.0.0.0", 0.015)
     server.tell("go")
     crowd = Crowd(pair, server.port)
     waited = 0
@@ -278,6 +280,36 @@ def test_clients_come_without_end_to_a_slow_server(runner: Runner, pair: Pair) -
             server.restore(images)
     crowd.finish()
     assert waited, "nobody ever waited"
+    runner.kill(server.target)
+
+
+@needs_firn
+@needs_ability
+@pytest.mark.parametrize("option", ["--leave-running", ""])
+def test_more_than_a_backlog_holds(runner: Runner, pair: Pair, option: str) -> None:
+    """Two for whom it has no room take themselves for connected: their handshakes had begun when there was some."""
+    runner.within = pair.command()
+    server = Slow(runner, "0.0.0.0", 0, 4)
+    made = [pair.connect((Pair.HERE[0], server.port)) for _ in range(3)]
+    pair.mute(True)
+    for _ in range(4):
+        with pair._inside(pair.there):
+            made.append(socket.socket())
+        made[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            made[-1].connect((Pair.HERE[0], server.port))
+    time.sleep(0.1)
+    pair.mute(False)
+    for sock in made:
+        sock.settimeout(20)
+        while sock.connect_ex((Pair.HERE[0], server.port)) != errno.EISCONN:
+            time.sleep(0.02)
+        sock.sendall(b"word\n")
+    images = server.dump(*[option] if option else [])
+    if not option:
+        server.restore(images)
+    server.tell("go")
+    assert sorted(answer(sock) for sock in made) == [b"%d word\n" % number for number in range(7)]
     runner.kill(server.target)
 
 

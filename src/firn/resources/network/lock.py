@@ -136,9 +136,10 @@ class Lock:
         """Lock *connections* (each as the saved socket sees it), all in one step, both directions. May be called again
         with more. Raises :class:`OSError` and :class:`KernelError`; then what was locked before still is."""
 
-    def close_doors(self, doors: Iterable[bytes]) -> None:
-        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`) while the dump is at work. May be
-        called again with more. Raises :class:`OSError`."""
+    def close_doors(self, doors: Iterable[bytes], everything: bool = False) -> None:
+        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`) while the dump is at work.
+        *everything*: nobody reaches them at all, also who is in the middle of a handshake. May be called again with
+        more. Raises :class:`OSError`."""
 
     def keep(self) -> None:
         """From now on the lock stays when firn ends, for the restore. Raises :class:`OSError`."""
@@ -203,11 +204,11 @@ class NftLock(Lock):
         nftables.add(self._open_channel(), self._own, more)
         self._connections += more
 
-    def close_doors(self, doors: Iterable[bytes]) -> None:
+    def close_doors(self, doors: Iterable[bytes], everything: bool = False) -> None:
         """Drop the SYN of new clients."""
-        more = [each for each in doors if each not in self._doors]
+        more = [each for each in doors if everything or each not in self._doors]
         self.used |= bool(more)
-        nftables.close_doors(self._open_channel(), self._own, more, incoming=True)
+        nftables.close_doors(self._open_channel(), self._own, more, nftables.ALL_IN if everything else nftables.SYN_IN)
         self._doors += more
 
     def keep(self) -> None:
@@ -215,7 +216,7 @@ class NftLock(Lock):
         if self._connections or self._doors:
             nftables.arm(self._open_channel(), self._held, self._connections)
             self._kept = True
-            nftables.close_doors(self._open_channel(), self._held, self._doors, incoming=False)
+            nftables.close_doors(self._open_channel(), self._held, self._doors, nftables.RESET_OUT)
 
     def open(self) -> None:
         """Remove all tables of this dump."""

@@ -11,6 +11,7 @@ The program and all that belongs to it end with firn.
 - The listening socket is found through a socket map: a search by addresses would miss one that is bound to a device,
   or find a more special one. In a group with SO_REUSEPORT the kernel chooses once more, behind the program
   (inet_steal_sock), and prefers the socket whose SO_INCOMING_CPU is the processor at work. So it is set meanwhile.
+- A backlog that is full takes one more if listen(2) is called again meanwhile, up to net.core.somaxconn.
 - A new connection has the buffer size of the listening socket, which is therefore made larger for one with more data.
 - All runs on one processor, on which loopback packets are handled in the order in which they are sent.
 
@@ -29,9 +30,11 @@ from firn.abi import bpf as b
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.abi.tcp import (
+    INFO,
     TCP_CLOSE,
     TCP_CLOSE_WAIT,
     TCP_ESTABLISHED,
+    TCP_INFO,
     TCP_MAX_WSCALE,
     TCP_REPAIR,
     TCP_REPAIR_ON,
@@ -159,15 +162,19 @@ class _OneProcessor:
 
 
 class _Preferred:
-    """For a ``with`` block, a listening socket gets new connections of the processor *here*, if it shares its port, and
-    they have a buffer of *room* bytes, if that is not less than its own."""
+    """For a ``with`` block, a listening socket gets new connections of the processor *here*, if it shares its port;
+    one more, if its backlog is full; and they have a buffer of *room* bytes, if that is not less than its own."""
 
     def __init__(self, listener: _socket.socket, here: int, room: int) -> None:
         self._sock = listener
         self._cpu: int | None = None
         self._room: int | None = None
         sock = self._sock
+        _, _, _, count, most = INFO.unpack(sock.getsockopt(TCP, TCP_INFO, INFO.size))
+        self._most: int | None = most if count > most else None
         try:
+            if self._most is not None:
+                sock.listen(count)
             if sock.getsockopt(options.SOL_SOCKET, _SO_REUSEPORT):
                 self._cpu = sock.getsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU)
                 sock.setsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU, here)
@@ -185,6 +192,8 @@ class _Preferred:
         pass
 
     def __exit__(self, *_: object) -> None:
+        if self._most is not None:
+            self._sock.listen(self._most)
         if self._cpu is not None:
             self._sock.setsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU, self._cpu)
         if self._room is not None:

@@ -10,8 +10,14 @@ a look has found that there is need of it; and a segment that means nothing, sen
 whether a firewall lets such through. Where it cannot, new clients are kept away for a moment (their SYN is dropped, so
 they try again after a second), until the program has accepted all that wait.
 
-What goes wrong: if firn is killed after a client was accepted and before it is back, the connection is closed.
-Handshakes that take longer than 0.1 s end while nobody listens: their peers are told so when they speak.
+In the middle of a handshake can also be who has done all for it, and takes the connection for established: the kernel
+ignores the last segment while a backlog is full. Such a client answers to any segment that is out of place, and that
+ends the handshake, now that there is room. So it is sent one, if the tree ends. (Whoever waits for an answer to its SYN
+ignores that, and tries again.)
+
+What goes wrong: if firn is killed after a client was accepted and before it is back, the connection is closed. Clients
+who are in the middle of a handshake and do not answer soon, or hold a SYN cookie, are told by a reset when they speak,
+after the restore.
 """
 
 from __future__ import annotations
@@ -39,7 +45,9 @@ if TYPE_CHECKING:
 
     Listener = tuple[_socket.socket, Open, dict[str, Any]]
 
-_HANDSHAKES_S = 0.1
+_HANDSHAKES_S, _PROMPT_S = 0.6, 0.05
+"""A peer answers to what is out of place only twice a second (tcp_invalid_ratelimit)."""
+_MOST_PROMPTED = 1000
 _DRAIN_S = 0.5
 _STEP_S = 0.002
 _ARRIVAL_S = 0.05
@@ -70,6 +78,15 @@ def doors(listener: _socket.socket) -> list[bytes]:
 
 def _words(address: tuple[Any, ...], family: int) -> list[int]:
     return connections.to_words(address[0].partition("%")[0], family)
+
+
+def _prompt(one: sockdiag.Unaccepted) -> None:
+    """Send the peer a segment that it only answers."""
+    ends = packets.unmapped(one.near), one.sport, packets.unmapped(one.far), one.dport
+    try:
+        packets.segment(ends, (0, 0), TH_ACK, 0)
+    except OSError:
+        pass  # There is no way to it now.
 
 
 class _Taken:
@@ -147,16 +164,20 @@ class Backlogs:
     def finish(self, listeners: list[Listener], context: DumpContext) -> None:
         """All sockets are known, and where the tree ends, nobody new comes: find out whether those who wait can be put
         back. Refuses what cannot."""
-        self._listeners = [each for each in listeners if self._admission is not None and waiting(each[0])]
-        if not self._listeners:
+        if self._admission is None or not any(waiting(listener) for listener, _, _ in listeners):
             return
-        inodes = {open.stat.st_ino for _, open, _ in self._listeners}
+        inodes = {open.stat.st_ino for _, open, _ in listeners}
         shared = holders.of_sockets(inodes, {os.getpid(), *context.pids})
-        for listener, open, _ in self._listeners:
+        for each in listeners:
+            listener, open, _ = each
             holder = shared.get(open.stat.st_ino)
+            if not waiting(listener):
+                self._listeners += [each] if holder is None else []
+                continue
             why = f"{holder} has the socket too" if holder is not None else self._against(listener)
             if why:
                 self._refuse(listener, open, context, why)
+            self._listeners.append(each)
 
     def _against(self, listener: _socket.socket) -> str:
         """Why those who wait could not be put back; they are locked."""
@@ -220,9 +241,8 @@ class Backlogs:
         if not listeners:
             return
         if stays:
-            self.lock.close_doors([door for listener, _, _ in listeners for door in doors(listener)])
-        else:
-            self._wait_for_handshakes([listener for listener, _, _ in listeners])
+            # Else the places that those in our hands leave could be taken, where a backlog is full.
+            self.lock.close_doors([door for listener, _, _ in listeners for door in doors(listener)], everything=True)
         obstacles = []
         for listener, open, _ in listeners:
             why = self._against(listener)
@@ -232,18 +252,29 @@ class Backlogs:
             raise Refused(obstacles)
         for listener, open, message in listeners:
             self._accept_all(listener, open.what, message)
-        if stays:
-            lost = self._put_back()
-            if lost:
-                raise TargetError(lost[0])
+        if not stays:
+            self._end_handshakes(listeners)
+            return
+        lost = self._put_back()
+        if lost:
+            raise TargetError(lost[0])
 
-    @staticmethod
-    def _wait_for_handshakes(listeners: list[_socket.socket]) -> None:
+    def _end_handshakes(self, listeners: list[Listener]) -> None:
+        """Accept also those who take themselves for connected already."""
         end = time.monotonic() + _HANDSHAKES_S
-        for listener in listeners:
-            port = listener.getsockname()[1]
-            while sockdiag.half_open(listener.family, port) and time.monotonic() < end:
-                time.sleep(_STEP_S)
+        prompt = 0.0
+        pending = True
+        while pending and time.monotonic() < end:
+            pending = False
+            again = time.monotonic() >= prompt
+            for listener, open, message in listeners:
+                for each in sockdiag.half_open(listener.family, listener.getsockname()[1])[:_MOST_PROMPTED]:
+                    pending = True
+                    if again:
+                        _prompt(each)
+                self._accept_all(listener, open.what, message)
+            prompt = time.monotonic() + _PROMPT_S if again else prompt
+            time.sleep(_STEP_S if pending else 0)
 
     def _accept_all(self, listener: _socket.socket, what: str, entry: dict[str, Any]) -> None:
         port = listener.getsockname()[1]
