@@ -47,6 +47,8 @@ SLOW = BEGIN + """
 family = socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET
 dual = sys.argv[2] == "::"
 server = socket.create_server((sys.argv[2], 0), family=family, backlog=int(sys.argv[4]), dualstack_ipv6=dual)
+if sys.argv[5] != "0":
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(sys.argv[5]))
 tell("port", server.getsockname()[1])
 await_("go")
 number = 0
@@ -82,8 +84,8 @@ def hosts() -> Iterator[Hosts]:
 class Slow(Program):
     """The server, and clients who wait for it."""
 
-    def __init__(self, runner: Runner, bound: str, pause: float = 0, backlog: int = 1000) -> None:
-        super().__init__(runner, SLOW, bound, str(pause), str(backlog))
+    def __init__(self, runner: Runner, bound: str, pause: float = 0, backlog: int = 1000, defer: int = 0) -> None:
+        super().__init__(runner, SLOW, bound, str(pause), str(backlog), str(defer))
         self.port = int(self.wait_for("port"))
 
 
@@ -310,6 +312,34 @@ def test_more_than_a_backlog_holds(runner: Runner, pair: Pair, option: str) -> N
         server.restore(images)
     server.tell("go")
     assert sorted(answer(sock) for sock in made) == [b"%d word\n" % number for number in range(7)]
+    runner.kill(server.target)
+
+
+@needs_firn
+@needs_ability
+@pytest.mark.parametrize("fault", ["fail:dump.commit", ""])
+def test_who_counts_as_connected_when_it_speaks(
+    runner: Runner, pair: Pair, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """TCP_DEFER_ACCEPT: to the server, two who have said nothing are not there yet; and the option stays."""
+    runner.within = pair.command()
+    server = Slow(runner, "0.0.0.0", 0, 5, 30)
+    made = [pair.connect((Pair.HERE[0], server.port)) for _ in range(3)]
+    made[0].sendall(b"word\n")
+    time.sleep(0.05)
+    if fault:
+        monkeypatch.setenv("FIRN_FAULT", fault)
+        assert runner.try_dump(server.target, *OPTION)[0]
+        monkeypatch.delenv("FIRN_FAULT")
+    else:
+        server.restore(server.dump())
+    made.append(pair.connect((Pair.HERE[0], server.port)))
+    time.sleep(0.05)
+    server.tell("go")
+    for number, sock in enumerate(made):
+        if number:
+            sock.sendall(b"word\n")
+        assert answer(sock) == b"%d word\n" % number
     runner.kill(server.target)
 
 

@@ -131,6 +131,7 @@ WITHOUT: dict[str, tuple[int, ...]] = {
     "write_protect_tracking": (nr.userfaultfd, nr.ioctl),
     "descriptor_table_copy": (nr.close_range,),
     "huge_pages": (nr.openat, nr.mmap),
+    "tcp_backlog": (nr.bpf,),
     "inotify_numbers": (nr.inotify_init1, nr.ioctl),
 }
 # What is made by no system call of its own.

@@ -27,7 +27,7 @@ import os
 import time
 
 from firn.abi import poll
-from firn.abi.tcp import INFO, SIOCINQ, TCP_CLOSE, TCP_FASTOPEN, TCP_INFO, TH_ACK
+from firn.abi.tcp import INFO, SIOCINQ, TCP_CLOSE, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_INFO, TH_ACK
 from firn.errors import FirnError, KernelError, Obstacle, Refused, TargetError
 from firn.host import holders, sockdiag
 from firn.host.nftables import Connection
@@ -134,6 +134,7 @@ class Backlogs:
         self._listeners: list[Listener] = []
         self._probed: set[bytes] = set()
         self._taken: list[_Taken] = []
+        self._deferring: list[tuple[_socket.socket, int]] = []
 
     # -- looks at the tree ---------------------------------------------------------------------------------------------
 
@@ -261,6 +262,12 @@ class Backlogs:
 
     def _end_handshakes(self, listeners: list[Listener]) -> None:
         """Accept also those who take themselves for connected already."""
+        for listener, _, _ in listeners:
+            seconds = listener.getsockopt(TCP, TCP_DEFER_ACCEPT)
+            if seconds:
+                # Who has not spoken yet counts as connected for itself alone.
+                self._deferring.append((listener, seconds))
+                listener.setsockopt(TCP, TCP_DEFER_ACCEPT, 0)
         end = time.monotonic() + _HANDSHAKES_S
         prompt = 0.0
         pending = True
@@ -314,6 +321,9 @@ class Backlogs:
             except (OSError, FirnError) as error:
                 lost.append(f"{taken.connection.what} is lost: {error}")
             self._taken.pop(0)
+        while self._deferring:
+            listener, seconds = self._deferring.pop()
+            listener.setsockopt(TCP, TCP_DEFER_ACCEPT, seconds)
         return lost
 
     def killed(self) -> None:
