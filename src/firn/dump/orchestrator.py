@@ -103,7 +103,7 @@ class Dump:
                     raise
                 self.log.info(f"the tree runs on for {moment * 1000:g} ms: {refused.obstacles[0]}")
                 self._start_over()
-                if self.backlogs is None or not self.backlogs.relent():
+                if self.backlogs is None or not self.backlogs.relent(self._make_lock()):
                     time.sleep(moment)
 
     def _start_over(self) -> None:
@@ -119,8 +119,7 @@ class Dump:
             self.collected = None
         if self.lock is not None:
             self.lock.close()
-            assert self.backlogs is not None
-            self.backlogs.lock = self._make_lock()
+            self.lock = None
         os.close(self.pidfd)
         self.pidfd = -1
         self.obstacles.clear()

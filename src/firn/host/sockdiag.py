@@ -201,10 +201,9 @@ def unaccepted(family: int, port: int) -> list[Unaccepted]:
     return [Unaccepted(payload) for payload in found if not INET_DIAG_MSG.unpack_from(payload)[-1]]
 
 
-def half_open(family: int, port: int) -> list[Unaccepted]:
-    """Connections to *port* of this machine in the middle of their handshake. Raises :class:`OSError`."""
-    request = INET_DIAG_REQ.pack(family, _TCP, 0, 1 << _SYN_RECV)[:8] + port.to_bytes(2, "big")
-    return [Unaccepted(payload) for payload in listing("TCP", request.ljust(INET_DIAG_REQ.size, b"\0"))]
+def half_open(family: int) -> list[Unaccepted]:
+    """Connections of a family that are in the middle of their handshake. Raises :class:`OSError`."""
+    return [Unaccepted(payload) for payload in listing("TCP", INET_DIAG_REQ.pack(family, _TCP, 0, 1 << _SYN_RECV))]
 
 
 def find_unaccepted(family: int, near: bytes, sport: int, far: bytes, dport: int) -> Unaccepted | None:

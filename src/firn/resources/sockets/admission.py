@@ -161,23 +161,51 @@ class _OneProcessor:
         syscall("sched_setaffinity", nr.sched_setaffinity, 0, len(mask), address_of(mask))
 
 
-class _Preferred:
-    """For a ``with`` block, a listening socket gets new connections of the processor *here*, if it shares its port;
-    one more, if its backlog is full; and they have a buffer of *room* bytes, if that is not less than its own."""
+class _Facing:
+    """For a ``with`` block, *listeners* leads the program to one listening socket. All runs on one processor, which
+    the kernel prefers the socket for if it shares its port."""
 
-    def __init__(self, listener: _socket.socket, here: int, room: int) -> None:
+    def __init__(self, listener: _socket.socket, listeners: bpf.Map) -> None:
         self._sock = listener
+        self._listeners = listeners
+        self._processor = _OneProcessor()
         self._cpu: int | None = None
-        self._room: int | None = None
+
+    def __enter__(self) -> None:
         sock = self._sock
+        here = self._processor.__enter__()
+        try:
+            self._listeners[0] = sock.fileno().to_bytes(8, "little")
+            if sock.getsockopt(options.SOL_SOCKET, _SO_REUSEPORT):
+                self._cpu = sock.getsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU)
+                sock.setsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU, here)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._cpu is not None:
+            self._sock.setsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU, self._cpu)
+        try:
+            del self._listeners[0]
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT):  # it is not there
+                raise
+        self._processor.__exit__()
+
+
+class _Roomy:
+    """For a ``with`` block, the backlog of a listening socket takes one more, also if it is full, and who gets into it
+    has a buffer of *room* bytes, if that is not less than the socket's own."""
+
+    def __init__(self, listener: _socket.socket, room: int) -> None:
+        self._sock = sock = listener
+        self._room: int | None = None
         _, _, _, count, most = INFO.unpack(sock.getsockopt(TCP, TCP_INFO, INFO.size))
         self._most: int | None = most if count > most else None
         try:
             if self._most is not None:
                 sock.listen(count)
-            if sock.getsockopt(options.SOL_SOCKET, _SO_REUSEPORT):
-                self._cpu = sock.getsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU)
-                sock.setsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU, here)
             size = sock.getsockopt(options.SOL_SOCKET, options.SO_RCVBUF)
             if room > size:
                 self._locked = sock.getsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK)
@@ -194,8 +222,6 @@ class _Preferred:
     def __exit__(self, *_: object) -> None:
         if self._most is not None:
             self._sock.listen(self._most)
-        if self._cpu is not None:
-            self._sock.setsockopt(options.SOL_SOCKET, _SO_INCOMING_CPU, self._cpu)
         if self._room is not None:
             options.set_buffer(self._sock, options.SO_RCVBUF, self._room)
             self._sock.setsockopt(options.SOL_SOCKET, options.SO_BUF_LOCK, self._locked)
@@ -327,7 +353,8 @@ class Admission:
             near, far = b"\x7f\0\0\1", b"\x7f" + raw[:2] + b"\x02"
             ends = {"src_addr": [int.from_bytes(near, "little")], "dst_addr": [int.from_bytes(far, "little")]}
             ports = {"src_port": listener.getsockname()[1], "dst_port": 1024 + int.from_bytes(raw[3:], "big") % 60000}
-            self.admit(listener, Client({"state": TCP_ESTABLISHED, **ends, **ports}))
+            with self.facing(listener):
+                self.admit(listener, Client({"state": TCP_ESTABLISHED, **ends, **ports}))
             listener.setblocking(False)
             fd, _ = listener._accept()  # type: ignore[attr-defined]
             child = _socket.socket(fileno=fd)
@@ -338,21 +365,23 @@ class Admission:
         finally:
             listener.close()
 
-    def admit(self, listener: _socket.socket, client: Client) -> None:
-        """Put *client* at the end of the backlog of *listener*, which our address must belong to.
+    def facing(self, listener: _socket.socket) -> _Facing:
+        """For a ``with`` block in which :meth:`admit` is called. Raises :class:`OSError` on entry: EBUSY or EINVAL if
+        somebody else has tied the socket to a program or protocol of its own."""
+        return _Facing(listener, self._listeners)
 
-        Raises :class:`KernelError`, :class:`OSError`.
-        """
+    def admit(self, listener: _socket.socket, client: Client) -> None:
+        """Put *client* at the end of the backlog of the *listener* that we face. Its end here must be an address of
+        this machine. Raises :class:`KernelError`, :class:`OSError`."""
         size = len(client.data)
         room = max(client.entry.get("rcvbuf", 0), 2 * size + _ROOM if size > _SMALL else 0)
-        with _OneProcessor() as here, _Preferred(listener, here, room):
-            self._shake_hands(listener, client)
+        with _Roomy(listener, room):
+            self._shake_hands(client)
             self._deliver(client)
 
-    def _shake_hands(self, listener: _socket.socket, client: Client) -> None:
+    def _shake_hands(self, client: Client) -> None:
         place = _ETHERNET + (20 if len(client.near) == 4 else 40)
         begin = struct.pack(">HHII", client.dport, client.sport, client.theirs, client.ours)
-        self._listeners[0] = listener.fileno().to_bytes(8, "little")
         try:
             self._orders[0] = _ORDER.pack(1, place, begin, _UNTOUCHED, client.attributes())
             client.send(0, TH_ACK)
@@ -361,7 +390,6 @@ class Admission:
                 time.sleep(0.0005)
         finally:
             self._orders[0] = bytes(_ORDER.size)
-            del self._listeners[0]
         if answer == -errno.EINVAL:
             help = "net.ipv4.tcp_timestamps, tcp_window_scaling and tcp_sack must be on"
             raise KernelError(f"{client} has what this machine does not allow", help)

@@ -80,6 +80,18 @@ def _words(address: tuple[Any, ...], family: int) -> list[int]:
     return connections.to_words(address[0].partition("%")[0], family)
 
 
+def _half_open(listeners: list[Listener]) -> dict[int, list[sockdiag.Unaccepted]]:
+    """By the number of a listening socket, who is in the middle of a handshake with it."""
+    found: dict[int, list[sockdiag.Unaccepted]] = {}
+    known = {family: sockdiag.half_open(family) for family in {listener.family for listener, _, _ in listeners}}
+    for number, (listener, _, _) in enumerate(listeners):
+        port = listener.getsockname()[1]
+        mine = [each for each in known[listener.family] if each.sport == port]
+        if mine:
+            found[number] = mine
+    return found
+
+
 def _prompt(one: sockdiag.Unaccepted) -> None:
     """Send the peer a segment that it only answers."""
     ends = packets.unmapped(one.near), one.sport, packets.unmapped(one.far), one.dport
@@ -121,11 +133,11 @@ class _Taken:
 class Backlogs:
     """The backlogs of all listening sockets of a dump. Lives from before the first look at the tree.
 
-    ``lock`` is that of the current look.
+    *lock* is that of the current look.
     """
 
     def __init__(self, lock: Lock, warn: Callable[[str], object]) -> None:
-        self.lock = lock
+        self._lock = lock
         self._warn = warn
         self._admission: Admission | None = None
         self._why = ""
@@ -133,6 +145,7 @@ class Backlogs:
         self._refused: list[_socket.socket] = []
         self._listeners: list[Listener] = []
         self._probed: set[bytes] = set()
+        self._silent: set[bytes] = set()
         self._taken: list[_Taken] = []
         self._deferring: list[tuple[_socket.socket, int]] = []
 
@@ -143,7 +156,7 @@ class Backlogs:
         if not self._tried:
             self._tried = True
             try:
-                if not self.lock.holds_doors:
+                if not self._lock.holds_doors:
                     raise KernelError("without a network lock by nf_tables")
                 self._admission = Admission()
                 return True
@@ -162,10 +175,17 @@ class Backlogs:
         context.refuse(open, *refusal(waiting(listener), why), passing=True)
         self._refused.append(_socket.socket(fileno=os.dup(listener.fileno())))
 
-    def finish(self, listeners: list[Listener], context: DumpContext) -> None:
-        """All sockets are known, and where the tree ends, nobody new comes: find out whether those who wait can be put
-        back. Refuses what cannot."""
-        if self._admission is None or not any(waiting(listener) for listener, _, _ in listeners):
+    def finish(self, listeners: list[Listener], context: DumpContext, stays: bool) -> None:
+        """All sockets are known, and unless the tree *stays*, nobody new comes: find out whether those who wait can be
+        put back. Refuses what cannot."""
+        coming = {} if stays else _half_open(listeners)
+        if self._admission is None:
+            if coming and not self._tried:
+                listener, open, _ = listeners[next(iter(coming))]
+                context.refuse(open, "listens, and a connection is in the middle of its handshake", _HELP, passing=True)
+                self._refused.append(_socket.socket(fileno=os.dup(listener.fileno())))
+            return
+        if not coming and not any(waiting(listener) for listener, _, _ in listeners):
             return
         inodes = {open.stat.st_ino for _, open, _ in listeners}
         shared = holders.of_sockets(inodes, {os.getpid(), *context.pids})
@@ -186,8 +206,14 @@ class Backlogs:
             return "of a socket that is bound to a network device"
         if listener.getsockopt(TCP, TCP_FASTOPEN):
             return "of a socket with TCP Fast Open"
+        assert self._admission is not None
+        try:
+            with self._admission.facing(listener):
+                pass
+        except OSError as error:
+            return f"of a socket that is tied to something: {error.strerror}"
         found = sockdiag.unaccepted(listener.family, listener.getsockname()[1])
-        self.lock.add([Connection(listener.family, each.near, each.sport, each.far, each.dport) for each in found])
+        self._silence([Connection(listener.family, each.near, each.sport, each.far, each.dport) for each in found])
         for each in found:
             if each.room + _STAMPS < SMALLEST[len(packets.unmapped(each.far))]:
                 return "one has very small segments"
@@ -197,6 +223,13 @@ class Backlogs:
                 return "a firewall would not let one be put back"
             self._probed.add(each.far)
         return ""
+
+    def _silence(self, connections: list[Connection]) -> None:
+        """Lock those of the connections that are not yet."""
+        new = {each.key(): each for each in connections if each.key() not in self._silent}
+        if new:
+            self._lock.add(new.values())
+            self._silent |= new.keys()
 
     @staticmethod
     def _arrives(family: int, one: sockdiag.Unaccepted) -> bool:
@@ -212,11 +245,11 @@ class Backlogs:
             time.sleep(_STEP_S)
         return False
 
-    def relent(self) -> bool:
-        """The tree runs on after a look that was refused: whether more than a moment of time was won. Either clients
-        can be saved now, or none waits any more at the sockets that were in the way."""
+    def relent(self, lock: Lock) -> bool:
+        """The tree runs on after a look that was refused, and there is a new *lock*: whether more than a moment of time
+        was won. Either clients can be saved now, or none waits any more at the sockets that were in the way."""
         refused, self._refused = self._refused, []
-        self._listeners = []
+        self._lock, self._silent, self._listeners = lock, set(), []
         try:
             return bool(refused) and (self.prepare() or self._drain(refused))
         finally:
@@ -225,9 +258,9 @@ class Backlogs:
 
     def _drain(self, listeners: list[_socket.socket]) -> bool:
         """Keep new clients away until nobody waits, but not for long."""
-        if not self.lock.holds_doors:
+        if not self._lock.holds_doors:
             return False
-        self.lock.close_doors([door for each in listeners for door in doors(each)])
+        self._lock.close_doors([door for each in listeners for door in doors(each)])
         end = time.monotonic() + _DRAIN_S
         while any(waiting(each) for each in listeners) and time.monotonic() < end:
             time.sleep(_STEP_S)
@@ -243,7 +276,7 @@ class Backlogs:
             return
         if stays:
             # Else the places that those in our hands leave could be taken, where a backlog is full.
-            self.lock.close_doors([door for listener, _, _ in listeners for door in doors(listener)], everything=True)
+            self._lock.close_doors([door for listener, _, _ in listeners for door in doors(listener)], everything=True)
         obstacles = []
         for listener, open, _ in listeners:
             why = self._against(listener)
@@ -272,13 +305,12 @@ class Backlogs:
         prompt = 0.0
         pending = True
         while pending and time.monotonic() < end:
-            pending = False
+            coming = _half_open(listeners)
+            pending = bool(coming)
             again = time.monotonic() >= prompt
-            for listener, open, message in listeners:
-                for each in sockdiag.half_open(listener.family, listener.getsockname()[1])[:_MOST_PROMPTED]:
-                    pending = True
-                    if again:
-                        _prompt(each)
+            for number, (listener, open, message) in enumerate(listeners):
+                for each in coming.get(number, ())[:_MOST_PROMPTED] if again else ():
+                    _prompt(each)
                 self._accept_all(listener, open.what, message)
             prompt = time.monotonic() + _PROMPT_S if again else prompt
             time.sleep(_STEP_S if pending else 0)
@@ -295,7 +327,7 @@ class Backlogs:
             message = _message(sock, port, peer)
             taken = _Taken(listener, tcp.Connection(sock, message, f"{what}: the connection of {peer[0]}:{peer[1]}"))
             self._taken.append(taken)
-            self.lock.add([connections.connection(message)])
+            self._silence([connections.connection(message)])
             reasons = taken.read()
             if reasons:
                 raise Refused([Obstacle(taken.connection.what, reason, _HELP) for reason in reasons])
@@ -311,20 +343,27 @@ class Backlogs:
         """What went wrong, for each who is lost."""
         lost = []
         while self._taken:
-            taken = self._taken[0]
+            listener = self._taken[0].listener
             try:
-                if taken.client is None:
-                    taken.read()
-                taken.connection.vanish()
-                assert taken.client is not None and self._admission is not None
-                self._admission.admit(taken.listener, taken.client)
+                assert self._admission is not None
+                with self._admission.facing(listener):
+                    while self._taken and self._taken[0].listener is listener:
+                        self._put_one(self._admission)
             except (OSError, FirnError) as error:
-                lost.append(f"{taken.connection.what} is lost: {error}")
-            self._taken.pop(0)
+                lost.append(f"{self._taken.pop(0).connection.what} is lost: {error}")
         while self._deferring:
             listener, seconds = self._deferring.pop()
             listener.setsockopt(TCP, TCP_DEFER_ACCEPT, seconds)
         return lost
+
+    def _put_one(self, admission: Admission) -> None:
+        taken = self._taken[0]
+        if taken.client is None:
+            taken.read()
+        taken.connection.vanish()
+        assert taken.client is not None
+        admission.admit(taken.listener, taken.client)
+        self._taken.pop(0)
 
     def killed(self) -> None:
         """The tree has ended: its clients hear nothing, until it is restored."""

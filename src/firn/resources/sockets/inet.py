@@ -191,7 +191,7 @@ class InetSockets(Kind):
             for copy, open, _ in self._listeners:  # who came after we looked, and before the doors were closed
                 _tcp_state(copy, open, context)
         if context.backlogs is not None and not context.options.skip_in_flight:
-            context.backlogs.finish(self._listeners, context)
+            context.backlogs.finish(self._listeners, context, _stays(context))
         for connection in self._connections:
             for reason in connection.read():
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))

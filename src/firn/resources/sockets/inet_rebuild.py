@@ -164,9 +164,11 @@ class InetRebuild:
     def complete(self) -> None:
         """Clients wait again. Raises :class:`KernelError`, :class:`OSError`."""
         for made in self.made.values():
-            for client in made.clients:
+            if made.clients:
                 assert self._admission is not None
-                self._admission.admit(made.get(), client)
+                with self._admission.facing(made.get()):
+                    for client in made.clients:
+                        self._admission.admit(made.get(), client)
 
     def resume(self) -> None:
         """Connections live."""
