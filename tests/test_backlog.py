@@ -274,7 +274,7 @@ def test_clients_come_without_end_to_a_slow_server(runner: Runner, pair: Pair) -
     server.tell("go")
     crowd = Crowd(pair, server.port)
     waited = 0
-    for turn in range(8):
+    for turn in range(6):
         time.sleep(0.2)
         images = server.dump(*["--leave-running"] if turn % 2 else [])
         waited += "to be accepted" in (images / "dump.log").read_text()
@@ -450,7 +450,8 @@ def _open(client: dict[str, Any], **options: bool) -> None:
     "wrong",
     [
         {"state": 3}, {"src_addr": [1, 2]}, {"dst_addr": []}, {"dst_port": 1 << 16}, {"src_port": 0}, {"data": b"ab"},
-        {"stream": STREAM | {"mss_clamp": 1 << 16}}, {"stream": STREAM | {"rcv_wscale": 15}}, {"stream": {}},
+        {"urgent": 3}, {"stream": STREAM | {"mss_clamp": 1 << 16}}, {"stream": STREAM | {"rcv_wscale": 15}},
+        {"stream": {}},
     ],
 )  # fmt: skip
 def test_damaged_clients_are_one_error(wrong: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ TABLE = [
 ]  # fmt: skip
 TABLE += [
     Workload("tcp", "waiting", unlike=UNLIKE, dump=OPTION, restore=OPTION, once=True, ways=REFUSED_FIRST,
-             refused=("is a TCP connection", "5 connections wait to be accepted", *OPTION)),
+             refused=("is a TCP connection", "6 connections wait to be accepted", *OPTION)),
 ]  # fmt: skip
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")

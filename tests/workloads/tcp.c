@@ -339,8 +339,9 @@ static void half_harm(void)
 
 /* ---- connections that nobody has accepted yet ----
  * At each of three sockets, in this order: one that is quiet, one that has sent little, one that has sent much and shut
- * down, one that has sent and was reset, one that is quiet. Then two sockets that share a port. */
-#define WAIT 5
+ * down, one that has sent and was reset, one that is quiet, one with an urgent byte amid others. Then two sockets that
+ * share a port. */
+#define WAIT 6
 #define SHARERS 12
 #define MUCH 40000
 
@@ -381,6 +382,8 @@ static void waiting_set(void)
 		NEED(write(clients[i][1], sent, 3) == 3 && write(clients[i][2], sent, MUCH) == MUCH);
 		NEED(!shutdown(clients[i][2], SHUT_WR) && write(clients[i][3], "gone", 4) == 4);
 		NEED(in_state(clients[i][2], TCP_FIN_WAIT2));
+		NEED(write(clients[i][5], "before", 6) == 6 && send(clients[i][5], "!", 1, MSG_OOB) == 1);
+		NEED(write(clients[i][5], "behind", 6) == 6);
 		NEED(!setsockopt(clients[i][3], SOL_SOCKET, SO_LINGER, &now, sizeof now) && !close(clients[i][3]));
 		NEED(crowd(listening[i]) == WAIT);
 	}
@@ -435,6 +438,11 @@ static int serves(int i)
 		CHECK_ALL(is_client(fd, clients[i][k]));
 		CHECK(number(fd, IPPROTO_TCP, TCP_REPAIR) == 0 && number(fd, SOL_SOCKET, SO_REUSEADDR) == 1);
 		CHECK_ALL(takes(fd, k == 1 ? 3 : k == 2 ? MUCH : 0));
+		if (k == 5) {
+			CHECK(recv(fd, got, 64, 0) == 6 && !memcmp(got, "before", 6));
+			CHECK(recv(fd, got, 1, MSG_OOB) == 1 && *got == '!');
+			CHECK(recv(fd, got, 64, 0) == 6 && !memcmp(got, "behind", 6));
+		}
 		if (k == 2) {
 			CHECK_ALL(ends(fd));
 			CHECK(write(fd, "still", 5) == 5);

@@ -33,5 +33,5 @@ WINDOW = struct.Struct("<5I")
 SIOCINQ, SIOCOUTQ, SIOCOUTQNSD = 0x541B, 0x5411, 0x894B
 """tcp(7): bytes not read, not acknowledged, not sent; the latter two count a FIN."""
 
-TH_FIN, TH_RST, TH_PUSH, TH_ACK = 1, 4, 8, 16
+TH_FIN, TH_RST, TH_PUSH, TH_ACK, TH_URG = 1, 4, 8, 16, 32
 """RFC 9293, section 3.1."""

@@ -124,6 +124,7 @@ MESSAGES = {
         6 stream tcp_stream_entry?
         7 data bytes?
         8 rcvbuf u32?
+        9 urgent u32?
     """,
     "firn_netlink": """
         1 groups bytes?

@@ -46,6 +46,7 @@ from firn.abi.tcp import (
     TH_FIN,
     TH_PUSH,
     TH_RST,
+    TH_URG,
 )
 from firn.errors import FirnError, ImageError, KernelError, RestoreError
 from firn.host import bpf, procfs, sockdiag
@@ -138,6 +139,12 @@ def _program(function: int, orders: int, listeners: int) -> bytes:
     return bpf.assemble(lines)
 
 
+def _waiting(listener: _socket.socket) -> tuple[int, int]:
+    """How many connections wait to be accepted, and how many may."""
+    _, _, _, count, most = INFO.unpack(listener.getsockopt(TCP, TCP_INFO, INFO.size))
+    return count, most
+
+
 class _OneProcessor:
     """For a ``with`` block, this thread stays on the processor where it is: its number."""
 
@@ -201,7 +208,7 @@ class _Roomy:
     def __init__(self, listener: _socket.socket, room: int) -> None:
         self._sock = sock = listener
         self._room: int | None = None
-        _, _, _, count, most = INFO.unpack(sock.getsockopt(TCP, TCP_INFO, INFO.size))
+        count, most = _waiting(listener)
         self._most: int | None = most if count > most else None
         try:
             if self._most is not None:
@@ -275,7 +282,12 @@ class Client:
         stream = self.stream
         window = min(stream.get("snd_wnd", _LARGEST_WINDOW) >> stream.get("snd_wscale", 0), _LARGEST_WINDOW)
         stamps = _TIMESTAMP if stream.get("opt_mask", 0) & TCPI_OPT_TIMESTAMPS else b""
-        packets.segment(self.ends(), (self.theirs + at, self.ours), flags, window, stamps, data)
+        # Up to and with the urgent byte (RFC 9293); Linux takes the pointer for one too far, as all do.
+        urgent = self.entry.get("urgent", -1) - at + 1
+        if not 0 < urgent <= len(data):
+            urgent = 0
+        flags |= TH_URG if urgent else 0
+        packets.segment(self.ends(), (self.theirs + at, self.ours), flags, window, stamps, data, urgent)
 
     def check_address(self) -> None:
         """Raises :class:`RestoreError` if our end's address is not this machine's: segments would be sent away."""
@@ -302,7 +314,7 @@ def load(name: str, message: dict[str, Any]) -> list[Client]:
         sane = connections.is_sane(entry) and entry["src_port"] and entry["dst_port"]
         sane = sane and all(len(entry[side]) == len(message["src_addr"]) for side in ("src_addr", "dst_addr"))
         sane = sane and entry.get("state") in (TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_CLOSE)
-        sane = sane and (entry["state"] == TCP_CLOSE or stream.get("inq_len") == size)
+        sane = sane and (entry["state"] == TCP_CLOSE or stream.get("inq_len") == size) and entry.get("urgent", -1) < size
         sane = sane and max(stream.get("snd_wscale", 0), stream.get("rcv_wscale", 0)) <= TCP_MAX_WSCALE
         if not sane or not stream.get("mss_clamp", _LARGEST_WINDOW) <= _LARGEST_WINDOW:
             raise ImageError(f"{name} has impossible connections that wait to be accepted")
@@ -375,9 +387,13 @@ class Admission:
         this machine. Raises :class:`KernelError`, :class:`OSError`."""
         size = len(client.data)
         room = max(client.entry.get("rcvbuf", 0), 2 * size + _ROOM if size > _SMALL else 0)
+        before = _waiting(listener)[0]
         with _Roomy(listener, room):
             self._shake_hands(client)
             self._deliver(client)
+        if _waiting(listener)[0] == before:
+            help = "loopback packets must stay on the processor that sends them (rps_cpus)"
+            raise KernelError(f"{client} got into the backlog of another socket that shares the port", help)
 
     def _shake_hands(self, client: Client) -> None:
         place = _ETHERNET + (20 if len(client.near) == 4 else 40)

@@ -27,7 +27,7 @@ import os
 import time
 
 from firn.abi import poll
-from firn.abi.tcp import INFO, SIOCINQ, TCP_CLOSE, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_INFO, TH_ACK
+from firn.abi.tcp import INFO, SIOCINQ, TCP_AO_INFO, TCP_CLOSE, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_INFO, TH_ACK
 from firn.errors import FirnError, KernelError, Obstacle, Refused, TargetError
 from firn.host import holders, sockdiag
 from firn.host.nftables import Connection
@@ -53,6 +53,7 @@ _STEP_S = 0.002
 _ARRIVAL_S = 0.05
 _STAMPS = 12
 """Bytes that a timestamp takes from each segment."""
+_SO_ERROR, _SO_OOBINLINE, _MSG_DONTWAIT, _PART = 4, 10, 0x40, 1 << 16
 _HELP = "let them be accepted, or drop them with --skip-in-flight"
 
 
@@ -118,16 +119,34 @@ class _Taken:
             name: message[name] for name in ("src_addr", "src_port", "dst_addr", "dst_port")
         }
         entry["rcvbuf"] = sock.getsockopt(options.SOL_SOCKET, options.SO_RCVBUF)
+        urgent = self._read_urgent(entry) if poll.state(sock.fileno(), poll.POLLPRI) else b""
         reasons: list[str] = []
         if INFO.unpack(sock.getsockopt(TCP, TCP_INFO, INFO.size))[0] == TCP_CLOSE:
             # Reset by its peer.
             unread = tcp.count(sock, SIOCINQ)
-            entry |= {"state": TCP_CLOSE, "data": tcp.peek(sock, unread) if unread else b""}
+            entry |= {"state": TCP_CLOSE, "data": urgent + (tcp.peek(sock, unread) if unread else b"")}
         else:
+            sock.getsockopt(options.SOL_SOCKET, _SO_ERROR)  # Of the way to the peer: nobody has asked for it.
             reasons = self.connection.read()
-            entry |= {"state": message["state"], "stream": self.connection.stream, "data": self.connection.data}
+            stream = self.connection.stream
+            entry |= {"state": message["state"], "stream": stream, "data": urgent + self.connection.data}
+            stream["inq_len"] = len(entry["data"])
         self.client = Client(entry)
         return reasons
+
+    def _read_urgent(self, entry: dict[str, Any]) -> bytes:
+        """Take what is there, up to the urgent byte and from it on, which cannot be peeked at as a whole. Nobody else
+        has the socket."""
+        sock = self.connection.sock
+        entry["urgent"] = tcp.count(sock, SIOCINQ)
+        sock.setsockopt(options.SOL_SOCKET, _SO_OOBINLINE, 1)
+        data = b""
+        try:
+            while more := sock.recv(_PART, _MSG_DONTWAIT):
+                data += more
+        except (BlockingIOError, ConnectionResetError):
+            pass
+        return data
 
 
 class Backlogs:
@@ -141,7 +160,7 @@ class Backlogs:
         self._warn = warn
         self._admission: Admission | None = None
         self._why = ""
-        self._tried = False
+        self._tried = self._drained = False
         self._refused: list[_socket.socket] = []
         self._listeners: list[Listener] = []
         self._probed: set[bytes] = set()
@@ -206,6 +225,8 @@ class Backlogs:
             return "of a socket that is bound to a network device"
         if listener.getsockopt(TCP, TCP_FASTOPEN):
             return "of a socket with TCP Fast Open"
+        if options.value(listener, TCP, TCP_AO_INFO) is not None:
+            return "of a socket with authentication (TCP-AO)"
         assert self._admission is not None
         try:
             with self._admission.facing(listener):
@@ -257,9 +278,10 @@ class Backlogs:
                 each.close()
 
     def _drain(self, listeners: list[_socket.socket]) -> bool:
-        """Keep new clients away until nobody waits, but not for long."""
-        if not self._lock.holds_doors:
+        """Keep new clients away until nobody waits, but not for long, and once: each of them loses a second."""
+        if self._drained or not self._lock.holds_doors:
             return False
+        self._drained = True
         self._lock.close_doors([door for each in listeners for door in doors(each)])
         end = time.monotonic() + _DRAIN_S
         while any(waiting(each) for each in listeners) and time.monotonic() < end:

@@ -65,12 +65,14 @@ def segment(
     window: int,
     options: bytes = b"",
     data: bytes = b"",
+    urgent: int = 0,
 ) -> None:
     """Send a TCP segment (RFC 9293) that a locked network lets through: *ends* are source and target, each an address
-    and a port; *numbers* the sequence number and what is acknowledged; *options* fill whole words of four bytes."""
+    and a port; *numbers* the sequence number and what is acknowledged; *options* fill whole words of four bytes;
+    *urgent*, with that flag, is how far the urgent data goes."""
     source, sport, target, dport = ends
     head = sport, dport, *(number % (1 << 32) for number in numbers), (5 + len(options) // 4) << 4, flags, window
     rest = options + data
-    draft = _SEGMENT.pack(*head, 0, 0) + rest
+    draft = _SEGMENT.pack(*head, 0, urgent) + rest
     check = checksum(pseudo(source, target, _TCP, len(draft)) + draft)
-    send(source, target, _TCP, _SEGMENT.pack(*head, check, 0) + rest, LOCK_MARK)
+    send(source, target, _TCP, _SEGMENT.pack(*head, check, urgent) + rest, LOCK_MARK)
