@@ -314,7 +314,8 @@ def load(name: str, message: dict[str, Any]) -> list[Client]:
         sane = connections.is_sane(entry) and entry["src_port"] and entry["dst_port"]
         sane = sane and all(len(entry[side]) == len(message["src_addr"]) for side in ("src_addr", "dst_addr"))
         sane = sane and entry.get("state") in (TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_CLOSE)
-        sane = sane and (entry["state"] == TCP_CLOSE or stream.get("inq_len") == size) and entry.get("urgent", -1) < size
+        sane = sane and (entry["state"] == TCP_CLOSE or stream.get("inq_len") == size)
+        sane = sane and entry.get("urgent", -1) < size
         sane = sane and max(stream.get("snd_wscale", 0), stream.get("rcv_wscale", 0)) <= TCP_MAX_WSCALE
         if not sane or not stream.get("mss_clamp", _LARGEST_WINDOW) <= _LARGEST_WINDOW:
             raise ImageError(f"{name} has impossible connections that wait to be accepted")

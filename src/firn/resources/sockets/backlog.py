@@ -387,7 +387,7 @@ class Backlogs:
         admission.admit(taken.listener, taken.client)
         self._taken.pop(0)
 
-    def killed(self) -> None:
+    def vanish(self) -> None:
         """The tree has ended: its clients hear nothing, until it is restored."""
         while self._taken:
             self._taken.pop().connection.vanish()
