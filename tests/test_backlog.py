@@ -348,18 +348,18 @@ def test_who_counts_as_connected_when_it_speaks(
 def test_without_the_ability_they_are_refused(runner: Runner, pair: Pair) -> None:
     """Here because the loopback device is down. They wait as before; a program that accepts them gets the time."""
     runner.within = pair.command()
-    server = Slow(runner, "0.0.0.0")
+    server = Slow(runner, "0.0.0.0", 0.04)
     made = five(pair.connect, (Pair.HERE[0], server.port))
     pair._in(pair.here, "ip", "link", "set", "lo", "down")
     code, text, _ = runner.try_dump(server.target, *OPTION)
     assert code and "5 connections wait to be accepted" in text and "--skip-in-flight" in text, text
     server.tell("go")
     finish(made)
-    late = [pair.connect((Pair.HERE[0], server.port)) for _ in range(3)]
+    late = [pair.connect((Pair.HERE[0], server.port)) for _ in range(12)]
     for sock in late:
         sock.sendall(b"word\n")
     images = server.dump()
-    assert [answer(sock) for sock in late] == [b"%d word\n" % number for number in range(5, 8)]
+    assert [answer(sock) for sock in late] == [b"%d word\n" % number for number in range(5, 17)]
     server.restore(images)
     runner.kill(server.target)
 
