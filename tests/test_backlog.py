@@ -391,6 +391,7 @@ def test_what_a_restore_needs(runner: Runner, pair: Pair) -> None:
     server = Slow(runner, "0.0.0.0")
     made = five(pair.connect, (Pair.HERE[0], server.port))
     images = server.dump()
+    assert "5 waiting to be accepted" in runner.firn("inspect", str(images))[1]
     code, text = runner.try_restore(images)
     assert code and "connections that wait to be accepted" in text and "--tcp-close" in text, text
     pair._in(pair.here, "ip", "address", "del", f"{Pair.HERE[0]}/24", "dev", "veth")

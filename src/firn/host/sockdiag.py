@@ -37,8 +37,10 @@ _ENDING = (4, 6, 9, 11)
 """FIN-WAIT-1, TIME-WAIT, LAST-ACK, CLOSING (net/tcp_states.h)."""
 _ENDS = struct.Struct(">HH16s16s")
 """struct inet_diag_sockid: ports and addresses."""
-_TCP_INFO = struct.Struct("<16xI120xI")
-"""Of struct tcp_info: tcpi_snd_mss, tcpi_segs_in."""
+_TCP_INFO = struct.Struct("<5xB10xI120xI")
+"""Of struct tcp_info: tcpi_options, tcpi_snd_mss, tcpi_segs_in."""
+_STAMPS, _STAMPS_SIZE = 1, 12
+"""TCPI_OPT_TIMESTAMPS (linux/tcp.h), and the bytes that they take from each segment."""
 _ID = slice(4, 52)
 """Where a whole one is in struct inet_diag_msg."""
 PACKET_DIAG_REQ = struct.Struct("<BBHIIII")
@@ -178,8 +180,8 @@ class Unaccepted:
     """A TCP connection that no process has a descriptor of: it waits to be accepted, if it is established.
 
     ``near`` and ``far`` are addresses of 4 or 16 bytes, in network order; ``state`` as in net/tcp_states.h; ``unread``
-    the bytes that wait in it, with the peer's FIN; ``room`` the data of its largest segment; ``arrived`` how many
-    segments have.
+    the bytes that wait in it, with the peer's FIN; ``room`` the data of its largest segment (options count as data);
+    ``arrived`` how many segments have.
     """
 
     __slots__ = ("arrived", "dport", "far", "near", "room", "sport", "state", "unread")
@@ -191,7 +193,8 @@ class Unaccepted:
         self.state = payload[1]
         self.unread = INET_DIAG_MSG.unpack_from(payload)[4]
         info = dict(attributes(payload, INET_DIAG_MSG.size)).get(_INET_INFO, b"").ljust(_TCP_INFO.size, b"\0")
-        self.room, self.arrived = _TCP_INFO.unpack_from(info)
+        agreed, self.room, self.arrived = _TCP_INFO.unpack_from(info)
+        self.room += _STAMPS_SIZE if agreed & _STAMPS else 0
 
 
 def unaccepted(family: int, port: int) -> list[Unaccepted]:

@@ -139,6 +139,14 @@ def _program(function: int, orders: int, listeners: int) -> bytes:
     return bpf.assemble(lines)
 
 
+def _setting(name: str) -> bytes:
+    """A switch of our network namespace, off if the kernel has no such."""
+    try:
+        return procfs.read(f"/proc/sys/net/ipv4/{name}").strip()
+    except FileNotFoundError:
+        return b"0"
+
+
 def _waiting(listener: _socket.socket) -> tuple[int, int]:
     """How many connections wait to be accepted, and how many may."""
     _, _, _, count, most = INFO.unpack(listener.getsockopt(TCP, TCP_INFO, INFO.size))
@@ -332,7 +340,7 @@ class Admission:
         """Raises :class:`KernelError` if this kernel or its settings do not allow it: it is tried."""
         self._descriptors: list[int] = []
         for name in _SWITCHES:
-            if procfs.read(f"/proc/sys/net/ipv4/{name}").strip() != b"0":
+            if _setting(name) != b"0":
                 raise KernelError(f"{name} is set, by which connections differ in a way that is lost")
         function = bpf.function(b"bpf_sk_assign_tcp_reqsk")
         if not function:

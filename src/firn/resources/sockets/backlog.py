@@ -51,8 +51,6 @@ _MOST_PROMPTED = 1000
 _DRAIN_S = 0.5
 _STEP_S = 0.002
 _ARRIVAL_S = 0.05
-_STAMPS = 12
-"""Bytes that a timestamp takes from each segment."""
 _SO_ERROR, _SO_OOBINLINE, _MSG_DONTWAIT, _PART = 4, 10, 0x40, 1 << 16
 _HELP = "let them be accepted, or drop them with --skip-in-flight"
 
@@ -236,7 +234,7 @@ class Backlogs:
         found = sockdiag.unaccepted(listener.family, listener.getsockname()[1])
         self._silence([Connection(listener.family, each.near, each.sport, each.far, each.dport) for each in found])
         for each in found:
-            if each.room + _STAMPS < SMALLEST[len(packets.unmapped(each.far))]:
+            if each.room < SMALLEST[len(packets.unmapped(each.far))]:
                 return "one has very small segments"
             if len(each.far) == 16 and each.far[0] == 0xFE and each.far[1] >> 6 == 2:
                 return "one has a link-local address"
@@ -299,17 +297,19 @@ class Backlogs:
         if stays:
             # Else the places that those in our hands leave could be taken, where a backlog is full.
             self._lock.close_doors([door for listener, _, _ in listeners for door in doors(listener)], everything=True)
-        obstacles = []
-        for listener, open, _ in listeners:
-            why = self._against(listener)
-            if why:
-                obstacles.append(Obstacle(open.what, *refusal(waiting(listener), why)))
+        able, obstacles = [], []
+        for each in listeners:
+            why, count = self._against(each[0]), waiting(each[0])
+            if not why:
+                able.append(each)
+            elif count:
+                obstacles.append(Obstacle(each[1].what, *refusal(count, why)))
         if obstacles:
             raise Refused(obstacles)
-        for listener, open, message in listeners:
+        for listener, open, message in able:
             self._accept_all(listener, open.what, message)
         if not stays:
-            self._end_handshakes(listeners)
+            self._end_handshakes(able)
             return
         lost = self._put_back()
         if lost:
