@@ -241,7 +241,7 @@ def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
         got.zombies.append((zombie.pid, _zombie_core(zombie)))
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
-    got.inventory = {"tcp_close": True} if dump.options.tcp_close else {}
+    got.inventory = {"firn": {}} | ({"tcp_close": True} if dump.options.tcp_close else {})
     lock = dump.lock if dump.lock is not None and dump.lock.used else None
     got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,

@@ -317,7 +317,7 @@ class Dump:
         if self.shared is not None:
             self.shared.save()
             if self.shared.complete:
-                self.collected.inventory["firn"] = {"cow_known": True}
+                self.collected.inventory["firn"]["cow_known"] = True
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)
@@ -327,6 +327,7 @@ class Dump:
     def commit(self) -> None:
         """Make the directory a checkpoint."""
         assert self.collected is not None
+        self.collected.inventory["firn"]["images"] = self.images.created()
         self.images.commit(self.collected.inventory)
 
     def end(self) -> None:

@@ -63,7 +63,7 @@ class Sets:
         controllers = []
         for names, wanted in paths.items():
             where = mount_point(names)
-            entry: dict[str, Any] = {"cnames": [names]}
+            entry: dict[str, Any] = {"cnames": names.split(",")}
             if where is not None:
                 entry["dirs"] = [_directory(where, path) for path in sorted(wanted) if path != "/"]
             controllers.append(entry)

@@ -19,6 +19,7 @@ import os
 import time
 
 from firn import faults
+from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import FirnError, KernelError, RestoreError
 from firn.host import features
@@ -35,6 +36,8 @@ from firn.scripts import run_scripts, write_pidfile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
     from firn.resources.files.segments import RestoredSegments
@@ -267,8 +270,11 @@ class Restore:
             self.lock.close()
 
 
-def restore(options: RestoreOptions, log: Log) -> Result:
-    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it."""
+def restore(options: RestoreOptions, log: Log, done: Callable[[Result], None] | None = None) -> Result:
+    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it.
+
+    *done* is called when the tree runs, before a restore that is not detached waits for it.
+    """
     started = time.monotonic_ns()
     work = Restore(options, log)
     try:
@@ -288,10 +294,15 @@ def restore(options: RestoreOptions, log: Log) -> Result:
     _scripts(work, "post-resume", pid)
     work.stats["restore_time"] = (time.monotonic_ns() - started) // 1000
     _save_stats(work)
-    status = None
+    result = Result(pid, None, work.stats)
+    if done is not None:
+        done(result)
     if not options.restore_detached and not options.exec_cmd:
-        status = wait(pid)
-    return Result(pid, status, work.stats)
+        if options.foreground_status:
+            result.exit_status = wait(pid)
+        else:
+            wait_for_all()
+    return result
 
 
 def _scripts(work: Restore, action: str, pid: int) -> None:
@@ -332,3 +343,15 @@ def wait(pid: int) -> int:
         _signal.signal(number, forward)
     _, status = os.waitpid(pid, 0)
     return 128 + (status & 0x7F) if status & 0x7F else status >> 8
+
+
+def wait_for_all() -> None:
+    """Wait as CRIU does: until no child is left, and whatever signals come; only SIGKILL ends it."""
+    import _signal
+
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals() - {sig.SIGCHLD})
+    while True:
+        try:
+            os.waitpid(-1, pt.WALL)
+        except ChildProcessError:
+            return

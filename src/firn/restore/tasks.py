@@ -17,7 +17,7 @@ from firn.resources.memory import rebuild
 from firn.resources.threads import xstate
 from firn.restore.memory import TaskMemory, take_files
 from firn.tracee import ptrace
-from firn.tracee.program import Program, Runner, Scratch
+from firn.tracee.program import Program, Runner, Scratch, check_fault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -336,6 +336,7 @@ class RestoredTask:
         syscall(f"tgkill {leader}", nr.tgkill, self.pid, leader, number)
         ptrace.request("continue", pt.CONT, leader)
         while (stop := ptrace.wait_stop(leader)).event or stop.signal != number:
+            check_fault(leader, stop)
             ptrace.request("continue", pt.CONT, leader)
         # Whatever the signal does, the task stops before it is back in its own code.
         ptrace.request("interrupt", pt.INTERRUPT, leader)
@@ -344,7 +345,8 @@ class RestoredTask:
             return False
         for thread in self.threads[1:]:
             ptrace.request("continue", pt.CONT, thread.tid)
-            while ptrace.wait_stop(thread.tid).event != pt.EVENT_STOP:
+            while (stop := ptrace.wait_stop(thread.tid)).event != pt.EVENT_STOP:
+                check_fault(thread.tid, stop)
                 ptrace.request("continue", pt.CONT, thread.tid)
         return True
 
@@ -368,7 +370,8 @@ class RestoredTask:
         ptrace.set_regs(leader, regs)
         ptrace.request("interrupt", pt.INTERRUPT, leader)
         ptrace.request("continue", pt.CONT, leader)
-        while ptrace.wait_stop(leader).event != pt.EVENT_STOP:
+        while (stop := ptrace.wait_stop(leader)).event != pt.EVENT_STOP:
+            check_fault(leader, stop)
             ptrace.request("continue", pt.CONT, leader)
 
 

@@ -1,8 +1,8 @@
 """firn's own additions to the images: what it saves and CRIU has no field for.
 
 They sit in field numbers from 1000 of CRIU's messages, which CRIU skips as unknown, so an image stays readable by both.
-Nothing outside this module is firn's own. The syntax is described in :mod:`firn.images.schema`; every field is optional
-or repeated, because images that CRIU wrote have none of them.
+Nothing outside this module is firn's own. The syntax is described in :mod:`firn.images.schema`; what is added to a
+message of CRIU's is optional, because images that CRIU wrote have none of it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ EXTENSIONS = {
 MESSAGES = {
     "firn_inventory": """
         1 cow_known bool?
+        2 images str*
     """,
     "firn_thread": """
         1 affinity bytes?
@@ -54,8 +55,8 @@ MESSAGES = {
         14 util_max u32?
     """,
     "firn_restart": """
-        1 nr u32?
-        2 remaining_ns u64?
+        1 nr u32
+        2 remaining_ns u64
         3 exact bool?
     """,
     "firn_task": """
@@ -90,8 +91,8 @@ MESSAGES = {
         3 xattrs firn_xattr*
     """,
     "firn_xattr": """
-        1 name str?
-        2 value bytes?
+        1 name str
+        2 value bytes
     """,
     "firn_segment": """
         1 boot str?
@@ -104,9 +105,9 @@ MESSAGES = {
         1 params bytes?
     """,
     "firn_target": """
-        1 type u32?
-        2 file u32?
-        3 number u32?
+        1 type u32
+        2 file u32
+        3 number u32
     """,
     "firn_inet": """
         1 options firn_option*
@@ -135,8 +136,8 @@ MESSAGES = {
         2 devices firn_device*
     """,
     "firn_device": """
-        1 index u32?
-        2 name str?
+        1 index u32
+        2 name str
     """,
     "firn_sk_opts": """
         1 options firn_option*
@@ -152,9 +153,9 @@ MESSAGES = {
         2 connector firn_identity?
     """,
     "firn_identity": """
-        1 pid u32?
-        2 uid u32?
-        3 gid u32?
+        1 pid u32
+        2 uid u32
+        3 gid u32
         4 groups bytes?
     """,
     "firn_pipe": """
@@ -190,9 +191,9 @@ MESSAGES = {
         1 stopped u32?
     """,
     "firn_option": """
-        1 level u32?
-        2 number u32?
-        3 value bytes?
+        1 level u32
+        2 number u32
+        3 value bytes
     """,
     "firn_group": """
         1 interface str?
@@ -201,10 +202,10 @@ MESSAGES = {
         4 sources bytes*
     """,
     "firn_datagram": """
-        1 source bytes?
-        2 port u32?
-        3 destination bytes?
-        4 data bytes?
+        1 source bytes
+        2 port u32
+        3 destination bytes
+        4 data bytes
     """,
 }
 

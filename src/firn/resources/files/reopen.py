@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 TMPFILE_BIT = 0o20000000
 AS_RECORDED = -1
 _NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | TMPFILE_BIT | fc.FASYNC
-_KIND_NAMES = {
-    2: "pipe", 3: "FIFO", 4: "internet socket", 5: "unix socket", 6: "eventfd", 7: "epoll instance",
-    8: "inotify instance", 9: "signalfd", 10: "packet socket", 11: "terminal", 12: "fanotify group",
-    13: "netlink socket", 14: "namespace file", 15: "tun device", 16: "external file", 17: "timerfd", 19: "BPF map",
-    20: "pidfd",
-}  # fmt: skip
+_KIND_NAMES = {16: "a file of a plugin of CRIU", 19: "a BPF map"}
 
 
 class Opener:
@@ -84,8 +79,8 @@ class Opener:
         if entry is None:
             raise ImageError(f"files image: file {number} (type {kind}) is not there")
         if not (kind in (REG, MEMFD) or base.is_built(kind)):
-            name = _KIND_NAMES.get(kind, f"file of type {kind}")
-            raise NotBuilt(f"the checkpoint holds a {name}, which is not supported yet")
+            name = _KIND_NAMES.get(kind, f"a file of type {kind}")
+            raise NotBuilt(f"the checkpoint holds {name}, which is not supported yet")
         if FIELD[kind] not in entry:
             raise ImageError(f"files image: file {number} of type {kind} has no {FIELD[kind]} part")
         message: dict[str, Any] = entry[FIELD[kind]]
@@ -262,6 +257,8 @@ class Opener:
         nameless = self._make_nameless(name, number)
         path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
         entries = self.images.read_with_payload("GHOST_FILE", number)
+        if not entries:
+            raise ImageError(f"ghost-file-{number:x}.img: cut short: it has no entry")
         entry = entries[0][0]
         try:
             fill_ghost(self.images, path, entries)
