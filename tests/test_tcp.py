@@ -409,7 +409,7 @@ def test_a_connection_of_a_program_that_runs_on(
         for _ in range(20):
             peer.sendall(b"echo")
             assert peer.recv(9) == b"echo", program.trouble()
-    assert not target.ended(), program.trouble()
+        assert not target.ended(), program.trouble()
     wait_until("it ends", target.ended)
     assert target.status == 0, program.trouble()
 
