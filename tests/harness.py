@@ -109,6 +109,9 @@ class Beat:
     def set_token(self, index: int, value: int) -> None:
         struct.pack_into("<Q", self._map, 8 * (self.TOKENS + index), value)
 
+    def token(self, index: int) -> int:
+        return int(struct.unpack_from("<Q", self._map, 8 * (self.TOKENS + index))[0])
+
     @property
     def text(self) -> str:
         return self._map[1024:2048].split(b"\0", 1)[0].decode(errors="replace")

@@ -260,4 +260,6 @@ ABILITIES: tuple[Ability, ...] = (
           "puts TCP connections back that wait to be accepted", "dumps wait until they are, or are refused"),
     _base("inotify_numbers", files.inotify_numbers, ALONE, USED,
           "gives inotify watches their numbers", "they are reached in a loop"),
+    _base("kernel_view", memory.kernel_view, ALONE, USED,
+          "sees AIO requests in flight", "they are lost, with a warning"),
 )  # fmt: skip

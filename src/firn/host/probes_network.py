@@ -166,7 +166,7 @@ def tcp_backlog() -> None:
     """A BPF program can vouch for a handshake (bpf_sk_assign_tcp_reqsk, Linux 6.8), and look a socket up in a map."""
     if not bpf.function(b"bpf_sk_assign_tcp_reqsk"):
         raise KernelError("the kernel does not tell of bpf_sk_assign_tcp_reqsk")
-    bpf.Map(abi.MAP_TYPE_SOCKMAP, 8).close()
+    bpf.Map(abi.BPF_MAP_TYPE_SOCKMAP, 8).close()
 
 
 # -- Interfaces and namespaces ----------------------------------------------------------------------------------------

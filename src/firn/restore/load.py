@@ -150,6 +150,11 @@ class Checkpoint:
         """Whether pages that are stored apart were not shared when they were dumped."""
         return bool(self.inventory.get("firn", {}).get("cow_known"))
 
+    def session_keyring(self) -> dict[str, Any]:
+        """The firn_keyring of the tree; empty if it had none of its own."""
+        found: dict[str, Any] = self.inventory.get("firn", {}).get("session_keyring", {})
+        return found
+
     def tids(self) -> list[int]:
         """All ids that the restore will give out."""
         return [tid for process in self.processes for tid in process.tids]

@@ -36,7 +36,8 @@ from firn.scripts import run_scripts, write_pidfile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+    from typing import Any
 
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
@@ -116,8 +117,14 @@ class Restore:
             )
         mode = self.options.manage_cgroups
         self.moves = {
-            process.pid: cgroups.plan(self.images, process.cores[0]["thread_core"].get("cg_set", 0), mode)
+            process.pid: cgroups.plan(self.images, _cgroups_of(process.cores[0]), mode) for process in living
+        }
+        self.thread_moves = {
+            tid: cgroups.plan(
+                self.images, _cgroups_of(core, process.cores[0]), mode, _cgroups_of(process.cores[0])
+            )
             for process in living
+            for tid, core in zip(process.tids[1:], process.cores[1:], strict=True)
         }
 
     def open(self) -> None:
@@ -129,19 +136,25 @@ class Restore:
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
             [process.pid for process in checkpoint.processes], self.options, self.log.warn,
-            lambda pid: birth.spawn(pid, False),
+            birth.stand_in,
         )  # fmt: skip
         self.family = Family(checkpoint, self.opener, self.options)
         try:
             self.family.open_files()
             self.opener.remove_temporary()
         finally:
-            birth.kill([[pid] for pid in self.opener.stand_ins])
+            self._end_stand_ins(self.family.dead_processes())
         if checkpoint.segments:
             from firn.resources.files.segments import RestoredSegments
 
             self.segments = RestoredSegments(self.images)
             self.segments.prepare(list(checkpoint.segments.values()))
+
+    def _end_stand_ins(self, kept: Collection[int] = ()) -> None:
+        """End those who stand in for dead processes, but those that are *kept*."""
+        assert self.opener is not None
+        ended = [self.opener.stand_ins.pop(pid) for pid in list(self.opener.stand_ins) if pid not in kept]
+        birth.kill(ended)
 
     def _lock(self) -> None:
         """Where the dump's lock is not, on another machine, peers must not learn either that the sockets are new."""
@@ -185,8 +198,10 @@ class Restore:
         family = self._family()
         family.join_groups()
         family.end_zombies(self.log)
+        family.report_continued()
         for task in family.tasks:
             task.enter(self.log)
+        self._end_stand_ins()
         for task in family.tasks:
             task.join()
 
@@ -194,6 +209,10 @@ class Restore:
         """All other threads; what needs them or all descriptors."""
         for task in self._family().tasks:
             task.make_threads()
+        for tid, moves in self.thread_moves.items():
+            cgroups.move(tid, moves, self.log, thread=True)
+        for task in self._family().tasks:
+            task.install_late()
         for task in self._family().tasks:
             task.finish_descriptors()
         assert self.opener is not None
@@ -263,11 +282,18 @@ class Restore:
         if self.family is not None:
             self.family.close()
         if self.opener is not None:
+            self._end_stand_ins()
             self.opener.close()
         if self.segments is not None:
             self.segments.close()
         if self.lock is not None:
             self.lock.close()
+
+
+def _cgroups_of(core: dict[str, Any], leader: dict[str, Any] | None = None) -> int:
+    """The number of the set of control groups that a thread is in: the *leader*'s, if the image does not tell."""
+    number: int = core["thread_core"].get("cg_set", 0)
+    return _cgroups_of(leader) if not number and leader is not None else max(number, cgroups.ROOT_SET)
 
 
 def restore(options: RestoreOptions, log: Log, done: Callable[[Result], None] | None = None) -> Result:

@@ -37,6 +37,22 @@ MESSAGES = {
     "firn_inventory": """
         1 cow_known bool?
         2 images str*
+        3 session_keyring firn_keyring?
+    """,
+    "firn_keyring": """
+        1 name str
+        2 number i32?
+        3 uid u32?
+        4 gid u32?
+        5 rights u32?
+        6 keys firn_key*
+    """,
+    "firn_key": """
+        1 name str
+        2 uid u32?
+        3 gid u32?
+        4 rights u32?
+        5 payload bytes?
     """,
     "firn_thread": """
         1 affinity bytes?
@@ -53,6 +69,7 @@ MESSAGES = {
         12 speculation u32*
         13 util_min u32?
         14 util_max u32?
+        15 switches u32?
     """,
     "firn_restart": """
         1 nr u32
@@ -72,6 +89,10 @@ MESSAGES = {
         21 stop_told bool?
         22 leader_exited bool?
         23 leader_mask u64? hex
+        24 continued bool?
+        25 amx bool?
+        26 no_cpuid bool?
+        27 session_nice i32?
     """,
     "firn_mm": """
         1 lock_future u32? hex

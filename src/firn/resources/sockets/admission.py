@@ -89,51 +89,51 @@ def _program(function: int, orders: int, listeners: int) -> bytes:
     Registers: 6 the packet, 7 the order, 8 the listening socket.
     """
     lines: list[Line] = [
-        (b.MOVE, 6, 1, 0, 0),
-        (b.LOAD_W, 1, 6, b.SKB_MARK, 0),
-        (b.JUMP_UNEQUAL, 1, 0, "pass", packets.LOCK_MARK),
-        (b.LOAD_64, 7, b.PSEUDO_MAP_VALUE, 0, orders),
-        (b.LOAD_W, 1, 7, 0, 0),
-        (b.JUMP_EQUAL, 1, 0, "pass", 0),
+        (b.MOV, 6, 1, 0, 0),
+        (b.LOAD_32, 1, 6, b.SKB_MARK, 0),
+        (b.JUMP_UNEQUAL_IMM, 1, 0, "pass", packets.LOCK_MARK),
+        (b.LOAD_IMM_64, 7, b.PSEUDO_MAP_VALUE, 0, orders),
+        (b.LOAD_32, 1, 7, 0, 0),
+        (b.JUMP_EQUAL_IMM, 1, 0, "pass", 0),
         # Twelve bytes of the TCP header onto the stack: ports, sequence number, what is acknowledged.
-        (b.MOVE, 1, 6, 0, 0),
-        (b.LOAD_W, 2, 7, 4, 0),
-        (b.MOVE, 3, 10, 0, 0),
-        (b.ADD_CONSTANT, 3, 0, 0, -16),
-        (b.MOVE_CONSTANT, 4, 0, 0, 12),
-        (b.CALL, 0, 0, 0, b.FUNC_SKB_LOAD_BYTES),
-        (b.JUMP_UNEQUAL, 0, 0, "pass", 0),
+        (b.MOV, 1, 6, 0, 0),
+        (b.LOAD_32, 2, 7, 4, 0),
+        (b.MOV, 3, 10, 0, 0),
+        (b.ADD_IMM, 3, 0, 0, -16),
+        (b.MOV_IMM, 4, 0, 0, 12),
+        (b.CALL, 0, 0, 0, b.SKB_LOAD_BYTES),
+        (b.JUMP_UNEQUAL_IMM, 0, 0, "pass", 0),
     ]
     for at in range(0, 12, 4):
         lines += [
-            (b.LOAD_W, 1, 10, at - 16, 0),
-            (b.LOAD_W, 2, 7, at + 8, 0),
-            (b.JUMP_UNEQUAL_REGISTER, 1, 2, "pass", 0),
+            (b.LOAD_32, 1, 10, at - 16, 0),
+            (b.LOAD_32, 2, 7, at + 8, 0),
+            (b.JUMP_UNEQUAL, 1, 2, "pass", 0),
         ]
     lines += [
-        (b.STORE_CONSTANT_W, 7, 0, 0, 0),
-        (b.STORE_CONSTANT_W, 10, 0, -4, 0),
-        (b.LOAD_64, 1, b.PSEUDO_MAP_FD, 0, listeners),
-        (b.MOVE, 2, 10, 0, 0),
-        (b.ADD_CONSTANT, 2, 0, 0, -4),
-        (b.CALL, 0, 0, 0, b.FUNC_MAP_LOOKUP_ELEM),
-        (b.JUMP_EQUAL, 0, 0, "pass", 0),
-        (b.MOVE, 8, 0, 0, 0),
-        (b.MOVE, 1, 8, 0, 0),
-        (b.CALL, 0, 0, 0, b.FUNC_SKC_TO_TCP_SOCK),
-        (b.JUMP_EQUAL, 0, 0, "release", 0),
-        (b.MOVE, 1, 6, 0, 0),
-        (b.MOVE, 2, 0, 0, 0),
-        (b.MOVE, 3, 7, 0, 0),
-        (b.ADD_CONSTANT, 3, 0, 0, 24),
-        (b.MOVE_CONSTANT, 4, 0, 0, b.TCP_REQ_ATTRS.size),
+        (b.STORE_IMM_32, 7, 0, 0, 0),
+        (b.STORE_IMM_32, 10, 0, -4, 0),
+        (b.LOAD_IMM_64, 1, b.PSEUDO_MAP_FD, 0, listeners),
+        (b.MOV, 2, 10, 0, 0),
+        (b.ADD_IMM, 2, 0, 0, -4),
+        (b.CALL, 0, 0, 0, b.MAP_LOOKUP_ELEM),
+        (b.JUMP_EQUAL_IMM, 0, 0, "pass", 0),
+        (b.MOV, 8, 0, 0, 0),
+        (b.MOV, 1, 8, 0, 0),
+        (b.CALL, 0, 0, 0, b.SKC_TO_TCP_SOCK),
+        (b.JUMP_EQUAL_IMM, 0, 0, "release", 0),
+        (b.MOV, 1, 6, 0, 0),
+        (b.MOV, 2, 0, 0, 0),
+        (b.MOV, 3, 7, 0, 0),
+        (b.ADD_IMM, 3, 0, 0, 24),
+        (b.MOV_IMM, 4, 0, 0, b.TCP_REQ_ATTRS.size),
         (b.CALL, 0, b.PSEUDO_KFUNC_CALL, 0, function),
-        (b.STORE_W, 7, 0, 20, 0),
+        (b.STORE_32, 7, 0, 20, 0),
         "release",
-        (b.MOVE, 1, 8, 0, 0),
-        (b.CALL, 0, 0, 0, b.FUNC_SK_RELEASE),
+        (b.MOV, 1, 8, 0, 0),
+        (b.CALL, 0, 0, 0, b.SK_RELEASE),
         "pass",
-        (b.MOVE_CONSTANT, 0, 0, 0, b.TCX_NEXT),
+        (b.MOV_IMM, 0, 0, 0, b.TCX_NEXT),
         (b.EXIT, 0, 0, 0, 0),
     ]
     return bpf.assemble(lines)
@@ -356,9 +356,9 @@ class Admission:
             raise
 
     def _prepare(self, function: int) -> None:
-        self._orders = bpf.Map(b.MAP_TYPE_ARRAY, _ORDER.size)
+        self._orders = bpf.Map(b.BPF_MAP_TYPE_ARRAY, _ORDER.size)
         self._descriptors.append(self._orders.fd)
-        self._listeners = bpf.Map(b.MAP_TYPE_SOCKMAP, 8)
+        self._listeners = bpf.Map(b.BPF_MAP_TYPE_SOCKMAP, 8)
         self._descriptors.append(self._listeners.fd)
         program = bpf.load(_program(function, self._orders.fd, self._listeners.fd), _LICENCE, b"firn_backlog")
         self._descriptors.append(program)
