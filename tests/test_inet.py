@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from harness import PATIENCE, Runner, Target, firn_command, open_descriptors, wait_until
+from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from test_workloads import test_workload as run_workload
 from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
 
@@ -404,39 +404,4 @@ def test_redis_goes_on(runner: Runner) -> None:
         wait_until("its clients are gone", lambda: b"connected_clients:1" in ask(b"INFO clients"))
         target = runner.restore(runner.dump(target), target)
         assert ask(b"GET key") == b"$5\r\nvalue\r\n"
-    runner.kill(target)
-
-
-LATE = """
-import socket, time
-server = socket.create_server(("127.0.0.1", 0))
-open("port", "w").write(str(server.getsockname()[1]))
-server.setblocking(False)
-while True:
-    time.sleep(0.2)
-    try:
-        peer, _ = server.accept()
-    except BlockingIOError:
-        continue
-    peer.setblocking(True)
-    while data := peer.recv(100):
-        peer.sendall(data.upper())
-"""
-
-
-@needs_firn
-def test_a_connection_that_is_about_to_be_accepted_is_waited_for(runner: Runner) -> None:
-    target = runner.spawn([sys.executable, "-c", LATE])
-    port = runner.folder / "port"
-    wait_until("it listens", lambda: port.exists() and bool(port.read_text()))
-    for _ in range(30):
-        with socket.create_connection(("127.0.0.1", int(port.read_text()))) as client:
-            images = runner.dump(target, "--tcp-established", "--leave-running")
-            client.sendall(b"words")
-            client.settimeout(PATIENCE)
-            assert client.recv(100) == b"WORDS"
-            if "waits to be accepted" in (images / "dump.log").read_text():
-                break
-    else:
-        raise AssertionError("the program was always quicker than the dump")
     runner.kill(target)

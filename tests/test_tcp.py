@@ -20,7 +20,7 @@ from harness import Runner, Target, firn_command, open_descriptors, wait_until
 from namespaces import Pair
 from test_inet import ENTRY
 from test_workloads import test_workload as run_workload
-from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_WAY, Workload
+from workloads.table import GONE_WAYS, PLAIN_WAYS, REFUSED_FIRST, REFUSED_WAY, Workload
 
 from firn.abi import nr
 from firn.abi.libc import syscall
@@ -46,6 +46,10 @@ TABLE = [
 TABLE += [
     Workload("inet_odd", mode, unlike=UNLIKE, dump=OPTION, restore=OPTION, once=mode not in ("outgoing", "segments"))
     for mode in ("half", "over", "ended", "queue", "outgoing", "segments")
+]  # fmt: skip
+TABLE += [
+    Workload("tcp", "waiting", unlike=UNLIKE, dump=OPTION, restore=OPTION, once=True, ways=REFUSED_FIRST,
+             refused=("is a TCP connection", "6 connections wait to be accepted", *OPTION)),
 ]  # fmt: skip
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")

@@ -294,6 +294,12 @@ BPF = Mirror(
         "ADD_IMM": "BPF_ALU64 | BPF_ADD | BPF_K", "SHIFT_RIGHT": "BPF_ALU64 | BPF_RSH | BPF_X",
         "LOAD": "BPF_LDX | BPF_MEM | BPF_DW", "STORE": "BPF_STX | BPF_MEM | BPF_DW",
         "STORE_IMM": "BPF_ST | BPF_MEM | BPF_DW", "STORE_IMM_32": "BPF_ST | BPF_MEM | BPF_W",
+        "LOAD_32": "BPF_LDX | BPF_MEM | BPF_W", "STORE_32": "BPF_STX | BPF_MEM | BPF_W",
+        "JUMP_EQUAL_IMM": "BPF_JMP | BPF_JEQ | BPF_K", "JUMP_UNEQUAL_IMM": "BPF_JMP | BPF_JNE | BPF_K",
+        "JUMP_UNEQUAL": "BPF_JMP | BPF_JNE | BPF_X", "PSEUDO_MAP_VALUE": "BPF_PSEUDO_MAP_VALUE",
+        "PSEUDO_KFUNC_CALL": "BPF_PSEUDO_KFUNC_CALL", "MAP_LOOKUP_ELEM": "BPF_FUNC_map_lookup_elem",
+        "SKB_LOAD_BYTES": "BPF_FUNC_skb_load_bytes", "SK_RELEASE": "BPF_FUNC_sk_release",
+        "SKC_TO_TCP_SOCK": "BPF_FUNC_skc_to_tcp_sock", "SKB_MARK": "offsetof(struct __sk_buff, mark)",
         "LOAD_IMM_64": "BPF_LD | BPF_IMM | BPF_DW", "CALL": "BPF_JMP | BPF_CALL", "EXIT": "BPF_JMP | BPF_EXIT",
     },
     structs={
@@ -301,9 +307,17 @@ BPF = Mirror(
         "BTF_TYPE": ("struct btf_type", "name_off info size"),
         "BTF_MEMBER": ("struct btf_member", "name_off type offset"),
     },
-    newer={"MAP_LOOKUP_PERCPU_ELEM": ("include/uapi/linux/bpf.h, Linux 5.19", 195)},
-    # The members of bpf_attr are checked by their use, and half of bpf_insn are bits.
-    own=_names("ATTR_SIZE MAP_CREATE PROG_LOAD TEST_RUN INSTRUCTION BTF_EXTRA BTF_EACH"),
+    newer={
+        "MAP_LOOKUP_PERCPU_ELEM": ("include/uapi/linux/bpf.h, Linux 5.19", 195),
+        "BPF_TCX_INGRESS": ("include/uapi/linux/bpf.h, Linux 6.6", 46),
+        "BPF_F_BEFORE": ("include/uapi/linux/bpf.h, Linux 6.6", 8),
+        "TCX_NEXT": ("include/uapi/linux/bpf.h, Linux 6.6", -1),
+    },
+    # The members of bpf_attr are checked by their use, and half of bpf_insn are bits; the last is in no such header.
+    own=_names(
+        "ATTR_SIZE MAP_CREATE MAP_ELEM PROG_LOAD PROG_LOAD_REST LINK_CREATE TEST_RUN INSTRUCTION BTF_EXTRA BTF_EACH "
+        "TCP_REQ_ATTRS"
+    ),
 )  # fmt: skip
 WAIT = Mirror(headers=("linux/wait.h", "linux/signal.h"), expressions={"SI_PID": "offsetof(siginfo_t, si_pid)"})
 

@@ -132,6 +132,7 @@ WITHOUT: dict[str, tuple[int, ...]] = {
     "write_protect_tracking": (nr.userfaultfd, nr.ioctl),
     "descriptor_table_copy": (nr.close_range,),
     "huge_pages": (nr.openat, nr.mmap),
+    "tcp_backlog": (nr.bpf,),
     "inotify_numbers": (nr.inotify_init1, nr.ioctl),
     "unix_queues": (nr.bpf, nr.connect),
     "kernel_view": (nr.bpf, nr.openat),

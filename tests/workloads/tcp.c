@@ -337,5 +337,147 @@ static void half_harm(void)
 	shutdown(pairs[3].server, SHUT_WR);
 }
 
+/* ---- connections that nobody has accepted yet ----
+ * At each of three sockets, in this order: one that is quiet, one that has sent little, one that has sent much and shut
+ * down, one that has sent and was reset, one that is quiet, one with an urgent byte amid others. Then two sockets that
+ * share a port. */
+#define WAIT 6
+#define SHARERS 12
+#define MUCH 40000
+
+static int clients[3][WAIT], sharers[SHARERS], crowds[2];
+
+static int call(const union address *to)
+{
+	int fd = socket(to->any.sa_family, SOCK_STREAM, 0);
+	NEED(fd >= 0 && !connect(fd, &to->any, to->any.sa_family == AF_INET6 ? sizeof to->six : sizeof to->four));
+	be_impatient(fd);
+	return fd;
+}
+
+static int crowd(int fd)
+{
+	struct tcp_info info;
+	socklen_t length = sizeof info;
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) ? -1 : (int)info.tcpi_unacked;
+}
+
+static void waiting_set(void)
+{
+	static const char *at[] = {"127.0.0.1", "::1", "::"};
+	struct linger now = {1, 0};
+	union address to;
+	socklen_t length;
+	buffers();
+	for (int i = 0; i < 3; i++) {
+		length = sizeof to;
+		listening[i] = listen_at(at[i], i ? AF_INET6 : AF_INET, 16);
+		NEED(!getsockname(listening[i], &to.any, &length));
+		if (i == 2) {
+			union address a = {.four = {AF_INET, to.six.sin6_port, {htonl(INADDR_LOOPBACK)}, {0}}};
+			to = a;
+		}
+		for (int k = 0; k < WAIT; k++)
+			clients[i][k] = call(&to);
+		NEED(write(clients[i][1], sent, 3) == 3 && write(clients[i][2], sent, MUCH) == MUCH);
+		NEED(!shutdown(clients[i][2], SHUT_WR) && write(clients[i][3], "gone", 4) == 4);
+		NEED(in_state(clients[i][2], TCP_FIN_WAIT2));
+		NEED(write(clients[i][5], "before", 6) == 6 && send(clients[i][5], "!", 1, MSG_OOB) == 1);
+		NEED(write(clients[i][5], "behind", 6) == 6);
+		NEED(!setsockopt(clients[i][3], SOL_SOCKET, SO_LINGER, &now, sizeof now) && !close(clients[i][3]));
+		NEED(crowd(listening[i]) == WAIT);
+	}
+	for (int i = 3; i < 5; i++) {
+		listening[i] = socket(AF_INET, SOCK_STREAM, 0);
+		set_number(listening[i], SOL_SOCKET, SO_REUSEPORT, 1);
+		if (i == 3) {
+			union address a = {.four = {AF_INET, 0, {htonl(INADDR_LOOPBACK)}, {0}}};
+			to = a;
+		}
+		NEED(!bind(listening[i], &to.any, sizeof to.four) && !listen(listening[i], 16));
+		length = sizeof to;
+		NEED(!getsockname(listening[i], &to.any, &length));
+	}
+	for (int i = 0; i < SHARERS; i++) {
+		sharers[i] = call(&to);
+		NEED(send(sharers[i], &i, sizeof i, 0) == sizeof i);
+	}
+	for (int i = 0; i < 2; i++)
+		crowds[i] = crowd(listening[3 + i]);
+	NEED(crowds[0] + crowds[1] == SHARERS);
+}
+
+/* Who has been accepted is the one whose turn it was, and agrees with it on how to talk. */
+static int is_client(int fd, int client)
+{
+	struct tcp_info ours, theirs;
+	union address a, b;
+	socklen_t length = sizeof a, other = sizeof b, size = sizeof ours;
+	memset(&a, 0, sizeof a);
+	memset(&b, 0, sizeof b);
+	CHECK(!getpeername(fd, &a.any, &length) && !getsockname(client, &b.any, &other));
+	CHECK(a.four.sin_port == b.four.sin_port);
+	CHECK(!getsockopt(fd, IPPROTO_TCP, TCP_INFO, &ours, &size));
+	CHECK(!getsockopt(client, IPPROTO_TCP, TCP_INFO, &theirs, &size));
+	CHECK(ours.tcpi_options == theirs.tcpi_options && ours.tcpi_snd_wscale == theirs.tcpi_rcv_wscale);
+	CHECK(ours.tcpi_rcv_wscale == theirs.tcpi_snd_wscale);
+	return 1;
+}
+
+static int serves(int i)
+{
+	for (int k = 0; k < WAIT; k++) {
+		int fd = accept(listening[i], NULL, NULL);
+		CHECK(fd >= 0);
+		be_impatient(fd);
+		if (k == 3) {
+			CHECK(recv(fd, got, 64, 0) == 4 && !memcmp(got, "gone", 4));
+			CHECK(recv(fd, got, 64, 0) == -1 && errno == ECONNRESET);
+			continue;
+		}
+		CHECK_ALL(is_client(fd, clients[i][k]));
+		CHECK(number(fd, IPPROTO_TCP, TCP_REPAIR) == 0 && number(fd, SOL_SOCKET, SO_REUSEADDR) == 1);
+		CHECK_ALL(takes(fd, k == 1 ? 3 : k == 2 ? MUCH : 0));
+		if (k == 5) {
+			CHECK(recv(fd, got, 64, 0) == 6 && !memcmp(got, "before", 6));
+			CHECK(recv(fd, got, 1, MSG_OOB) == 1 && *got == '!');
+			CHECK(recv(fd, got, 64, 0) == 6 && !memcmp(got, "behind", 6));
+		}
+		if (k == 2) {
+			CHECK_ALL(ends(fd));
+			CHECK(write(fd, "still", 5) == 5);
+			CHECK(recv(clients[i][k], got, 5, MSG_WAITALL) == 5 && !memcmp(got, "still", 5));
+		} else {
+			CHECK_ALL(talks(clients[i][k], fd));
+			CHECK_ALL(talks(fd, clients[i][k]));
+		}
+	}
+	CHECK(crowd(listening[i]) == 0);
+	return 1;
+}
+
+static int waiting_check(void)
+{
+	for (int i = 0; i < 3; i++)
+		CHECK_ALL(serves(i));
+	for (int i = 3; i < 5; i++) {
+		CHECK(crowd(listening[i]) == crowds[i - 3] && number(listening[i], SOL_SOCKET, SO_INCOMING_CPU) == -1);
+		for (int last = -1, n = 0; n < crowds[i - 3]; n++) {
+			int who = -1, fd = accept(listening[i], NULL, NULL);
+			CHECK(fd >= 0 && recv(fd, &who, sizeof who, MSG_WAITALL) == sizeof who && who > last && who < SHARERS);
+			CHECK(number(fd, SOL_SOCKET, SO_REUSEPORT) == 1);
+			CHECK_ALL(is_client(fd, sharers[who]));
+			CHECK_ALL(talks(sharers[who], fd));
+			last = who;
+		}
+	}
+	return 1;
+}
+
+static void waiting_harm(void)
+{
+	NEED(write(clients[1][4], "more", 4) == 4);
+}
+
 WORKLOAD({"quiet", quiet_set, quiet_check, quiet_harm}, {"queues", queues_set, queues_check, queues_harm},
-	 {"half", half_set, half_check, half_harm})
+	 {"half", half_set, half_check, half_harm}, {"waiting", waiting_set, waiting_check, waiting_harm})

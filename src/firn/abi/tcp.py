@@ -8,7 +8,8 @@ import struct
  TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING) = range(1, 12)  # fmt: skip
 """enum tcp_states (net/tcp_states.h), also in linux/bpf.h."""
 
-TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_INFO, TCP_QUICKACK, TCP_FASTOPEN_CONNECT = 2, 10, 11, 12, 30
+TCP_MAXSEG, TCP_DEFER_ACCEPT, TCP_WINDOW_CLAMP, TCP_INFO, TCP_QUICKACK = 2, 9, 10, 11, 12
+TCP_FASTOPEN, TCP_FASTOPEN_CONNECT = 23, 30
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 19, 20, 21, 22
 TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 24, 29
 TCP_SAVED_SYN = 28
@@ -37,5 +38,5 @@ WINDOW = struct.Struct("<5I")
 SIOCINQ, SIOCOUTQ, SIOCOUTQNSD = 0x541B, 0x5411, 0x894B
 """tcp(7): bytes not read, not acknowledged, not sent; the latter two count a FIN."""
 
-TH_FIN, TH_ACK = 1, 16
+TH_FIN, TH_RST, TH_PUSH, TH_ACK, TH_URG = 1, 4, 8, 16, 32
 """RFC 9293, section 3.1."""

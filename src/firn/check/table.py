@@ -256,6 +256,8 @@ ABILITIES: tuple[Ability, ...] = (
           "lets the copy of a task hold no files", "no --fork-snapshot"),
     _base("huge_pages", memory.huge_pages, ALONE, USED,
           "mappings of huge pages", "processes that have them cannot be restored"),
+    _base("tcp_backlog", network.tcp_backlog, ALONE, USED,
+          "puts TCP connections back that wait to be accepted", "dumps wait until they are, or are refused"),
     _base("inotify_numbers", files.inotify_numbers, ALONE, USED,
           "gives inotify watches their numbers", "they are reached in a loop"),
     _base("unix_queues", network.unix_queues, ALONE, USED,

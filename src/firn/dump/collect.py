@@ -78,6 +78,7 @@ def collect(dump: Dump) -> Collected:
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
+    got.collector.context.backlogs = dump.backlogs
     got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)

@@ -26,7 +26,7 @@ from firn.abi import signal as sig
 from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
-from firn.dump.save import save_contents, save_records
+from firn.dump.save import save_contents, save_files, save_records
 from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_error, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from firn.log import Log
     from firn.resources.memory.shared import SharedPages
     from firn.resources.network.lock import Lock
+    from firn.resources.sockets.backlog import Backlogs
     from firn.tracee.freezer import Freezer
 
 
@@ -91,6 +92,7 @@ class Dump:
         self.requests: aio.Watch | None = None
         self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
+        self.backlogs: Backlogs | None = None
         self.doomed = False
         """The tree is being killed: there is no way back."""
 
@@ -114,7 +116,8 @@ class Dump:
                     raise
                 self.log.info(f"the tree runs on for {moment * 1000:g} ms: {refused.obstacles[0]}")
                 self._start_over()
-                time.sleep(moment)
+                if self.backlogs is None or not self.backlogs.relent(self._make_lock()):
+                    time.sleep(moment)
 
     def _start_over(self) -> None:
         """Back to before *observe*; the target runs."""
@@ -129,7 +132,7 @@ class Dump:
             self.collected = None
         if self.lock is not None:
             self.lock.close()
-            self._make_lock()
+            self.lock = None
         os.close(self.pidfd)
         self.pidfd = -1
         self.obstacles.clear()
@@ -156,12 +159,17 @@ class Dump:
 
             self.take_snapshots = take_all
         if self.options.tcp_established and not self.options.tcp_close:
-            self._make_lock()
+            from firn.resources.sockets.backlog import Backlogs
 
-    def _make_lock(self) -> None:
+            self.backlogs = Backlogs(self._make_lock(), self.log.warn)
+            if self.freezer is not None:  # then there is only one look
+                self.backlogs.prepare()
+
+    def _make_lock(self) -> Lock:
         from firn.resources.network import lock
 
         self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
+        return self.lock
 
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -266,9 +274,17 @@ class Dump:
 
     def release(self) -> None:
         """Let the target run on."""
+        self._take_clients(stays=True)
         self._unlock()
         self._release_tree()
         self._thawed()
+
+    def _take_clients(self, stays: bool) -> None:
+        """Save the connections that wait to be accepted, once. The last thing that is done to a target that ends: what
+        follows takes no time, for firn must not be killed before it is decided."""
+        if self.backlogs is not None:
+            self.backlogs.take(stays)
+            faults.point("dump.clients")
 
     def _unlock(self) -> None:
         if self.lock is not None:
@@ -315,6 +331,8 @@ class Dump:
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)
+        self._take_clients(self.options.leave_running or self.options.leave_stopped)
+        save_files(self.images, self.collected)
 
     def commit(self) -> None:
         """Make the directory a checkpoint."""
@@ -345,7 +363,10 @@ class Dump:
         """End the tree. What goes wrong then is told and passed over: the checkpoint is there, and good."""
         assert self.collected is not None
         self.doomed = True
-        steps = [self.tree.kill, self.collected.collector.killed]
+        steps = [self.tree.kill]
+        if self.backlogs is not None:
+            steps.append(self.backlogs.vanish)
+        steps.append(self.collected.collector.killed)
         if self.freezer is not None:
             steps.append(self.freezer.let_go)
         for step in steps:
@@ -367,6 +388,8 @@ class Dump:
     def undo(self) -> None:
         """After a failure: the target runs on as it was, and what was written is gone."""
         try:
+            if self.backlogs is not None:
+                self.backlogs.put_back()
             self._unlock()
         finally:
             self._undo_rest()
@@ -391,6 +414,8 @@ class Dump:
             if self.options.leave_running:
                 self.collected.finder.undo()
             self.collected.close()
+        if self.backlogs is not None:
+            self.backlogs.close()
         if self.lock is not None:
             self.lock.close()
         for fd in (self.first_pages, self.pidfd):

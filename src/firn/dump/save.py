@@ -25,7 +25,7 @@ def save_contents(images: ImageDir, got: Collected) -> None:
 
 
 def save_records(images: ImageDir, got: Collected, log: Log) -> None:
-    """Everything else; the target may be running again."""
+    """Everything else but the files; the target may be running again."""
     nobody = got.collector.locks.leased
     leased = {entry["id"] for entry in got.table.entries if entry.get("reg", {}).get("name") in nobody}
     add_build_ids(got.table.entries, leased | {remap["orig_id"] for remap in got.finder.remaps})
@@ -35,12 +35,16 @@ def save_records(images: ImageDir, got: Collected, log: Log) -> None:
         _save_task(images, mine, tables)
     for pid, core in got.zombies:
         images.write_one("CORE", core, pid)
-    images.write_all("FILES", got.table.entries)
     images.write_all("PSTREE", got.pstree)
     images.write_one("SECCOMP", {"seccomp_filters": got.filters.entries} if got.filters.entries else {})
     got.cgroup_sets.save(images)
     got.collector.save(images)
     log.info(f"saved {len(got.tasks)} processes, {sum(len(mine.cores) for mine in got.tasks)} threads")
+
+
+def save_files(images: ImageDir, got: Collected) -> None:
+    """The open files."""
+    images.write_all("FILES", got.table.entries)
 
 
 def _save_task(images: ImageDir, mine: CollectedTask, tables: set[int]) -> None:

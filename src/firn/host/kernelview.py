@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 
-from firn.abi import bpf, nr
-from firn.abi.libc import address_of, syscall
+from firn.abi import bpf
+from firn.abi.libc import address_of
 from firn.host import procfs
+from firn.host.bpf import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class KernelView:
         Told by a map of ours, whose elements are such things: the kernel's own table has no symbol that all kernels
         show."""
         attr = bpf.MAP_CREATE.pack(bpf.BPF_MAP_TYPE_PERCPU_ARRAY, 4, 8, 1)
-        table = _bpf("bpf map", bpf.BPF_MAP_CREATE, attr)[0]
+        table = call("map", bpf.BPF_MAP_CREATE, attr)[0]
         self._fds.append(table)
         place = self.follow(self.of_descriptor(table), "bpf_array", "pptrs")
         program = self._load(_percpu(table))
@@ -113,7 +114,7 @@ class KernelView:
         attr = bpf.PROG_LOAD.pack(
             bpf.BPF_PROG_TYPE_RAW_TRACEPOINT, len(code) // bpf.INSTRUCTION.size, address_of(code), address_of(license)
         )
-        self._fds.append(_bpf("bpf program", bpf.BPF_PROG_LOAD, attr)[0])
+        self._fds.append(call("program", bpf.BPF_PROG_LOAD, attr)[0])
         return self._fds[-1]
 
     def _run(self, program: int, argument: int) -> int:
@@ -121,15 +122,9 @@ class KernelView:
         for shift in (0, 32):
             context = bytearray(argument.to_bytes(8, "little") + shift.to_bytes(8, "little"))
             attr = bpf.TEST_RUN.pack(program, 0, 0, 0, 0, 0, 0, 0, len(context), 0, address_of(context))
-            halves.append(bpf.TEST_RUN.unpack_from(_bpf("bpf run", bpf.BPF_PROG_TEST_RUN, attr)[1])[1])
+            halves.append(bpf.TEST_RUN.unpack_from(call("run", bpf.BPF_PROG_TEST_RUN, attr)[1])[1])
         low, high = halves
         return int(low | high << 32)
-
-
-def _bpf(what: str, command: int, attr: bytes) -> tuple[int, bytearray]:
-    """Call bpf(2): (its result, *attr* as it is afterwards)."""
-    buffer = bytearray(attr.ljust(bpf.ATTR_SIZE, b"\0"))
-    return syscall(what, nr.bpf, command, address_of(buffer), len(buffer)), buffer
 
 
 def _possible_cpus() -> Iterator[int]:

@@ -132,13 +132,17 @@ def add(channel: Channel, name: str, connections: Iterable[Connection]) -> None:
     _change(channel, f"adding to nftables table {name}", _elements(name, connections))
 
 
-def close_doors(channel: Channel, name: str, doors: Iterable[bytes], incoming: bool) -> None:
-    """Let the armed table *name* give no answer to new clients at *doors* (see :func:`door`; address 0: any address).
+SYN_IN, ALL_IN, RESET_OUT = range(3)
+"""What is dropped at a door: the SYN of new clients, for a listening socket that shall get no more connections;
+everything that comes, so that no handshake ends either; only resets in answer, for a socket that is gone: another
+server in its place can be reached."""
 
-    *incoming*: their SYN is dropped, for a listening socket that shall get no more connections. Otherwise only resets
-    in answer are, for one that is gone: another server in its place can be reached. To be called once for a table.
-    Raises :class:`OSError`.
+
+def close_doors(channel: Channel, name: str, doors: Iterable[bytes], what: int) -> None:
+    """Let the armed table *name* drop *what* (SYN_IN and so on) at *doors* (see :func:`door`; address 0: any address).
+    If it is called again, what is dropped is so at all doors. Raises :class:`OSError`.
     """
+    incoming = what != RESET_OUT
     requests = []
     for width, protocol, first in _VERSIONS:
         mine = [each for each in dict.fromkeys(doors) if len(each) == width + 4]
@@ -153,7 +157,7 @@ def close_doors(channel: Channel, name: str, doors: Iterable[bytes], incoming: b
         )
         port = _payload(nf.NFT_REG32_00 + width // 4, nf.NFT_PAYLOAD_TRANSPORT_HEADER, 2 * incoming, 2)
         address = _payload(nf.NFT_REG32_00, nf.NFT_PAYLOAD_NETWORK_HEADER, first + width * incoming, width)
-        flags = _flags(_SYN | _ACK, _SYN) if incoming else _flags(_RST, _RST)
+        flags = (_flags(_SYN | _ACK, _SYN), b"", _flags(_RST, _RST))[what]
         for key in (address + port, wildcard + port):
             rule = _tcp(protocol) + flags + key + _drop_if_in(_DOORS[width], width)
             requests.append(_rule(name, _INPUT if incoming else _OUTPUT, rule))

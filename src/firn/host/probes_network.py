@@ -8,11 +8,13 @@ import os
 import socket
 import struct
 
+from firn.abi import bpf as abi
 from firn.abi import nftables as nf
 from firn.abi import nr
 from firn.abi import probe_consts as pc
 from firn.abi.libc import syscall
 from firn.errors import KernelError
+from firn.host import bpf
 from firn.host.netlink import attribute, attributes, message
 from firn.host.probes_netlink import talk
 from firn.host.unixqueue import Queues
@@ -164,6 +166,13 @@ def tcp_half_closed() -> None:
             raise KernelError("a shut down connection has data")
         client.setsockopt(socket.IPPROTO_TCP, pc.TCP_REPAIR, 1)
         client.setsockopt(socket.IPPROTO_TCP, pc.TCP_REPAIR, 0)
+
+
+def tcp_backlog() -> None:
+    """A BPF program can vouch for a handshake (bpf_sk_assign_tcp_reqsk, Linux 6.8), and look a socket up in a map."""
+    if not bpf.function(b"bpf_sk_assign_tcp_reqsk"):
+        raise KernelError("the kernel does not tell of bpf_sk_assign_tcp_reqsk")
+    bpf.Map(abi.BPF_MAP_TYPE_SOCKMAP, 8).close()
 
 
 # -- Interfaces and namespaces ----------------------------------------------------------------------------------------

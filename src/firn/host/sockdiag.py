@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -28,14 +29,20 @@ INET_DIAG_MSG = struct.Struct("<BBBB48x4xIIII")
 _INET_INFO, INET_SHUTDOWN, INET_MD5SIG = 2, 8, 18
 _CONNECTED = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
 """The states of a connection that a descriptor can have, as bits."""
+_SYN_RECV, _WAITING = 3, 1 << 1 | 1 << 8
+"""That of a handshake; as bits, those of a connection that waits to be accepted: ESTABLISHED, CLOSE-WAIT."""
 _SOCK_DESTROY = 21  # linux/sock_diag.h
 _TCP = 6
 _BOUND = 13
 """TCP_BOUND_INACTIVE (net/tcp_states.h)."""
-_ENDING = (4, 9, 11)
-"""FIN-WAIT-1, LAST-ACK, CLOSING (net/tcp_states.h)."""
+_ENDING = (4, 6, 9, 11)
+"""FIN-WAIT-1, TIME-WAIT, LAST-ACK, CLOSING (net/tcp_states.h)."""
 _ENDS = struct.Struct(">HH16s16s")
 """struct inet_diag_sockid: ports and addresses."""
+_TCP_INFO = struct.Struct("<5xB10xI120xI")
+"""Of struct tcp_info: tcpi_options, tcpi_snd_mss, tcpi_segs_in."""
+_STAMPS, _STAMPS_SIZE = 1, 12
+"""TCPI_OPT_TIMESTAMPS (linux/tcp.h), and the bytes that they take from each segment."""
 _ID = slice(4, 52)
 """Where a whole one is in struct inet_diag_msg."""
 PACKET_DIAG_REQ = struct.Struct("<BBHIIII")
@@ -183,9 +190,57 @@ def tcp_bound(family: int) -> dict[int, int]:
     }
 
 
+class Unaccepted:
+    """A TCP connection that no process has a descriptor of: it waits to be accepted, if it is established.
+
+    ``near`` and ``far`` are addresses of 4 or 16 bytes, in network order; ``state`` as in net/tcp_states.h; ``unread``
+    the bytes that wait in it, with the peer's FIN; ``room`` the data of its largest segment (options count as data);
+    ``arrived`` how many segments have.
+    """
+
+    __slots__ = ("arrived", "dport", "far", "near", "room", "sport", "state", "unread")
+
+    def __init__(self, payload: bytes) -> None:
+        self.sport, self.dport, near, far = _ENDS.unpack_from(payload, _ID.start)
+        width = 4 if payload[0] == AF_INET else 16
+        self.near, self.far = near[:width], far[:width]
+        self.state = payload[1]
+        self.unread = INET_DIAG_MSG.unpack_from(payload)[4]
+        info = dict(attributes(payload, INET_DIAG_MSG.size)).get(_INET_INFO, b"").ljust(_TCP_INFO.size, b"\0")
+        agreed, self.room, self.arrived = _TCP_INFO.unpack_from(info)
+        self.room += _STAMPS_SIZE if agreed & _STAMPS else 0
+
+
+def unaccepted(family: int, port: int) -> list[Unaccepted]:
+    """Connections to *port* of this machine that wait to be accepted. Raises :class:`OSError`."""
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << _INET_INFO - 1, _WAITING)[:8] + port.to_bytes(2, "big")
+    found = listing("TCP", request.ljust(INET_DIAG_REQ.size, b"\0"))
+    return [Unaccepted(payload) for payload in found if not INET_DIAG_MSG.unpack_from(payload)[-1]]
+
+
+def half_open(family: int) -> list[Unaccepted]:
+    """Connections of a family that are in the middle of their handshake. Raises :class:`OSError`."""
+    return [Unaccepted(payload) for payload in listing("TCP", INET_DIAG_REQ.pack(family, _TCP, 0, 1 << _SYN_RECV))]
+
+
+def find_unaccepted(family: int, near: bytes, sport: int, far: bytes, dport: int) -> Unaccepted | None:
+    """The connection between these two ends, if it is there and nobody has accepted it. Raises :class:`OSError`."""
+    ends = _ENDS.pack(sport, dport, near.ljust(16, b"\0"), far.ljust(16, b"\0")) + bytes(4) + b"\xff" * 8
+    request = INET_DIAG_REQ.pack(family, _TCP, 1 << _INET_INFO - 1, _WAITING)[:8] + ends
+    try:
+        found = ask("a TCP connection", request, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_ACK, NETLINK_SOCK_DIAG)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    # If there is none, the kernel tells of the listening socket, or of what it remembers of an earlier one.
+    mine = [each for each in found if _WAITING >> each[1] & 1 and not INET_DIAG_MSG.unpack_from(each)[-1]]
+    return Unaccepted(mine[0]) if mine else None
+
+
 def destroy_orphans(connections: list[Connection]) -> None:
     """Remove the kernel's half of those of the *connections* that no process has a descriptor of any more, but that the
-    kernel still tries to end properly. Says a reset to their peers, unless that is dropped on the way.
+    kernel still tries to end properly, or remembers. Says a reset to their peers, unless that is dropped on the way.
 
     For a socket in this state it works since Linux 6.11 (tcp_abort). Raises :class:`OSError`.
     """

@@ -113,7 +113,8 @@ def _inet(message: Entry, tables: dict[str, dict[int, Entry]]) -> str:
     text = f"{protocol} {_address(message['src_addr'], message['src_port'])}"
     if message["dst_port"] or any(message["dst_addr"]):
         text += f" to {_address(message['dst_addr'], message['dst_port'])}"
-    return text
+    waiting = len(message.get("firn", {}).get("clients", ()))
+    return text + (f", {waiting} waiting to be accepted" if waiting else "")
 
 
 def _unix(message: Entry, tables: dict[str, dict[int, Entry]]) -> str:

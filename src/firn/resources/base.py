@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from firn.images.store import ImageDir
     from firn.resources.files.external import Inherited
     from firn.resources.network.lock import Lock
+    from firn.resources.sockets.backlog import Backlogs
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -131,9 +132,10 @@ class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
     ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold. ``lock``
-    keeps connections quiet; None unless they are to be saved (``--tcp-established``)."""
+    keeps connections quiet, and ``backlogs`` has those that nobody has accepted; None unless they are to be saved
+    (``--tcp-established``)."""
 
-    __slots__ = ("add_open", "add_path", "lock", "obstacles", "options", "owner", "pids", "warn")
+    __slots__ = ("add_open", "add_path", "backlogs", "lock", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -152,6 +154,7 @@ class DumpContext:
         self.add_path = add_path
         self.add_open = add_open
         self.lock: Lock | None = None
+        self.backlogs: Backlogs | None = None
         self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "", passing: bool = False) -> None:

@@ -140,6 +140,18 @@ MESSAGES = {
         6 clamp u32?
         7 devices firn_device*
         8 ssthresh u32?
+        9 clients firn_client*
+    """,
+    "firn_client": """
+        1 state u32? dict:sk
+        2 src_addr u32* ipadd
+        3 src_port u32?
+        4 dst_addr u32* ipadd
+        5 dst_port u32?
+        6 stream tcp_stream_entry?
+        7 data bytes?
+        8 rcvbuf u32?
+        9 urgent u32?
     """,
     "firn_netlink": """
         1 groups bytes?

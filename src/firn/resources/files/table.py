@@ -31,9 +31,12 @@ class FileTable:
         return self._by_key.get(key)
 
     def add(self, kind: int, message: dict[str, Any], key: object = None) -> int:
-        """Add a file of *kind*; *message* gets its id, unless it shares that of another kind. Returns the id."""
-        number = message["id"] if "id" in message else self.new_id()
-        self.entries.append({"type": kind, "id": number, FIELD[kind]: {"id": number, **message}})
+        """Add a file of *kind*; *message* gets its id, unless it shares that of another kind. Returns the id. What is
+        changed in *message* until the entries are written is changed in the images."""
+        if "id" not in message:
+            message["id"] = self.new_id()
+        number: int = message["id"]
+        self.entries.append({"type": kind, "id": number, FIELD[kind]: message})
         if key is not None:
             self._by_key[key] = number
         return number

@@ -122,10 +122,12 @@ def _pid_namespace() -> int:
 class Lock:
     """What a dump or a restore does to connections. This one does nothing: ``--network-lock skip``.
 
-    ``method`` is for the inventory; ``used`` whether a connection was ever added.
+    ``method`` is for the inventory; ``used`` whether a connection was ever added; ``holds_doors`` whether it keeps new
+    clients away.
     """
 
     method = SKIP
+    holds_doors = False
 
     def __init__(self) -> None:
         self.used = False
@@ -134,9 +136,10 @@ class Lock:
         """Lock *connections* (each as the saved socket sees it), all in one step, both directions. May be called again
         with more. Raises :class:`OSError` and :class:`KernelError`; then what was locked before still is."""
 
-    def close_doors(self, doors: Iterable[bytes]) -> None:
-        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`), which end with the dump. Once.
-        Raises :class:`OSError`."""
+    def close_doors(self, doors: Iterable[bytes], everything: bool = False) -> None:
+        """Nobody new connects to listening sockets (:func:`firn.host.nftables.door`) while the dump is at work.
+        *everything*: nobody reaches them at all, also who is in the middle of a handshake. May be called again with
+        more. Raises :class:`OSError`."""
 
     def keep(self) -> None:
         """From now on the lock stays when firn ends, for the restore. Raises :class:`OSError`."""
@@ -157,6 +160,7 @@ class NftLock(Lock):
     """
 
     method = NFTABLES
+    holds_doors = True
 
     def __init__(self, run_id: str, note: Note, namespace: int = -1, rules: bool = False) -> None:
         super().__init__()
@@ -200,18 +204,19 @@ class NftLock(Lock):
         nftables.add(self._open_channel(), self._own, more)
         self._connections += more
 
-    def close_doors(self, doors: Iterable[bytes]) -> None:
+    def close_doors(self, doors: Iterable[bytes], everything: bool = False) -> None:
         """Drop the SYN of new clients."""
-        self._doors = list(doors)
-        self.used |= bool(self._doors)
-        nftables.close_doors(self._open_channel(), self._own, self._doors, incoming=True)
+        more = [each for each in doors if everything or each not in self._doors]
+        self.used |= bool(more)
+        nftables.close_doors(self._open_channel(), self._own, more, nftables.ALL_IN if everything else nftables.SYN_IN)
+        self._doors += more
 
     def keep(self) -> None:
         """Lock the same in the table that stays."""
         if self._connections or self._doors:
             nftables.arm(self._open_channel(), self._held, self._connections)
             self._kept = True
-            nftables.close_doors(self._open_channel(), self._held, self._doors, incoming=False)
+            nftables.close_doors(self._open_channel(), self._held, self._doors, nftables.RESET_OUT)
 
     def open(self) -> None:
         """Remove all tables of this dump."""

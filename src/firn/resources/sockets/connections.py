@@ -21,6 +21,21 @@ _NONE = (7, _LISTEN)
 """States (linux/tcp_states.h) in which nobody is at the other end: CLOSE, LISTEN."""
 
 
+def to_words(address: str, family: int) -> list[int]:
+    """An address as the images have it: one or four words, copied from network order."""
+    import _socket
+
+    raw = _socket.inet_pton(family, address)
+    return list(struct.unpack(f"<{len(raw) // 4}I", raw))
+
+
+def from_words(words: list[int], family: int) -> str:
+    """The address that :func:`to_words` made."""
+    import _socket
+
+    return _socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words))
+
+
 def connection(message: dict[str, Any]) -> Connection:
     """The connection of an inet_sk_entry that is one."""
     source, destination = (
@@ -48,16 +63,29 @@ def listens(files: dict[tuple[int, int], dict[str, Any]]) -> bool:
     return any(each is not None and (each["proto"], each["state"]) == (_TCP, _LISTEN) for each in messages)
 
 
+def clients(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Who waits to be accepted by the listening socket of an inet_sk_entry: firn_client, with its family."""
+    found: list[dict[str, Any]] = message.get("firn", {}).get("clients", []) if message["state"] == _LISTEN else []
+    return [each | {"family": message["family"]} for each in found]
+
+
 def connections(files: dict[tuple[int, int], dict[str, Any]]) -> list[Connection]:
     """All connections in the file table of a checkpoint (by type and id). Impossible ones are left out: they are
     complained about where they are restored."""
     found = []
     for (kind, _), entry in files.items():
         message = entry.get(FIELD[INETSK])
-        if kind != INETSK or message is None or message["proto"] != _TCP or message["state"] in _NONE:
+        if kind != INETSK or message is None or message["proto"] != _TCP:
             continue
-        width = _WIDTH.get(message["family"], 0) // 4
-        sane = message["src_port"] >> 16 == 0 == message["dst_port"] >> 16
-        if sane and width and all(len(message[side]) <= width for side in ("src_addr", "dst_addr")):
-            found.append(connection(message))
+        own = [message] if message["state"] not in _NONE else clients(message)
+        found += [connection(each) for each in own if is_sane(each)]
     return found
+
+
+def is_sane(message: dict[str, Any]) -> bool:
+    """Whether a connection has possible ends."""
+    width = _WIDTH.get(message["family"], 0) // 4
+    return all(
+        width and len(message.get(f"{side}_addr", (0,) * 5)) <= width and not message.get(f"{side}_port", -1) >> 16
+        for side in ("src", "dst")
+    )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import struct
 
 from firn.abi import poll
 from firn.abi.tcp import (
@@ -236,6 +235,8 @@ class InetSockets(Kind):
             context.lock.close_doors([door for _, _, message in self._listeners for door in connections.doors(message)])
             for copy, open, _ in self._listeners:  # who came after we looked, and before the doors were closed
                 _tcp_state(copy, open, context)
+        if context.backlogs is not None and not context.options.skip_in_flight:
+            context.backlogs.finish(self._listeners, context, _stays(context))
         for connection in self._connections:
             for reason in connection.read():
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))
@@ -274,6 +275,11 @@ class InetSockets(Kind):
             self._rebuild = InetRebuild(context)
             self._rebuild.run()
         return self._rebuild.take(number)
+
+    def complete(self) -> None:
+        """Connections wait to be accepted again."""
+        if self._rebuild is not None:
+            self._rebuild.complete()
 
     def resume(self) -> None:
         """Connections begin to live."""
@@ -334,15 +340,23 @@ def _obstacles(copy: _socket.socket) -> list[str]:
     return reasons
 
 
+def _may_wait(copy: _socket.socket, open: Open, context: DumpContext, waiting: int) -> bool:
+    """Whether the dump goes on though clients wait to be accepted; else the socket was refused."""
+    if context.options.skip_in_flight:
+        return True
+    if context.backlogs is not None:
+        return context.backlogs.collect(copy, open, context)
+    from firn.resources.sockets.backlog import refusal
+
+    context.refuse(open, *refusal(waiting), passing=True)
+    return False
+
+
 def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[int, int]:
     """(state, backlog) of a TCP socket; state 0 if it was refused."""
     state, _, _, waiting, backlog = INFO.unpack(copy.getsockopt(TCP, TCP_INFO, INFO.size))
     if state == LISTEN:
-        if waiting and not context.options.skip_in_flight:
-            reason = f"listens, and {waiting} connection{'s wait' if waiting > 1 else ' waits'} to be accepted"
-            context.refuse(open, reason, "let them be accepted, or drop them with --skip-in-flight", passing=True)
-            return 0, 0
-        return state, backlog
+        return (state, backlog) if not waiting or _may_wait(copy, open, context, waiting) else (0, 0)
     if state in STATES:
         if copy.getsockopt(TCP, TCP_REPAIR):
             # Only a dump that was killed leaves the socket of a running program so; what SO_REUSEADDR was is not known.
@@ -359,17 +373,6 @@ def _tcp_state(copy: _socket.socket, open: Open, context: DumpContext) -> tuple[
         context.refuse(open, "is in repair mode (TCP_REPAIR): somebody is at work on it", _CLOSE_IT)
         return 0, 0
     return CLOSE, 0
-
-
-def to_words(address: str, family: int) -> list[int]:
-    """An address as the images have it: one or four words, copied from network order."""
-    raw = _socket.inet_pton(family, address)
-    return list(struct.unpack(f"<{len(raw) // 4}I", raw))
-
-
-def from_words(words: list[int], family: int) -> str:
-    """The address that :func:`to_words` made."""
-    return _socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words))
 
 
 def _forget_connection(message: dict[str, Any]) -> None:
@@ -398,7 +401,7 @@ def _addresses(
         message["state"] = ESTABLISHED
     for side, address in (("src", near), ("dst", far)):
         text, _, scope = address[0].partition("%")
-        message[f"{side}_addr"] = to_words(text, copy.family)
+        message[f"{side}_addr"] = connections.to_words(text, copy.family)
         message[f"{side}_port"] = address[1]
         index = address[3] if len(address) > 3 else 0
         if index or scope:

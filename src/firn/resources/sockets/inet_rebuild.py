@@ -20,13 +20,12 @@ import struct
 
 from firn.errors import ImageError, RestoreError
 from firn.resources.base import INETSK
-from firn.resources.sockets import common, datagrams, inet_options, options, raw
+from firn.resources.sockets import common, connections, datagrams, inet_options, options, raw
 from firn.resources.sockets.inet import (
     CLOSE,
     ESTABLISHED,
     LISTEN,
     STATES,
-    from_words,
     is_address,
     is_supported,
 )
@@ -37,10 +36,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.resources.base import RestoreContext
+    from firn.resources.sockets.admission import Admission, Client
     from firn.resources.sockets.tcp_rebuild import Stream
 
 _NAMES = {(STREAM, TCP): "TCP", (DGRAM, UDP): "UDP", (DGRAM, UDPLITE): "UDP-Lite"}
-_SO_REUSEADDR, _SO_PRIORITY = 2, 12
+_SO_PRIORITY = 12
 _SHUTDOWN_BOTH = 3
 
 
@@ -52,13 +52,14 @@ def _groups(entry: dict[str, Any]) -> list[dict[str, Any]]:
 class Made:
     """A socket of the checkpoint on its way back."""
 
-    __slots__ = ("entry", "id", "sock", "stream", "taken")
+    __slots__ = ("clients", "entry", "id", "sock", "stream", "taken")
 
     def __init__(self, number: int, entry: dict[str, Any]) -> None:
         self.id = number
         self.entry = entry
         self.sock: _socket.socket | None = None
         self.stream: Stream | None = None
+        self.clients: list[Client] = []
         self.taken = False
         self._check()
 
@@ -89,7 +90,7 @@ class Made:
         """The address of one *side* (src, dst)."""
         family = self.entry["family"]
         words = self.entry[f"{side}_addr"] or [0] * (1 if family == AF_INET else 4)
-        return from_words(words, family)
+        return connections.from_words(words, family)
 
     def shown(self, side: str) -> str:
         """Address and port for people."""
@@ -121,7 +122,8 @@ class InetRebuild:
             for (kind, number), entry in context.files.items()
             if kind == INETSK and not context.inherited.supplies(kind, entry["isk"])
         }
-        self._images = context.images
+        self._context = context
+        self._admission: Admission | None = None
         self._sharing: dict[tuple[int, int, int], int] = {}
 
     def run(self) -> None:
@@ -129,6 +131,8 @@ class InetRebuild:
         for made in self.made.values():
             if made.connection and not self.options.tcp_close:
                 self._load_stream(made)
+            if made.listens and connections.clients(made.entry):
+                self._load_clients(made)
             if made.bound or made.stream is not None:
                 self._sharing[made.key] = self._sharing.get(made.key, 0) + 1
         for stage in (self._make, self._listen, self._connect, self._fill, self._finish):
@@ -141,7 +145,30 @@ class InetRebuild:
             raise RestoreError(what, "--tcp-established brings it back so; --tcp-close brings it back closed")
         from firn.resources.sockets.tcp_rebuild import Stream
 
-        made.stream = Stream(str(made), made.entry, self._images)
+        made.stream = Stream(str(made), made.entry, self._context.images)
+
+    def _load_clients(self, made: Made) -> None:
+        """Those who wait to be accepted get into the backlog last of all, for they would hear if we failed then."""
+        if self.options.tcp_close:
+            self._context.warn(f"{made} comes back without the connections that waited to be accepted")
+            return
+        if not self.options.tcp_established:
+            what = f"{made} has connections that wait to be accepted"
+            raise RestoreError(what, "--tcp-established brings them back; --tcp-close leaves them out")
+        from firn.resources.sockets.admission import Admission, load
+
+        made.clients = load(str(made), made.entry)
+        if self._admission is None:
+            self._admission = Admission()
+
+    def complete(self) -> None:
+        """Clients wait again. Raises :class:`KernelError`, :class:`OSError`."""
+        for made in self.made.values():
+            if made.clients:
+                assert self._admission is not None
+                with self._admission.facing(made.get()):
+                    for client in made.clients:
+                        self._admission.admit(made.get(), client)
 
     def resume(self) -> None:
         """Connections live."""
@@ -157,6 +184,8 @@ class InetRebuild:
 
     def close(self) -> None:
         """Close what nobody took."""
+        if self._admission is not None:
+            self._admission.close()
         for made in self.made.values():
             if made.sock is not None:
                 # What was taken is closed by its taker.
@@ -206,7 +235,7 @@ class InetRebuild:
     def _bind(self, made: Made) -> None:
         sock = made.get()
         if made.stream is None and self._sharing[made.key] > 1:
-            sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, 1)
+            sock.setsockopt(options.SOL_SOCKET, options.SO_REUSEADDR, 1)
         try:
             sock.bind(made.address("src"))
         except OSError as error:
@@ -221,7 +250,7 @@ class InetRebuild:
             raise _in_the_way(made, error) from None
         if made.stream is None:
             # Of a connection, repair mode has the option for itself.
-            sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
+            sock.setsockopt(options.SOL_SOCKET, options.SO_REUSEADDR, bool(entry["opts"].get("reuseaddr")))
         for member in _groups(entry):
             try:
                 inet_options.join(sock, member)

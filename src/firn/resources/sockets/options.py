@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SOL_SOCKET = 1
-SO_SNDBUF, SO_RCVBUF, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 7, 8, 32, 33
+SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 2, 7, 8, 32, 33
 SO_LINGER, SO_PASSCRED, SO_PEEK_OFF, SO_BUF_LOCK = 13, 16, 42, 72
 SO_BINDTODEVICE, SO_ATTACH_FILTER, SO_MARK = 25, 26, 36
 SO_TIMESTAMPING, SO_TIMESTAMPING_NEW, SO_PASSRIGHTS = 37, 65, 83
@@ -39,8 +39,8 @@ NUMBERS = (
     ("so_priority", 12, 0), ("so_rcvlowat", 18, 1), ("so_mark", SO_MARK, 0), ("so_oobinline", 10, 0),
 )  # fmt: skip
 SWITCHES = (
-    ("reuseaddr", 2), ("so_passcred", SO_PASSCRED), ("so_passsec", 34), ("so_dontroute", 5), ("so_no_check", 11),
-    ("so_reuseport", 15), ("so_broadcast", 6), ("so_keepalive", 9),
+    ("reuseaddr", SO_REUSEADDR), ("so_passcred", SO_PASSCRED), ("so_passsec", 34), ("so_dontroute", 5),
+    ("so_no_check", 11), ("so_reuseport", 15), ("so_broadcast", 6), ("so_keepalive", 9),
 )  # fmt: skip
 TIMEOUTS = (("so_snd_tmo", 21), ("so_rcv_tmo", 20))
 

@@ -9,6 +9,8 @@ from firn.resources.sockets.inet_options import AF_INET, AF_INET6
 from firn.resources.sockets.options import SO_MARK, SOL_SOCKET
 
 _RAW_PROTOCOL = 255
+_TCP = 6
+_SEGMENT = struct.Struct(">HHIIBBHHH")
 LOCK_MARK = 0xC114
 """The mark of packets that a locked network lets through; CRIU's, for a lock may be CRIU's."""
 MAPPED = bytes(10) + b"\xff\xff"
@@ -67,3 +69,24 @@ def send(
         channel.sendto(head + source + target + body, where)
     finally:
         channel.close()
+
+
+def segment(
+    ends: tuple[bytes, int, bytes, int],
+    numbers: tuple[int, int],
+    flags: int,
+    window: int,
+    options: bytes = b"",
+    data: bytes = b"",
+    urgent: int = 0,
+    link: int = 0,
+) -> None:
+    """Send a TCP segment (RFC 9293) that a locked network lets through: *ends* are source and target, each an address
+    and a port; *numbers* the sequence number and what is acknowledged; *options* fill whole words of four bytes;
+    *urgent*, with that flag, is how far the urgent data goes; *link* as in :func:`send`."""
+    source, sport, target, dport = ends
+    head = sport, dport, *(number % (1 << 32) for number in numbers), (5 + len(options) // 4) << 4, flags, window
+    rest = options + data
+    draft = _SEGMENT.pack(*head, 0, urgent) + rest
+    check = checksum(pseudo(source, target, _TCP, len(draft)) + draft)
+    send(source, target, _TCP, _SEGMENT.pack(*head, check, urgent) + rest, LOCK_MARK, link=link)

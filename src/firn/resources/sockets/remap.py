@@ -11,6 +11,7 @@ import struct
 
 from firn.errors import UsageError
 from firn.resources.base import INETSK
+from firn.resources.sockets.connections import is_sane
 from firn.resources.sockets.inet_options import AF_INET, AF_INET6
 from firn.resources.sockets.packets import MAPPED, unmapped
 
@@ -58,6 +59,12 @@ def apply(files: dict[tuple[int, int], dict[str, Any]], words: Iterable[str]) ->
         _change(message, "src", table)
         if peer in inside or anywhere in inside:
             _change(message, "dst", table)
+        for client in message.get("firn", {}).get("clients", []):
+            if not is_sane(client | {"family": message["family"]}):
+                continue
+            _change(client, "src", table)
+            if (message["proto"], *_place(client, "dst")) in inside:
+                _change(client, "dst", table)
         for datagram in message.get("firn", {}).get("datagrams", []):
             for side in ("source", "destination"):
                 datagram[side] = table.get(datagram.get(side, b""), datagram.get(side, b""))

@@ -74,7 +74,6 @@ FIN_QUEUED = (TCP_FIN_WAIT1, TCP_CLOSING, TCP_LAST_ACK)
 FIN_RECEIVED = (TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING)
 WINDOW_FIELDS = ("snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
 KNOWN_OPTIONS = TCPI_OPT_TIMESTAMPS | TCPI_OPT_SACK | TCPI_OPT_WSCALE | TCPI_OPT_ECN
-_SO_REUSEADDR = 2
 _NO_OFFSET = (-1).to_bytes(4, "little", signed=True)
 _MSG_PEEK, _MSG_DONTWAIT = 2, 0x40
 _SLACK = 1 << 18
@@ -102,7 +101,7 @@ def peek(sock: socket, size: int) -> bytes:
 def switch_off(sock: socket, reuse: bool, how: int = TCP_REPAIR_OFF_NO_WP) -> None:
     """End repair mode, which took SO_REUSEADDR away. *how*: TCP_REPAIR_OFF also sends the peer a window probe."""
     sock.setsockopt(TCP, TCP_REPAIR, how)
-    sock.setsockopt(options.SOL_SOCKET, _SO_REUSEADDR, reuse)
+    sock.setsockopt(options.SOL_SOCKET, options.SO_REUSEADDR, reuse)
 
 
 class Connection:

@@ -286,12 +286,8 @@ class Stream:
         elif self.entry["opts"].get("so_bound_dev"):
             # It comes from the loopback device.
             self._bind_to("")
-        ports = self.entry["dst_port"], self.entry["src_port"]
-        head = (*ports, theirs % _WORD, ours % _WORD, 5 << 4, flags, _OPEN_WINDOW)
-        draft = struct.pack(">HHIIBBHHH", *head, 0, 0)
-        check = packets.checksum(packets.pseudo(source, target, TCP, len(draft)) + draft)
-        segment = struct.pack(">HHIIBBHHH", *head, check, 0)
-        packets.send(source, target, TCP, segment, packets.LOCK_MARK, link=link)
+        ends = source, self.entry["dst_port"], target, self.entry["src_port"]
+        packets.segment(ends, (theirs, ours), flags, _OPEN_WINDOW, link=link)
         end = time.monotonic() + _PATIENCE_S
         # Late, the true peer may have its say too.
         wanted = (reached, TCP_CLOSE) if late else (reached,)
