@@ -7,7 +7,7 @@ import os
 from firn.abi import fcntl as fc
 from firn.abi import signal as sig
 from firn.dump import task as one
-from firn.dump.task import CollectedTask, Questions
+from firn.dump.task import CollectedTask, Patterns, Questions
 from firn.errors import KernelError, Obstacle
 from firn.host import kcmp, procfs
 from firn.resources import base, births, cgroups, process, seccomp, semaphores
@@ -16,6 +16,7 @@ from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
 from firn.resources.files.table import FileTable
 from firn.resources.namespaces import Namespaces
+from firn.tracee.steps import alone, together
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Collected:
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
+        self.patterns = Patterns()
         self.told: set[int] = set()
         """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
@@ -92,18 +94,26 @@ def collect(dump: Dump) -> Collected:
         for task in tree.tasks:
             if task.stop_signal:
                 stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
-        for first in range(0, len(got.tasks), _AT_ONCE):
-            running = [
-                Questions(mine, dump.partners, stopped.get(mine.pid, []))
-                for mine in got.tasks[first : first + _AT_ONCE]
-            ]
-            for questions in running:
-                questions.answer(got, dump.waiting, dump.frozen_at)
+        questions = [Questions(mine, stopped.get(mine.pid, [])) for mine in got.tasks]
+        for first in range(0, len(questions), _AT_ONCE):
+            _ask(questions[first : first + _AT_ONCE], got, dump)
         _identity(tree, got, dump)
     except BaseException:
         got.close()
         raise
     return got
+
+
+def _ask(questions: list[Questions], got: Collected, dump: Dump) -> None:
+    """Ask processes about themselves, all at once."""
+    together([each.prepare(got.patterns) for each in questions if not each.mine.task.shares_memory])
+    for each in questions:
+        if each.mine.task.shares_memory:
+            alone(each.prepare(got.patterns))
+    for each in questions:
+        each.start(dump.partners, got.patterns)
+    for each in questions:
+        each.answer(got, dump.waiting, dump.frozen_at)
 
 
 _AT_ONCE = 64
@@ -184,9 +194,12 @@ def _number_objects(got: Collected) -> None:
             if found is None:
                 known.insert(place, (mine.task.voice, 0, number))
             mine.ids[field] = number if found is None else found
+    for mine in got.tasks:
+        mine.task.shares_memory = False
     for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
         if mine.ids["vm_id"] != number:
             mine.sharer = got.tasks[mine.ids["vm_id"] - FIRST_KCMP_ID]
+            mine.task.shares_memory = mine.sharer.task.shares_memory = True
 
 
 def _check_births(tree: FrozenTree, got: Collected) -> None:

@@ -20,6 +20,7 @@ from firn.resources.files.paths import NO_OWNER
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
+from firn.tracee.program import Recording
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from firn.dump.collect import Collected
     from firn.tracee.program import Program
     from firn.tracee.seize import Task, Thread
+    from firn.tracee.steps import Steps
 
 _PROGRAM_SIZE = 65536
 
@@ -39,11 +41,12 @@ class CollectedTask:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.pid = task.pid
-        self.stat = procfs.stat(task.pid, task.pid)
+        self.stat = task.stat
         self.voice_stat = procfs.stat(task.pid, task.voice) if task.headless else self.stat
         """The first has what is the process's, this one what a thread has only while it lives (memory, flags)."""
         self.statuses = {thread.tid: procfs.status(task.pid, thread.tid) for thread in task.threads}
         self.cgroups = cgroups.Cgroups(task.voice)
+        self.maps: list[procfs.Map] | None = None
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
@@ -76,8 +79,8 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
     if mine.sharer is None:
-        maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
-        mine.areas = areas.classify(pid, maps, got.obstacles)
+        mine.maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
+        mine.areas = areas.classify(pid, mine.maps, got.obstacles)
         areas.find_backing(voice, mine.areas, got.obstacles)
         _add_segments(got, mine)
     cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
@@ -102,7 +105,7 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
     """Must come before the first program: the kernel forgets a thread's rseq critical section when it runs outside of
     it."""
     for thread in mine.task.threads:
-        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread.tid, thread.regs)
+        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread)
 
 
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
@@ -175,63 +178,108 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 # -- asking the task ---------------------------------------------------------------------------------------------------
 
 
-class Questions:
-    """The programs of one process while they run."""
+class Asked:
+    """Where the answers lie to what a process's leader was asked."""
 
-    def __init__(self, mine: CollectedTask, partners: policies.Partners, stopped: list[int]) -> None:
-        task = mine.task
+    __slots__ = ("actions", "keys", "locked", "policies", "process", "stopped", "thread", "timers")
+
+    def __init__(self, program: Program, posix: list[procfs.PosixTimer], stopped: list[int], partner: int) -> None:
+        self.process = process.ask(program)
+        self.actions = signals.ask(program)
+        self.timers = timers.ask(program, posix)
+        self.keys = pkeys.ask(program)
+        self.locked = layout.ask(program)
+        self.stopped = stops.ask(program, stopped)
+        self.thread = threads.ask(program)
+        self.policies = policies.ask(program, partner)
+
+
+class Patterns:
+    """Programs of leaders that were asked before: most processes are asked the same, at the same place."""
+
+    def __init__(self) -> None:
+        self.place = 0
+        """Where the last scratch area was put."""
+        self._known: dict[tuple[int, int], tuple[Recording, Asked]] = {}
+
+    def ask(self, program: Program, posix: list[procfs.PosixTimer], stopped: list[int], partner: int) -> Asked:
+        """Fill *program*, which is empty."""
+        if posix or stopped:
+            return Asked(program, posix, stopped, partner)
+        key = program.area, partner
+        if key not in self._known:
+            asked = Asked(program, [], [], partner)
+            self._known[key] = Recording(program), asked
+            return asked
+        recording, asked = self._known[key]
+        program.repeat(recording)
+        return asked
+
+
+class Questions:
+    """The programs of one process: :meth:`prepare` makes room for them, :meth:`start` has them run, and :meth:`answer`
+    waits for their end."""
+
+    def __init__(self, mine: CollectedTask, stopped: list[int]) -> None:
         self.mine = mine
-        posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
-        task.prepare(extra=size)
-        self.program = task.program(size=size)
-        self.process = process.ask(self.program)
-        self.actions = signals.ask(self.program)
-        self.timers = timers.ask(self.program, posix)
-        self.keys = pkeys.ask(self.program)
-        self.stopped = stops.ask(self.program, stopped)
-        self.threads: list[tuple[Thread, Program, threads.Asked]] = [
-            (task.leader, self.program, threads.ask(self.program))
-        ]
+        self.children = stopped
+        self.posix = procfs.timers(mine.task.voice)
+        self.size = _PROGRAM_SIZE + 128 * len(self.posix) + stops.SIZE * len(stopped)
+        self.asked: Asked
+        self.threads: list[tuple[Thread, Program, threads.Asked, policies.Asked]] = []
+
+    def prepare(self, patterns: Patterns) -> Steps[None]:
+        """Map the scratch area."""
+        task = self.mine.task
+        for _ in task.preparing(self.size, self.mine.maps, patterns.place, self.mine.statuses[task.voice]):
+            if task.scratch is not None:
+                patterns.place = task.scratch.code
+            yield
+
+    def start(self, partners: policies.Partners, patterns: Patterns) -> None:
+        """Build the programs and let them run."""
+        task, statuses = self.mine.task, self.mine.statuses
+        program = task.program(size=self.size)
+        asked = patterns.ask(program, self.posix, self.children, partners.of(statuses[task.voice]))
+        self.asked = asked
+        self.threads = [(task.leader, program, asked.thread, asked.policies)]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
-            self.threads.append((thread, own, threads.ask(own)))
-        self.policies = {
-            thread.tid: policies.ask(own, task.voice, partners.of(mine.statuses[thread.tid]))
-            for thread, own, _ in self.threads
-        }
-        for _, own, _ in self.threads:
+            own = task.program(thread, size=threads.SIZE + policies.SIZE, status=statuses[thread.tid])
+            partner = partners.of(statuses[thread.tid])
+            self.threads.append((thread, own, threads.ask(own), policies.ask(own, partner)))
+        for _, own, _, _ in self.threads:
             own.start()
 
     def answer(self, got: Collected, waiting: dict[int, restart.Waiting], frozen_at: int) -> None:
-        """Second part: wait for the programs, and build the records from what they brought."""
-        mine, pid, program, voice = self.mine, self.mine.pid, self.program, self.mine.task.voice
-        for _, own, _ in self.threads:
+        """Wait for the programs, and build the records from what they brought."""
+        mine, pid, voice = self.mine, self.mine.pid, self.mine.task.voice
+        for _, own, _, _ in self.threads:
             own.finish()
-        answers = process.Answers(program, self.process)
+        program = self.threads[0][1]
+        answers = process.Answers(program, self.asked.process)
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
-        tc["timers"] = timers.answer(program, self.timers)
-        got.told.update(stops.answer(program, self.stopped))
-        tc["sigactions"] = signals.answer(program, self.actions)
-        said = [threads.Answers(own, asked) for _, own, asked in self.threads]
-        rare = [
-            policies.answer(own, self.policies[thread.tid], pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
-            for thread, own, _ in self.threads
-        ]
+        tc["timers"] = timers.answer(program, self.asked.timers)
+        got.told.update(stops.answer(program, self.asked.stopped))
+        tc["sigactions"] = signals.answer(program, self.asked.actions)
+        said = {thread.tid: threads.Answers(own, asked) for thread, own, asked, _ in self.threads}
+        rare = {
+            thread.tid: policies.answer(own, asked, pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
+            for thread, own, _, asked in self.threads
+        }
         self._find_undo(got)
-        self._settle_timers()
-        tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
+        self._settle_timers(said)
+        tc["signals_s"] = signals.queue(_queued(mine.task.leader, said[voice], shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
             tc["stop_signo"] = stopped
-        for thread, one, fields in zip(mine.task.threads, said, rare, strict=True):
-            core = _thread_core(got, mine, thread, one, waiting, frozen_at)
-            core["thread_core"]["firn"] |= fields
+        for thread in mine.task.threads:
+            core = _thread_core(got, mine, thread, said[thread.tid], waiting, frozen_at)
+            core["thread_core"]["firn"] |= rare[thread.tid]
             mine.cores.append((thread.tid, core))
-        numa.collect(voice, mine.areas, (rare[0].get("numa_mode", 0), rare[0].get("numa_nodes", b"")))
+        numa.collect(voice, mine.areas, (rare[voice].get("numa_mode", 0), rare[voice].get("numa_nodes", b"")))
         tc["blk_sigset"] = mine.task.leader.mask
         if mine.task.headless:
             mine.cores.insert(0, (pid, self._exited_core(got, tc)))
@@ -255,8 +303,9 @@ class Questions:
         _add_mapped_files(got, mine)
         mine.mm = layout.save(voice, mine.voice_stat, answers, mine.exe_id)
         mine.mm["aios"] = [aio.save(voice, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]
-        future = layout.locks_future(voice, mine.statuses[voice], mine.task)
-        keys = pkeys.answer(self.program, self.keys)
+        program = self.threads[0][1]
+        future = layout.locks_future(voice, program, self.asked.locked)
+        keys = pkeys.answer(program, self.asked.keys)
         if future or keys:
             mine.mm["firn"] = {"lock_future": future, "pkeys": keys}
         mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
@@ -264,21 +313,24 @@ class Questions:
     def _find_undo(self, got: Collected) -> None:
         if not got.semaphore_sets:
             return
-        holders = semaphores.holders([thread.tid for thread, _, _ in self.threads])
-        for thread, program, _ in self.threads:
+        holders = semaphores.holders([thread.tid for thread, *_ in self.threads])
+        for thread, program, *_ in self.threads:
             if thread.tid in holders:
                 status = self.mine.statuses[thread.tid]
                 got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
 
-    def _settle_timers(self) -> None:
+    def _settle_timers(self, said: dict[int, threads.Answers]) -> None:
         """Pending timer signals must know their overruns before the queues are read."""
-        mine = self.mine
-        for thread, program, _ in self.threads:
-            status, leader = mine.statuses[thread.tid], thread is mine.task.leader
-            if int(status["SigPnd"], 16) or (leader and int(status["ShdPnd"], 16)):
-                shared = ptrace.pending_signals(thread.tid, shared=True) if leader else []
-                private = ptrace.pending_signals(thread.tid, shared=False)
-                signals.settle_timers(program, mine.pid, thread.tid, shared, private)
+        for thread, program, *_ in self.threads:
+            answers, leader = said[thread.tid], thread is self.mine.task.leader
+            shared = _queued(thread, answers, shared=True) if leader else []
+            private = _queued(thread, answers, shared=False)
+            signals.settle_timers(program, self.mine.pid, thread.tid, shared, private)
+
+
+def _queued(thread: Thread, answers: threads.Answers, shared: bool) -> list[bytes]:
+    """The signals that are queued for *thread*; the kernel is asked only if it has some."""
+    return ptrace.pending_signals(thread.tid, shared) if answers.pending else []
 
 
 def _thread_core(
@@ -291,10 +343,11 @@ def _thread_core(
 ) -> dict[str, Any]:
     """The core_entry of one thread."""
     status = mine.statuses[thread.tid]
-    comm = procfs.stat(mine.pid, thread.tid).comm.decode("utf-8", "surrogateescape")
+    stat = mine.voice_stat if thread.tid == mine.task.voice else procfs.stat(mine.pid, thread.tid)
+    comm = stat.comm.decode("utf-8", "surrogateescape")
     core = threads.save_core(thread, answers, creds.collect(status, answers.securebits), comm)
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
-    core["signals_p"] = signals.queue(ptrace.pending_signals(thread.tid, shared=False))
+    core["signals_p"] = signals.queue(_queued(thread, answers, shared=False))
     core["blk_sigset"] = thread.mask
     deliverable = restart.is_deliverable(status, thread.mask)
     interrupted = restart.save(mine.task.voice, thread, waiting, deliverable, frozen_at)
