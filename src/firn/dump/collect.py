@@ -47,6 +47,9 @@ class Collected:
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
         self.patterns = Patterns()
+        self.mapped_stats: dict[tuple[object, ...], os.stat_result] = {}
+        self.mapped_files: dict[tuple[object, ...], int] = {}
+        """Files behind mappings by what maps tells of them, and their ids."""
         self.told: set[int] = set()
         """Stopped processes whose parents know it."""
         self.pstree: list[dict[str, Any]] = []
@@ -79,7 +82,7 @@ def collect(dump: Dump) -> Collected:
     got.collector.context.lock = dump.lock
     try:
         _check_borders(got, dump.options.shell_job)
-        _number_objects(got)
+        _number_objects(got, dump.early_sharing)
         _check_births(tree, got)
         for mine in got.tasks:
             maps = dump.early_maps.get(mine.pid)
@@ -185,15 +188,32 @@ def _shared_outside(tid: int, other: int) -> list[str]:
         return []
 
 
-def _number_objects(got: Collected) -> None:
-    """Give everything that processes can share (CLONE_VM and so on) an id, the same to those that share it."""
+Sharing = dict[str, list[list[int]]]
+"""By field of a task's ids: the groups of those that share it, in the kernel's order."""
+
+
+def look_at_sharing(pids: list[int]) -> Sharing:
+    """What running processes share. The ids are those of :func:`.procfs.speaker`."""
+    try:
+        return {field: kcmp.groups(pids, code) for field, code in _KCMP.items()}
+    except OSError:
+        return {}  # somebody has ended
+
+
+def _number_objects(got: Collected, early: Sharing) -> None:
+    """Give everything that processes can share (CLONE_VM and so on) an id, the same to those that share it. What was
+    seen *early* needs only to be confirmed."""
+    numbers = {mine.task.voice: number for number, mine in enumerate(got.tasks, FIRST_KCMP_ID)}
     for field, code in _KCMP.items():
-        known: list[tuple[int, int, int]] = []
-        for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
-            found, place = kcmp.search(known, code, mine.task.voice)
-            if found is None:
-                known.insert(place, (mine.task.voice, 0, number))
-            mine.ids[field] = number if found is None else found
+        grouped = [[pid for pid in group if pid in numbers] for group in early.get(field, [])]
+        grouped = [group for group in grouped if group]
+        if not kcmp.are_still(grouped, code):
+            grouped = []
+        seen = {pid for group in grouped for pid in group}
+        for group in kcmp.groups([pid for pid in numbers if pid not in seen], code, grouped):
+            first = min(numbers[pid] for pid in group)
+            for pid in group:
+                got.tasks[numbers[pid] - FIRST_KCMP_ID].ids[field] = first
     for mine in got.tasks:
         mine.task.shares_memory = False
     for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):

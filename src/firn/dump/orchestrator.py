@@ -22,7 +22,7 @@ from firn import faults
 from firn.abi import nr
 from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
-from firn.dump.collect import Collected, collect
+from firn.dump.collect import Collected, Sharing, collect, look_at_sharing
 from firn.dump.save import save_contents, save_records
 from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from firn.tracee.freezer import Freezer
 
 
+_PAGES = "pages-{}.img"
+_MOST_EARLY_FILES = 256
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
 _MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
@@ -66,6 +68,7 @@ class Dump:
         self.waiting: dict[int, restart.Waiting] = {}
         self.partners = policies.Partners()
         self.early_maps: dict[int, list[procfs.Map]] = {}
+        self.early_sharing: Sharing = {}
         self.tree = FrozenTree()
         self.watch = DeathWatch(lambda: self.tree.followers())
         self.collected: Collected | None = None
@@ -74,7 +77,8 @@ class Dump:
         self.find_shared: Callable[[list[tuple[ProcessPages, int]]], SharedPages] | None = None
         self.shared: SharedPages | None = None
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
-        self.first_pages = -1
+        self.pages_files: dict[int, int] = {}
+        """Pages images that are open and still empty, by number."""
         self.freezer: Freezer | None = None
         self.pidfd = -1
         self.frozen_at = 0
@@ -136,7 +140,6 @@ class Dump:
         features.pagemap_scan()
         xsave_layout()
         self.images.clear_old()
-        self.first_pages = self._pages_file(1)
         process.raise_own_limit()
         if self.options.fork_snapshot:
             from firn.dump.snapshot import take_all
@@ -150,16 +153,23 @@ class Dump:
 
         self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
 
+    def _make_pages_files(self, count: int) -> None:
+        """Some file systems take long to make a file, so it is not done while the target stands still."""
+        for number in range(len(self.pages_files) + 1, min(count, _MOST_EARLY_FILES) + 1):
+            self.pages_files[number] = self._pages_file(number)
+
     def _pages_file(self, number: int) -> int:
-        return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        return self.images.open_raw(_PAGES.format(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def observe(self) -> None:
         """Look at the running tree: which kinds of files it has open, where its threads wait, and its mappings if it
         shall not be stopped for that."""
         self.pidfd = syscall(f"pidfd_open {self.pid}", nr.pidfd_open, self.pid, 0)
         tree = list(walk(self.pid))
+        self._make_pages_files(len(tree))
         if len(tree) > 1:
             self._look_for_shared()
+        speakers = []
         for pid in tree:
             try:
                 speaker = procfs.speaker(pid)
@@ -168,8 +178,10 @@ class Dump:
                 self.partners.of(procfs.status(speaker))
                 if self.options.leave_running:
                     self.early_maps[pid] = procfs.smaps(speaker)
+                speakers.append(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue
+        self.early_sharing = look_at_sharing(speakers)
 
     def _look_for_shared(self) -> None:
         from firn.resources.memory import frames, shared
@@ -236,14 +248,13 @@ class Dump:
             self.shared = self.find_shared(members)
             self.shared.copy(self.images)
         for pages, pid in members:
-            first = pages.pages_id == 1
-            target = self.first_pages if first else self._pages_file(pages.pages_id)
+            target = self.pages_files.pop(pages.pages_id, -1)
+            if target < 0:
+                target = self._pages_file(pages.pages_id)
             try:
                 pages.copy_pages(pid, target)
             finally:
                 os.close(target)
-                if first:
-                    self.first_pages = -1
         self.stats["memdump_time"] += (time.monotonic_ns() - started) // 1000
         self.stats["memwrite_time"] = self.stats["memdump_time"]
 
@@ -295,6 +306,10 @@ class Dump:
             self.shared.save()
             if self.shared.complete:
                 self.collected.inventory["firn"] = {"cow_known": True}
+        for number, fd in self.pages_files.items():
+            os.close(fd)
+            self.images.remove(_PAGES.format(number))
+        self.pages_files = {}
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)
@@ -360,9 +375,10 @@ class Dump:
             self.collected.close()
         if self.lock is not None:
             self.lock.close()
-        for fd in (self.first_pages, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
+        for fd in self.pages_files.values():
+            os.close(fd)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
         self.images.close()
 
 

@@ -6,6 +6,7 @@ one program in the leader, one small one in every other thread, all threads at o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st_mode
 
@@ -81,7 +82,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     if mine.sharer is None:
         mine.maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
         mine.areas = areas.classify(pid, mine.maps, got.obstacles)
-        areas.find_backing(voice, mine.areas, got.obstacles)
+        areas.find_backing(voice, mine.areas, got.obstacles, got.mapped_stats)
         _add_segments(got, mine)
     cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
     mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[voice]["Umask"], 8)}
@@ -109,14 +110,25 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
 
 
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
-    try:
-        label = procfs.read(f"/proc/{mine.task.voice}/attr/current").rstrip(b"\0\n").decode()
-    except OSError:
-        return
+    label = _label(mine.task.voice)
     if label and not label.startswith("unconfined"):
         obstacles.append(
             Obstacle(f"process {mine.pid}", f"runs under the security label {label!r}", "labels are not supported yet")
         )
+
+
+_unlabelled: list[OSError] = []
+"""Why nobody has a label: no security module gives any (security_getprocattr in security/security.c)."""
+
+
+def _label(pid: int) -> str:
+    if not _unlabelled:
+        try:
+            return procfs.read_record(f"/proc/{pid}/attr/current").rstrip(b"\0\n").decode()
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                _unlabelled.append(error)
+    return ""
 
 
 def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
@@ -139,7 +151,7 @@ def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: 
 
 def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
     """Give every mapping the file id of what it maps."""
-    known: dict[tuple[object, ...], int] = {}
+    known = got.mapped_files
     for area in mine.areas:
         if area.kind == "file":
             assert area.stat is not None

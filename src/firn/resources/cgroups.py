@@ -23,13 +23,17 @@ ROOT_SET = 1
 """The id of the set that we are in ourselves; never stored."""
 
 
+_memberships: dict[bytes, list[tuple[str, str]]] = {}
+"""What texts say that were seen before: most processes of a tree are in the same groups."""
+
+
 def membership(pid: int | str) -> list[tuple[str, str]]:
     """(controllers, path) per hierarchy; "" is the unified one."""
-    found = []
-    for line in procfs.read(f"/proc/{pid}/cgroup").decode("utf-8", "surrogateescape").splitlines():
-        _, controllers, path = line.split(":", 2)
-        found.append((controllers, path))
-    return sorted(found)
+    text = procfs.read_record(f"/proc/{pid}/cgroup")
+    if text not in _memberships:
+        lines = [line.split(":", 2) for line in text.decode("utf-8", "surrogateescape").splitlines()]
+        _memberships[text] = sorted((controllers, path) for _, controllers, path in lines)
+    return _memberships[text]
 
 
 class Cgroups:

@@ -47,7 +47,6 @@ class ProcessPages:
             m, flags = area.map, area.map.flags or frozenset[str]()
             marks = 0
             if area.kind == "vdso":
-                marks = copyout.FORCED
                 self.runs.append((m.start, m.end))
             elif area.kind == "aio":
                 # A fork does not copy the ring (VM_DONTCOPY); it is small and goes along whole.
