@@ -158,6 +158,12 @@ class Dump:
         for number in range(len(self.pages_files) + 1, min(count, _MOST_EARLY_FILES) + 1):
             self.pages_files[number] = self._pages_file(number)
 
+    def _keep_pages_files(self, wanted: set[int]) -> None:
+        """The tree may have become smaller, and images of other things have the next numbers."""
+        for number in sorted(self.pages_files.keys() - wanted):
+            os.close(self.pages_files.pop(number))
+            self.images.remove(_PAGES.format(number))
+
     def _pages_file(self, number: int) -> int:
         return self.images.open_raw(_PAGES.format(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
@@ -220,6 +226,7 @@ class Dump:
     def contents(self) -> None:
         """Copy pages and file contents, or make copy-on-write clones to copy the pages from later."""
         assert self.collected is not None
+        self._keep_pages_files({number for number, mine in enumerate(self.collected.tasks, 1) if mine.sharer is None})
         save_contents(self.images, self.collected)
         for number, mine in enumerate(self.collected.tasks, 1):
             mine.memory.pages_id = number
@@ -306,10 +313,6 @@ class Dump:
             self.shared.save()
             if self.shared.complete:
                 self.collected.inventory["firn"] = {"cow_known": True}
-        for number, fd in self.pages_files.items():
-            os.close(fd)
-            self.images.remove(_PAGES.format(number))
-        self.pages_files = {}
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)
