@@ -85,10 +85,7 @@ def collect(dump: Dump) -> Collected:
         _number_objects(got, dump.early_sharing)
         _check_births(tree, got)
         for mine in got.tasks:
-            maps = dump.early_maps.get(mine.pid)
-            if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
-                maps = None  # reading the flags again costs little here, and is exact
-            one.look(got, mine, maps)
+            one.look(got, mine, dump.early_maps.get(mine.pid), dump.options.fork_snapshot)
         _collect_descriptors(got)
         _check_terminals(got, dump)
         if got.obstacles:

@@ -23,6 +23,7 @@ from firn.abi import nr
 from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
 from firn.dump.collect import Collected, Sharing, collect, look_at_sharing
+from firn.dump.early import EarlyMaps
 from firn.dump.save import save_contents, save_records
 from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
@@ -67,7 +68,7 @@ class Dump:
         self.obstacles: list[Obstacle] = []
         self.waiting: dict[int, restart.Waiting] = {}
         self.partners = policies.Partners()
-        self.early_maps: dict[int, list[procfs.Map]] = {}
+        self.early_maps: dict[int, EarlyMaps] = {}
         self.early_sharing: Sharing = {}
         self.tree = FrozenTree()
         self.watch = DeathWatch(lambda: self.tree.followers())
@@ -183,7 +184,7 @@ class Dump:
                 self.waiting |= restart.observe(pid)
                 self.partners.of(procfs.status(speaker))
                 if self.options.leave_running:
-                    self.early_maps[pid] = procfs.smaps(speaker)
+                    self.early_maps[pid] = EarlyMaps(pid, speaker)
                 speakers.append(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.dump.collect import Collected
+    from firn.dump.early import EarlyMaps
     from firn.tracee.program import Program
     from firn.tracee.seize import Task, Thread
     from firn.tracee.steps import Steps
@@ -72,16 +73,18 @@ class CollectedTask:
         }  # fmt: skip
 
 
-def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | None) -> None:
-    """First part: what is seen from outside, and with it most obstacles."""
+def look(got: Collected, mine: CollectedTask, early: EarlyMaps | None, flags_follow: bool) -> None:
+    """First part: what is seen from outside, and with it most obstacles. *early*, *flags_follow*: see
+    :func:`_find_maps`."""
     pid, voice = mine.pid, mine.task.voice
+    maps = _find_maps(mine, early, flags_follow) if mine.sharer is None else None
     _suspend_seccomp(mine)
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
-    if mine.sharer is None:
-        mine.maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
-        mine.areas = areas.classify(pid, mine.maps, got.obstacles)
+    if maps is not None:
+        mine.maps = maps
+        mine.areas = areas.classify(pid, maps, got.obstacles)
         areas.find_backing(voice, mine.areas, got.obstacles, got.mapped_stats)
         _add_segments(got, mine)
     cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
@@ -89,10 +92,22 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     mine.exe_id = _named_link(got, mine, "exe")
 
 
-def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
-    """Mappings with flags. Those read before the freeze are taken if the mappings are still the same."""
-    now = procfs.maps(pid)
-    return early if [m.identity() for m in now] == [m.identity() for m in early] else procfs.smaps(pid)
+_MANY_MAPS = 400
+
+
+def _find_maps(mine: CollectedTask, early: EarlyMaps | None, flags_follow: bool) -> list[procfs.Map]:
+    """Mappings with flags. Those read *early* are taken where nothing can have changed; also where they are so many
+    that to read them all again takes too long, or their flags are to be read later (*flags_follow*): then only that the
+    mappings are the same is looked at, not whether an madvise has changed a whole one."""
+    voice = mine.task.voice
+    if early is not None:
+        if early.are_still(mine):
+            return early.maps
+        if flags_follow or len(early.maps) > _MANY_MAPS:
+            now = procfs.maps(voice)
+            if [m.identity() for m in now] == [m.identity() for m in early.maps]:
+                return early.maps
+    return procfs.smaps(voice)
 
 
 def _suspend_seccomp(mine: CollectedTask) -> None:
