@@ -45,9 +45,12 @@ class EarlyMaps:
 
 def _sleep(pid: int, tid: int) -> tuple[int, tuple[int, ...]] | None:
     """How often the thread has left the processor, and the call that it sleeps in; None if it is in none."""
-    switches = _switches(procfs.status(pid, tid))
-    # In this order: what happens in between counts.
-    words = procfs.read_record(f"/proc/{pid}/task/{tid}/syscall").split()
+    try:
+        switches = _switches(procfs.status(pid, tid))
+        # In this order: what happens in between counts.
+        words = procfs.read_record(f"/proc/{pid}/task/{tid}/syscall").split()
+    except OSError:
+        return None
     if len(words) != len(_SHOWN):
         return None
     return switches, (int(words[0]), *(int(word, 16) for word in words[1:]))
