@@ -12,7 +12,7 @@ from types import FrameType
 import pytest
 from harness import Runner, machine_state
 
-TIME_LIMIT = 90  # seconds
+TIME_LIMIT = int(os.environ.get("FIRN_TEST_SECONDS", "90"))
 FAILED = pytest.StashKey[bool]()
 AT_START = machine_state()
 
