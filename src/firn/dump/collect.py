@@ -43,6 +43,7 @@ class Collected:
         self.finder = PathFinder(self.table, obstacles, options)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
+        self.thread_groups: dict[int, cgroups.Cgroups] = {}
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
@@ -50,12 +51,14 @@ class Collected:
         self.mapped_stats: dict[tuple[object, ...], os.stat_result] = {}
         self.mapped_files: dict[tuple[object, ...], int] = {}
         """Files behind mappings by what maps tells of them, and their ids."""
-        self.told: set[int] = set()
-        """Stopped processes whose parents know it."""
+        self.keyrings: dict[int, dict[str, Any]] = {}
+        """Number -> what is in it; 0: the user's own."""
+        self.reported: set[int] = set()
+        """Processes whose parents have not yet taken notice that they are stopped, or go on."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.semaphore_sets = semaphores.used_sets()
-        self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
+        self.namespaces = Namespaces([(task.pid, task.voice) for task in tree.tasks], obstacles)
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""
@@ -80,23 +83,27 @@ def collect(dump: Dump) -> Collected:
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
+    got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)
         _number_objects(got, dump.early_sharing)
         _check_births(tree, got)
         for mine in got.tasks:
             one.look(got, mine, dump.early_maps.get(mine.pid), dump.options.fork_snapshot)
+            if dump.requests is not None and any(area.kind == "aio" for area in mine.areas):
+                dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
         _collect_descriptors(got)
         _check_terminals(got, dump)
         if got.obstacles:
             return got
-        stopped: dict[int, list[int]] = {}
+        children: dict[int, dict[int, bool]] = {}
         for task in tree.tasks:
-            if task.stop_signal:
-                stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
-        questions = [Questions(mine, stopped.get(mine.pid, [])) for mine in got.tasks]
+            children.setdefault(tree.parents[task.pid], {})[task.pid] = bool(task.stop_signal)
+        questions = [Questions(mine, children.get(mine.pid, {}), dump.with_keyrings) for mine in got.tasks]
         for first in range(0, len(questions), _AT_ONCE):
             _ask(questions[first : first + _AT_ONCE], got, dump)
+        _check_listeners(got, tree)
+        _check_parent_threads(got, tree, dump.log)
         _identity(tree, got, dump)
     except BaseException:
         got.close()
@@ -155,6 +162,33 @@ def _check_terminals(got: Collected, dump: Dump) -> None:
         else:
             help = "keep it open, or use --shell-job (-j): then it comes back without"
             got.obstacles.append(Obstacle(f"process {mine.pid}", reason, help))
+
+
+def _check_listeners(got: Collected, tree: FrozenTree) -> None:
+    """A filter of the tree that asks somebody outside (seccomp_unotify(2)) would ask nobody after a restore."""
+    if not got.filters.asks():
+        return
+    from firn.host import holders
+
+    holder = holders.with_link("anon_inode:seccomp notify", set(tree.pids()))
+    if holder is not None:
+        reason = f"has a seccomp filter that asks a listener, which {holder} may be"
+        got.obstacles.append(Obstacle(f"process {tree.tasks[0].pid}", reason, "end it before the dump"))
+
+
+def _check_parent_threads(got: Collected, tree: FrozenTree, log: Log) -> None:
+    """A parent-death signal (PR_SET_PDEATHSIG) comes when the thread ends that made the child. After a restore all
+    children are the first thread's; the log says for whom that makes a difference."""
+    for mine in got.tasks:
+        parent = tree.parents[mine.pid]
+        if not parent or not any(core["thread_core"].get("pdeath_sig") for _, core in mine.cores):
+            continue
+        for tid in procfs.threads(parent):
+            if tid != parent and str(mine.pid).encode() in procfs.read(f"/proc/{parent}/task/{tid}/children").split():
+                log.warn(
+                    f"process {mine.pid} wants a signal when thread {tid} of its parent {parent} ends: after a restore "
+                    "it comes when the first thread does"
+                )
 
 
 def _check_borders(got: Collected, shell_job: bool) -> None:
@@ -262,15 +296,21 @@ def _check_outsiders(plan: births.Plan, sessions: set[int], obstacles: list[Obst
 def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
-        if mine.pid in got.told:
-            mine.cores[0][1]["tc"]["firn"]["stop_told"] = True
+        own, reported = mine.cores[0][1]["tc"]["firn"], mine.pid in got.reported
+        if mine.task.stop_signal and tree.parents[mine.pid] and not reported:
+            own["stop_told"] = True
+        elif reported and not mine.task.stop_signal:
+            own["continued"] = True
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
     for zombie in tree.zombies:
         entries[zombie.pid] = _zombie_entry(zombie, tree.parents[zombie.pid])
         got.zombies.append((zombie.pid, _zombie_core(zombie)))
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
-    got.inventory = {"tcp_close": True} if dump.options.tcp_close else {}
+    got.inventory = {"firn": {}} | ({"tcp_close": True} if dump.options.tcp_close else {})
+    for ring in got.keyrings.values():
+        if ring:
+            got.inventory["firn"]["session_keyring"] = ring
     lock = dump.lock if dump.lock is not None and dump.lock.used else None
     got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,

@@ -10,18 +10,34 @@ import errno
 import os
 import stat as st_mode
 
+from firn.abi import fcntl as fc
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import Obstacle
-from firn.host import features, procfs
-from firn.resources import cgroups, creds, policies, process, restart, semaphores, signals, stops, threads, timers
+from firn.host import features, kcmp, procfs
+from firn.resources import (
+    cgroups,
+    creds,
+    keyrings,
+    namespaces,
+    policies,
+    process,
+    restart,
+    semaphores,
+    signals,
+    stops,
+    threads,
+    timers,
+)
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
+from firn.resources.files.procfiles import process_of, thread_of
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
 from firn.tracee.program import Recording
+from firn.tracee.seize import THREAD_AREA
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,6 +98,7 @@ def look(got: Collected, mine: CollectedTask, early: EarlyMaps | None, flags_fol
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
+    _check_threads(mine, got.obstacles)
     if maps is not None:
         mine.maps = maps
         mine.areas = areas.classify(pid, maps, got.obstacles)
@@ -124,6 +141,30 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
         thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread)
 
 
+_TABLES = ((fc.KCMP_FILES, "descriptors"), (fc.KCMP_FS, "directories"))
+
+
+def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
+    """What a thread can have for itself though usually a process has it (unshare(2), setns(2))."""
+    voice, others = mine.task.voice, mine.task.threads[1:]
+    known = namespaces.links(voice) if others else {}
+    for thread in others:
+        what = f"process {mine.pid}: thread {thread.tid}"
+        if mine.statuses[thread.tid]["Name"].startswith("iou-") and _is_ring_worker(mine.pid, thread.tid):
+            reason = "is a worker of an io_uring, whose requests live in the kernel"
+            obstacles.append(Obstacle(what, reason, "close its rings before the dump"))
+        namespaces.check_thread(mine.pid, thread.tid, known, obstacles)
+        for table, name in _TABLES:
+            if not kcmp.same(voice, thread.tid, table):
+                reason = f"has {name} of its own (unshare), which images cannot hold"
+                obstacles.append(Obstacle(what, reason, "use a process for it"))
+
+
+def _is_ring_worker(pid: int, tid: int) -> bool:
+    """Whether the thread is one of io_uring's. Newer kernels let it be traced, but it has no user space to run in."""
+    return bool(procfs.stat(pid, tid).flags & procfs.PF_IO_WORKER)
+
+
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
     label = _label(mine.task.voice)
     if label and not label.startswith("unconfined"):
@@ -149,7 +190,15 @@ def _label(pid: int) -> str:
 def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
     """The file id of what /proc/PID/*name* leads to."""
     link = f"/proc/{mine.task.voice}/{name}"
-    return _plain_file(got, f"process {mine.pid}: {name}", link, os.stat(link), 0)
+    what = f"process {mine.pid}: {name}"
+    number = _plain_file(got, what, link, procfs.link_stat(link), 0)
+    pids, target = got.collector.context.pids, os.readlink(link)
+    thread = thread_of(target)
+    # A thread has its directories before others exist; and who stands in for the dead would be in the tree's way.
+    owner = process_of(target)
+    if got.finder.dead_process(number) in pids or (thread not in (0, owner) and owner in pids):
+        got.obstacles.append(Obstacle(what, f"is {target}, of a single thread of the tree", "change to another folder"))
+    return number
 
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
@@ -208,16 +257,24 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Asked:
     """Where the answers lie to what a process's leader was asked."""
 
-    __slots__ = ("actions", "keys", "locked", "policies", "process", "stopped", "thread", "timers")
+    __slots__ = ("actions", "children", "keyrings", "keys", "locked", "policies", "process", "thread", "timers")
 
-    def __init__(self, program: Program, posix: list[procfs.PosixTimer], stopped: list[int], partner: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        posix: list[procfs.PosixTimer],
+        children: dict[int, bool],
+        partner: int,
+        with_keyrings: bool,
+    ) -> None:
         self.process = process.ask(program)
         self.actions = signals.ask(program)
         self.timers = timers.ask(program, posix)
         self.keys = pkeys.ask(program)
         self.locked = layout.ask(program)
-        self.stopped = stops.ask(program, stopped)
+        self.children = stops.ask(program, children)
         self.thread = threads.ask(program)
+        self.keyrings = keyrings.ask(program) if with_keyrings else None
         self.policies = policies.ask(program, partner)
 
 
@@ -229,13 +286,20 @@ class Patterns:
         """Where the last scratch area was put."""
         self._known: dict[tuple[int, int], tuple[Recording, Asked]] = {}
 
-    def ask(self, program: Program, posix: list[procfs.PosixTimer], stopped: list[int], partner: int) -> Asked:
+    def ask(
+        self,
+        program: Program,
+        posix: list[procfs.PosixTimer],
+        children: dict[int, bool],
+        partner: int,
+        with_keyrings: bool,
+    ) -> Asked:
         """Fill *program*, which is empty."""
-        if posix or stopped:
-            return Asked(program, posix, stopped, partner)
+        if posix or children:
+            return Asked(program, posix, children, partner, with_keyrings)
         key = program.area, partner
         if key not in self._known:
-            asked = Asked(program, [], [], partner)
+            asked = Asked(program, [], {}, partner, with_keyrings)
             self._known[key] = Recording(program), asked
             return asked
         recording, asked = self._known[key]
@@ -247,12 +311,14 @@ class Questions:
     """The programs of one process: :meth:`prepare` makes room for them, :meth:`start` has them run, and :meth:`answer`
     waits for their end."""
 
-    def __init__(self, mine: CollectedTask, stopped: list[int]) -> None:
+    def __init__(self, mine: CollectedTask, children: dict[int, bool], with_keyrings: bool) -> None:
         self.mine = mine
-        self.children = stopped
+        self.children = children
+        self.with_keyrings = with_keyrings
         self.posix = procfs.timers(mine.task.voice)
-        self.size = _PROGRAM_SIZE + 128 * len(self.posix) + stops.SIZE * len(stopped)
+        self.size = _PROGRAM_SIZE + 128 * len(self.posix) + stops.SIZE * len(children)
         self.asked: Asked
+        self.keyrings: list[tuple[Thread, Program, tuple[int, int]]] = []
         self.threads: list[tuple[Thread, Program, threads.Asked, policies.Asked]] = []
 
     def prepare(self, patterns: Patterns) -> Steps[None]:
@@ -267,13 +333,19 @@ class Questions:
         """Build the programs and let them run."""
         task, statuses = self.mine.task, self.mine.statuses
         program = task.program(size=self.size)
-        asked = patterns.ask(program, self.posix, self.children, partners.of(statuses[task.voice]))
+        partner = partners.of(statuses[task.voice])
+        asked = patterns.ask(program, self.posix, self.children, partner, self.with_keyrings)
         self.asked = asked
         self.threads = [(task.leader, program, asked.thread, asked.policies)]
+        if asked.keyrings is not None:
+            self.keyrings.append((task.leader, program, asked.keyrings))
         for thread in task.threads[1:]:
-            own = task.program(thread, size=threads.SIZE + policies.SIZE, status=statuses[thread.tid])
+            own = task.program(thread, size=THREAD_AREA, status=statuses[thread.tid])
+            asked_thread = threads.ask(own)
+            if self.with_keyrings:
+                self.keyrings.append((thread, own, keyrings.ask(own)))
             partner = partners.of(statuses[thread.tid])
-            self.threads.append((thread, own, threads.ask(own), policies.ask(own, partner)))
+            self.threads.append((thread, own, asked_thread, policies.ask(own, partner)))
         for _, own, _, _ in self.threads:
             own.start()
 
@@ -287,8 +359,10 @@ class Questions:
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
+        if mine.stat.session == mine.pid and (nice := process.session_nice(voice)):
+            tc["firn"]["session_nice"] = nice
         tc["timers"] = timers.answer(program, self.asked.timers)
-        got.told.update(stops.answer(program, self.asked.stopped))
+        got.reported |= stops.answer(program, self.asked.children)
         tc["sigactions"] = signals.answer(program, self.asked.actions)
         said = {thread.tid: threads.Answers(own, asked) for thread, own, asked, _ in self.threads}
         rare = {
@@ -296,6 +370,7 @@ class Questions:
             for thread, own, _, asked in self.threads
         }
         self._find_undo(got)
+        self._find_keyrings(got)
         self._settle_timers(said)
         tc["signals_s"] = signals.queue(_queued(mine.task.leader, said[voice], shared=True))
         stopped = mine.task.stop_signal
@@ -346,6 +421,17 @@ class Questions:
                 status = self.mine.statuses[thread.tid]
                 got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
 
+    def _find_keyrings(self, got: Collected) -> None:
+        """The session keyrings: each is read by the first thread that has it, as is that there is none."""
+        for thread, program, asked in self.keyrings:
+            number = keyrings.answer(program, asked)
+            what = f"process {self.mine.pid}: thread {thread.tid}"
+            if number not in got.keyrings:
+                if got.keyrings:
+                    reason = "has another session keyring than the rest of the tree, which images cannot hold"
+                    got.obstacles.append(Obstacle(what, reason, "start all of it in one session"))
+                got.keyrings[number] = keyrings.read(program, number, what, got.obstacles) if number else {}
+
     def _settle_timers(self, said: dict[int, threads.Answers]) -> None:
         """Pending timer signals must know their overruns before the queues are read."""
         for thread, program, *_ in self.threads:
@@ -381,7 +467,7 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
-    core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups.of_thread(thread.tid, got.thread_groups))
     return {
         "mtype": threads.X86_64,
         "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),

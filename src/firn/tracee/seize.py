@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from firn.tracee.steps import Steps
 
-THREAD_AREA = 2048
+THREAD_AREA = 2560
 """Room for the program of one thread among many."""
 _TOP = (1 << 47) - mman.PAGE
 _BOTTOM = 1 << 16
@@ -413,6 +413,8 @@ def ask_to_stop(pid: int, tid: int) -> bool:
             return False
         if tracer != "0":
             raise TargetError(f"process {pid} is traced by process {tracer}", "end the debugger first") from None
+        if procfs.stat(pid, tid).flags & procfs.PF_IO_WORKER:
+            raise TargetError(f"process {pid} has a worker of an io_uring ({tid})", "close its rings first") from None
         raise TargetError(f"process {pid} may not be traced: {os.strerror(error.errno or 0)}") from None
     return True
 
