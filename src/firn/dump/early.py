@@ -2,10 +2,10 @@
 
 The flags of mappings come from smaps, which is dear: it takes a sixth of the time that a small process stands still.
 But a process that has slept from that reading to its freeze has changed none of its mappings, and nobody else can (but
-the holder of a userfaultfd, which is refused wherever it is seen). That it has slept is told by its threads: each is in the very system call in which it was seen off the processor then (proc(5),
-/proc/PID/task/TID/syscall), interrupted by the freeze, and has left the processor once since, for our stop. (One that
-woke by itself in between would have slept again, which counts too, or be elsewhere. Nearly: it can be caught on its way
-into the same call, before it sleeps.)
+the holder of a userfaultfd, which is refused wherever it is seen). That it has slept is told by its threads: each is in
+the very system call in which it was seen off the processor then (proc(5), /proc/PID/task/TID/syscall), interrupted by
+the freeze, and has left the processor once since, for our stop. (One that woke by itself in between would have slept
+again, which counts too, or be elsewhere. Nearly: it can be caught on its way into the same call, before it sleeps.)
 """
 
 from __future__ import annotations
