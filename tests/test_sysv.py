@@ -55,7 +55,8 @@ def ids(kind: str = "shm") -> list[int]:
 def remove(number: int, kind: str = "shm") -> None:
     # semctl(2) has a further argument, the number of the semaphore.
     call = {"shm": nr.shmctl, "sem": nr.semctl, "msg": nr.msgctl}[kind]
-    syscall(f"remove {kind} {number}", call, number, *([0] if kind == "sem" else []), ipc.IPC_RMID, 0)
+    args = (0, ipc.IPC_RMID) if kind == "sem" else (ipc.IPC_RMID,)
+    syscall(f"remove {kind} {number}", call, number, *args)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import os
 from firn.abi import fcntl as fc
 from firn.abi import signal as sig
 from firn.dump import task as one
-from firn.dump.task import CollectedTask, Questions
+from firn.dump.task import CollectedTask, Patterns, Questions
 from firn.errors import KernelError, Obstacle
 from firn.host import kcmp, procfs
 from firn.resources import base, births, cgroups, process, seccomp, semaphores
@@ -16,6 +16,7 @@ from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
 from firn.resources.files.table import FileTable
 from firn.resources.namespaces import Namespaces
+from firn.tracee.steps import alone, together
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Collected:
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
+        self.patterns = Patterns()
+        self.mapped_stats: dict[tuple[object, ...], os.stat_result] = {}
+        self.mapped_files: dict[tuple[object, ...], int] = {}
+        """Files behind mappings by what maps tells of them, and their ids."""
         self.keyrings: dict[int, dict[str, Any]] = {}
         """Number -> what is in it; 0: the user's own."""
         self.reported: set[int] = set()
@@ -82,13 +87,10 @@ def collect(dump: Dump) -> Collected:
     got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)
-        _number_objects(got)
+        _number_objects(got, dump.early_sharing)
         _check_births(tree, got)
         for mine in got.tasks:
-            maps = dump.early_maps.get(mine.pid)
-            if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
-                maps = None  # reading the flags again costs little here, and is exact
-            one.look(got, mine, maps)
+            one.look(got, mine, dump.early_maps.get(mine.pid), dump.options.fork_snapshot)
             if dump.requests is not None and any(area.kind == "aio" for area in mine.areas):
                 dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
         _collect_descriptors(got)
@@ -98,13 +100,9 @@ def collect(dump: Dump) -> Collected:
         children: dict[int, dict[int, bool]] = {}
         for task in tree.tasks:
             children.setdefault(tree.parents[task.pid], {})[task.pid] = bool(task.stop_signal)
-        for first in range(0, len(got.tasks), _AT_ONCE):
-            running = [
-                Questions(mine, dump.partners, children.get(mine.pid, {}), dump.with_keyrings)
-                for mine in got.tasks[first : first + _AT_ONCE]
-            ]
-            for questions in running:
-                questions.answer(got, dump.waiting, dump.frozen_at)
+        questions = [Questions(mine, children.get(mine.pid, {}), dump.with_keyrings) for mine in got.tasks]
+        for first in range(0, len(questions), _AT_ONCE):
+            _ask(questions[first : first + _AT_ONCE], got, dump)
         _check_listeners(got, tree)
         _check_parent_threads(got, tree, dump.log)
         _identity(tree, got, dump)
@@ -112,6 +110,18 @@ def collect(dump: Dump) -> Collected:
         got.close()
         raise
     return got
+
+
+def _ask(questions: list[Questions], got: Collected, dump: Dump) -> None:
+    """Ask processes about themselves, all at once."""
+    together([each.prepare(got.patterns) for each in questions if not each.mine.task.shares_memory])
+    for each in questions:
+        if each.mine.task.shares_memory:
+            alone(each.prepare(got.patterns))
+    for each in questions:
+        each.start(dump.partners, got.patterns)
+    for each in questions:
+        each.answer(got, dump.waiting, dump.frozen_at)
 
 
 _AT_ONCE = 64
@@ -210,18 +220,38 @@ def _shared_outside(tid: int, other: int) -> list[str]:
         return []
 
 
-def _number_objects(got: Collected) -> None:
-    """Give everything that processes can share (CLONE_VM and so on) an id, the same to those that share it."""
+Sharing = dict[str, list[list[int]]]
+"""By field of a task's ids: the groups of those that share it, in the kernel's order."""
+
+
+def look_at_sharing(pids: list[int]) -> Sharing:
+    """What running processes share. The ids are those of :func:`.procfs.speaker`."""
+    try:
+        return {field: kcmp.groups(pids, code) for field, code in _KCMP.items()}
+    except OSError:
+        return {}  # somebody has ended
+
+
+def _number_objects(got: Collected, early: Sharing) -> None:
+    """Give everything that processes can share (CLONE_VM and so on) an id, the same to those that share it. What was
+    seen *early* needs only to be confirmed."""
+    numbers = {mine.task.voice: number for number, mine in enumerate(got.tasks, FIRST_KCMP_ID)}
     for field, code in _KCMP.items():
-        known: list[tuple[int, int, int]] = []
-        for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
-            found, place = kcmp.search(known, code, mine.task.voice)
-            if found is None:
-                known.insert(place, (mine.task.voice, 0, number))
-            mine.ids[field] = number if found is None else found
+        grouped = [[pid for pid in group if pid in numbers] for group in early.get(field, [])]
+        grouped = [group for group in grouped if group]
+        if not kcmp.are_still(grouped, code):
+            grouped = []
+        seen = {pid for group in grouped for pid in group}
+        for group in kcmp.groups([pid for pid in numbers if pid not in seen], code, grouped):
+            first = min(numbers[pid] for pid in group)
+            for pid in group:
+                got.tasks[numbers[pid] - FIRST_KCMP_ID].ids[field] = first
+    for mine in got.tasks:
+        mine.task.shares_memory = False
     for number, mine in enumerate(got.tasks, FIRST_KCMP_ID):
         if mine.ids["vm_id"] != number:
             mine.sharer = got.tasks[mine.ids["vm_id"] - FIRST_KCMP_ID]
+            mine.task.shares_memory = mine.sharer.task.shares_memory = True
 
 
 def _check_births(tree: FrozenTree, got: Collected) -> None:

@@ -25,7 +25,8 @@ from firn.abi import nr
 from firn.abi import signal as sig
 from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
-from firn.dump.collect import Collected, collect
+from firn.dump.collect import Collected, Sharing, collect, look_at_sharing
+from firn.dump.early import EarlyMaps
 from firn.dump.save import save_contents, save_files, save_records
 from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_error, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from firn.tracee.freezer import Freezer
 
 
+_PAGES = "pages-{}.img"
+_MOST_EARLY_FILES = 256
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
 _VFORK_PATIENCE = 3.0
@@ -73,7 +76,8 @@ class Dump:
         self.obstacles: list[Obstacle] = []
         self.waiting: dict[int, restart.Waiting] = {}
         self.partners = policies.Partners()
-        self.early_maps: dict[int, list[procfs.Map]] = {}
+        self.early_maps: dict[int, EarlyMaps] = {}
+        self.early_sharing: Sharing = {}
         self.thread_groups: dict[int, cgroups.Cgroups] = {}
         self.tree = FrozenTree()
         self.watch = DeathWatch(lambda: self.tree.followers())
@@ -83,7 +87,8 @@ class Dump:
         self.find_shared: Callable[[list[tuple[ProcessPages, int]]], SharedPages] | None = None
         self.shared: SharedPages | None = None
         self.stats: dict[str, int] = {"memdump_time": 0, "memwrite_time": 0}
-        self.first_pages = -1
+        self.pages_files: dict[int, int] = {}
+        """Pages images that are open and still empty, by number."""
         self.freezer: Freezer | None = None
         self.pidfd = -1
         self.frozen_at = 0
@@ -152,7 +157,6 @@ class Dump:
         features.pagemap_scan()
         xsave_layout()
         self.images.clear_old()
-        self.first_pages = self._pages_file(1)
         process.raise_own_limit()
         if self.options.fork_snapshot:
             from firn.dump.snapshot import take_all
@@ -171,17 +175,30 @@ class Dump:
         self.lock = lock.for_dump(self.options.network_lock, self.run_id, self.pid, self.options.images_dir)
         return self.lock
 
+    def _make_pages_files(self, count: int) -> None:
+        """Some file systems take long to make a file, so it is not done while the target stands still."""
+        for number in range(len(self.pages_files) + 1, min(count, _MOST_EARLY_FILES) + 1):
+            self.pages_files[number] = self._pages_file(number)
+
+    def _keep_pages_files(self, wanted: set[int]) -> None:
+        """The tree may have become smaller, and images of other things have the next numbers."""
+        for number in sorted(self.pages_files.keys() - wanted):
+            os.close(self.pages_files.pop(number))
+            self.images.remove(_PAGES.format(number))
+
     def _pages_file(self, number: int) -> int:
-        return self.images.open_raw(f"pages-{number}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        return self.images.open_raw(_PAGES.format(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def observe(self) -> None:
         """Look at the running tree: which kinds of files it has open, where its threads wait, and its mappings if it
         shall not be stopped for that."""
         self.pidfd = syscall(f"pidfd_open {self.pid}", nr.pidfd_open, self.pid, 0)
         tree = list(walk(self.pid))
+        self._make_pages_files(len(tree))
         if len(tree) > 1:
             self._look_for_shared()
             await_vforks(self.pid, min(self.options.timeout or _VFORK_PATIENCE, _VFORK_PATIENCE))
+        speakers = []
         for pid in tree:
             try:
                 speaker = procfs.speaker(pid)
@@ -192,9 +209,11 @@ class Dump:
                 if not self.with_requests and aio.is_used(speaker):
                     self.with_requests, self.requests = True, aio.Watch.make(self.log.warn)
                 if self.options.leave_running:
-                    self.early_maps[pid] = procfs.smaps(speaker)
+                    self.early_maps[pid] = EarlyMaps(pid, speaker)
+                speakers.append(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue
+        self.early_sharing = look_at_sharing(speakers)
 
     def _look_for_shared(self) -> None:
         from firn.resources.memory import frames, shared
@@ -233,6 +252,7 @@ class Dump:
     def contents(self) -> None:
         """Copy pages and file contents, or make copy-on-write clones to copy the pages from later."""
         assert self.collected is not None
+        self._keep_pages_files({number for number, mine in enumerate(self.collected.tasks, 1) if mine.sharer is None})
         save_contents(self.images, self.collected)
         for number, mine in enumerate(self.collected.tasks, 1):
             mine.memory.pages_id = number
@@ -261,14 +281,13 @@ class Dump:
             self.shared = self.find_shared(members)
             self.shared.copy(self.images)
         for pages, pid in members:
-            first = pages.pages_id == 1
-            target = self.first_pages if first else self._pages_file(pages.pages_id)
+            target = self.pages_files.pop(pages.pages_id, -1)
+            if target < 0:
+                target = self._pages_file(pages.pages_id)
             try:
                 pages.copy_pages(pid, target)
             finally:
                 os.close(target)
-                if first:
-                    self.first_pages = -1
         self.stats["memdump_time"] += (time.monotonic_ns() - started) // 1000
         self.stats["memwrite_time"] = self.stats["memdump_time"]
 
@@ -418,9 +437,10 @@ class Dump:
             self.backlogs.close()
         if self.lock is not None:
             self.lock.close()
-        for fd in (self.first_pages, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
+        for fd in self.pages_files.values():
+            os.close(fd)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
         self.images.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from firn.resources import threads
+from firn.resources import signals, threads
 from firn.resources.files.buildid import add_build_ids
 from firn.resources.memory import areas
 
@@ -54,7 +54,7 @@ def _save_task(images: ImageDir, mine: CollectedTask, tables: set[int]) -> None:
         mine.memory.save(images)
         mine.mm["vmas"] = [areas.build_entry(area) for area in mine.areas] + mine.memory.guard_entries()
     for tid, core in mine.cores:
-        _add_registers(core)
+        _decode(core)
         images.write_one("CORE", core, tid)
     images.write_one("IDS", mine.ids, pid)
     images.write_one("MM", mine.mm, pid)
@@ -64,8 +64,10 @@ def _save_task(images: ImageDir, mine: CollectedTask, tables: set[int]) -> None:
         images.write_all("FDINFO", [descriptor.save() for descriptor in mine.descriptors], mine.ids["files_id"])
 
 
-def _add_registers(core: dict[str, Any]) -> None:
-    """Turn the raw registers into their message: many numbers, so not done while the target stands still."""
+def _decode(core: dict[str, Any]) -> None:
+    """Turn raw registers and signal actions into their messages: much, so not done while the target stands still."""
+    if "tc" in core:
+        core["tc"]["sigactions"] = signals.save_actions(core["tc"]["sigactions"])
     core["thread_info"], raw = threads.save_info(*core["thread_info"])
     if raw:
         core["thread_core"]["firn"]["xsave"] = raw

@@ -36,14 +36,18 @@ from firn.resources.files.procfiles import process_of, thread_of
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
+from firn.tracee.program import Recording
+from firn.tracee.seize import THREAD_AREA
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from firn.dump.collect import Collected
+    from firn.dump.early import EarlyMaps
     from firn.tracee.program import Program
     from firn.tracee.seize import Task, Thread
+    from firn.tracee.steps import Steps
 
 _PROGRAM_SIZE = 65536
 
@@ -55,11 +59,12 @@ class CollectedTask:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.pid = task.pid
-        self.stat = procfs.stat(task.pid, task.pid)
+        self.stat = task.stat
         self.voice_stat = procfs.stat(task.pid, task.voice) if task.headless else self.stat
         """The first has what is the process's, this one what a thread has only while it lives (memory, flags)."""
         self.statuses = {thread.tid: procfs.status(task.pid, thread.tid) for thread in task.threads}
         self.cgroups = cgroups.Cgroups(task.voice)
+        self.maps: list[procfs.Map] | None = None
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
@@ -84,28 +89,42 @@ class CollectedTask:
         }  # fmt: skip
 
 
-def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | None) -> None:
-    """First part: what is seen from outside, and with it most obstacles."""
+def look(got: Collected, mine: CollectedTask, early: EarlyMaps | None, flags_follow: bool) -> None:
+    """First part: what is seen from outside, and with it most obstacles. *early*, *flags_follow*: see
+    :func:`_find_maps`."""
     pid, voice = mine.pid, mine.task.voice
+    maps = _find_maps(mine, early, flags_follow) if mine.sharer is None else None
     _suspend_seccomp(mine)
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
     _check_threads(mine, got.obstacles)
-    if mine.sharer is None:
-        maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
+    if maps is not None:
+        mine.maps = maps
         mine.areas = areas.classify(pid, maps, got.obstacles)
-        areas.find_backing(voice, mine.areas, got.obstacles)
+        areas.find_backing(voice, mine.areas, got.obstacles, got.mapped_stats)
         _add_segments(got, mine)
     cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
     mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[voice]["Umask"], 8)}
     mine.exe_id = _named_link(got, mine, "exe")
 
 
-def _current_maps(pid: int, early: list[procfs.Map]) -> list[procfs.Map]:
-    """Mappings with flags. Those read before the freeze are taken if the mappings are still the same."""
-    now = procfs.maps(pid)
-    return early if [m.identity() for m in now] == [m.identity() for m in early] else procfs.smaps(pid)
+_MANY_MAPS = 400
+
+
+def _find_maps(mine: CollectedTask, early: EarlyMaps | None, flags_follow: bool) -> list[procfs.Map]:
+    """Mappings with flags. Those read *early* are taken where nothing can have changed; also where they are so many
+    that to read them all again takes too long, or their flags are to be read later (*flags_follow*): then only that the
+    mappings are the same is looked at, not whether an madvise has changed a whole one."""
+    voice = mine.task.voice
+    if early is not None:
+        if early.are_still(mine):
+            return early.maps
+        if flags_follow or len(early.maps) > _MANY_MAPS:
+            now = procfs.maps(voice)
+            if [m.identity() for m in now] == [m.identity() for m in early.maps]:
+                return early.maps
+    return procfs.smaps(voice)
 
 
 def _suspend_seccomp(mine: CollectedTask) -> None:
@@ -119,7 +138,7 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
     """Must come before the first program: the kernel forgets a thread's rseq critical section when it runs outside of
     it."""
     for thread in mine.task.threads:
-        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread.tid, thread.regs)
+        thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread)
 
 
 _TABLES = ((fc.KCMP_FILES, "descriptors"), (fc.KCMP_FS, "directories"))
@@ -147,14 +166,25 @@ def _is_ring_worker(pid: int, tid: int) -> bool:
 
 
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
-    try:
-        label = procfs.read(f"/proc/{mine.task.voice}/attr/current").rstrip(b"\0\n").decode()
-    except OSError:
-        return
+    label = _label(mine.task.voice)
     if label and not label.startswith("unconfined"):
         obstacles.append(
             Obstacle(f"process {mine.pid}", f"runs under the security label {label!r}", "labels are not supported yet")
         )
+
+
+_unlabelled: list[OSError] = []
+"""Why nobody has a label: no security module gives any (security_getprocattr in security/security.c)."""
+
+
+def _label(pid: int) -> str:
+    if not _unlabelled:
+        try:
+            return procfs.read_record(f"/proc/{pid}/attr/current").rstrip(b"\0\n").decode()
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                _unlabelled.append(error)
+    return ""
 
 
 def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
@@ -192,7 +222,7 @@ def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: 
 
 def _add_mapped_files(got: Collected, mine: CollectedTask) -> None:
     """Give every mapping the file id of what it maps."""
-    known: dict[tuple[object, ...], int] = {}
+    known = got.mapped_files
     for area in mine.areas:
         if area.kind == "file":
             assert area.stat is not None
@@ -231,73 +261,138 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 # -- asking the task ---------------------------------------------------------------------------------------------------
 
 
-class Questions:
-    """The programs of one process while they run."""
+class Asked:
+    """Where the answers lie to what a process's leader was asked."""
+
+    __slots__ = ("actions", "children", "keyrings", "keys", "locked", "policies", "process", "thread", "timers")
 
     def __init__(
-        self, mine: CollectedTask, partners: policies.Partners, children: dict[int, bool], with_keyrings: bool
+        self,
+        program: Program,
+        posix: list[procfs.PosixTimer],
+        children: dict[int, bool],
+        partner: int,
+        with_keyrings: bool,
     ) -> None:
-        task = mine.task
+        self.process = process.ask(program)
+        self.actions = signals.ask(program)
+        self.timers = timers.ask(program, posix)
+        self.keys = pkeys.ask(program)
+        self.locked = layout.ask(program)
+        self.children = stops.ask(program, children)
+        self.thread = threads.ask(program)
+        self.keyrings = keyrings.ask(program) if with_keyrings else None
+        self.policies = policies.ask(program, partner)
+
+
+class Patterns:
+    """Programs of leaders that were asked before: most processes are asked the same, at the same place."""
+
+    def __init__(self) -> None:
+        self.place = 0
+        """Where the last scratch area was put."""
+        self._known: dict[tuple[int, int], tuple[Recording, Asked]] = {}
+
+    def ask(
+        self,
+        program: Program,
+        posix: list[procfs.PosixTimer],
+        children: dict[int, bool],
+        partner: int,
+        with_keyrings: bool,
+    ) -> Asked:
+        """Fill *program*, which is empty."""
+        if posix or children:
+            return Asked(program, posix, children, partner, with_keyrings)
+        key = program.area, partner
+        if key not in self._known:
+            asked = Asked(program, [], {}, partner, with_keyrings)
+            self._known[key] = Recording(program), asked
+            return asked
+        recording, asked = self._known[key]
+        program.repeat(recording)
+        return asked
+
+
+class Questions:
+    """The programs of one process: :meth:`prepare` makes room for them, :meth:`start` has them run, and :meth:`answer`
+    waits for their end."""
+
+    def __init__(self, mine: CollectedTask, children: dict[int, bool], with_keyrings: bool) -> None:
         self.mine = mine
-        posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + timers.SIZE * len(posix) + stops.SIZE * len(children)
-        task.prepare(extra=size)
-        self.program = task.program(size=size)
-        self.process = process.ask(self.program)
-        self.actions = signals.ask(self.program)
-        self.timers = timers.ask(self.program, posix)
-        self.keys = pkeys.ask(self.program)
-        self.children = stops.ask(self.program, children)
-        self.threads: list[tuple[Thread, Program, threads.Asked]] = [
-            (task.leader, self.program, threads.ask(self.program))
-        ]
+        self.children = children
+        self.with_keyrings = with_keyrings
+        self.posix = procfs.timers(mine.task.voice)
+        self.size = _PROGRAM_SIZE + timers.SIZE * len(self.posix) + stops.SIZE * len(children)
+        self.asked: Asked
+        self.keyrings: list[tuple[Thread, Program, tuple[int, int]]] = []
+        self.threads: list[tuple[Thread, Program, threads.Asked, policies.Asked]] = []
+
+    def prepare(self, patterns: Patterns) -> Steps[None]:
+        """Map the scratch area."""
+        task = self.mine.task
+        for _ in task.preparing(self.size, self.mine.maps, patterns.place, self.mine.statuses[task.voice]):
+            if task.scratch is not None:
+                patterns.place = task.scratch.code
+            yield
+
+    def start(self, partners: policies.Partners, patterns: Patterns) -> None:
+        """Build the programs and let them run."""
+        task, statuses = self.mine.task, self.mine.statuses
+        program = task.program(size=self.size)
+        partner = partners.of(statuses[task.voice])
+        asked = patterns.ask(program, self.posix, self.children, partner, self.with_keyrings)
+        self.asked = asked
+        self.threads = [(task.leader, program, asked.thread, asked.policies)]
+        if asked.keyrings is not None:
+            self.keyrings.append((task.leader, program, asked.keyrings))
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024 + policies.SIZE + keyrings.SIZE, status=mine.statuses[thread.tid])
-            self.threads.append((thread, own, threads.ask(own)))
-        self.keyrings = {thread.tid: keyrings.ask(own) for thread, own, _ in self.threads} if with_keyrings else {}
-        self.policies = {
-            thread.tid: policies.ask(own, task.voice, partners.of(mine.statuses[thread.tid]))
-            for thread, own, _ in self.threads
-        }
-        for _, own, _ in self.threads:
+            own = task.program(thread, size=THREAD_AREA, status=statuses[thread.tid])
+            asked_thread = threads.ask(own)
+            if self.with_keyrings:
+                self.keyrings.append((thread, own, keyrings.ask(own)))
+            partner = partners.of(statuses[thread.tid])
+            self.threads.append((thread, own, asked_thread, policies.ask(own, partner)))
+        for _, own, _, _ in self.threads:
             if own.results:
                 # A part was run to make room for the rest, which overwrites its answers.
-                raise TargetError(f"process {mine.pid}: the questions to it do not fit their area")
+                raise TargetError(f"process {self.mine.pid}: the questions to it do not fit their area")
             own.start()
 
     def answer(self, got: Collected, waiting: dict[int, restart.Waiting], frozen_at: int) -> None:
-        """Second part: wait for the programs, and build the records from what they brought."""
-        mine, pid, program, voice = self.mine, self.mine.pid, self.program, self.mine.task.voice
-        for _, own, _ in self.threads:
+        """Wait for the programs, and build the records from what they brought."""
+        mine, pid, voice = self.mine, self.mine.pid, self.mine.task.voice
+        for _, own, _, _ in self.threads:
             own.finish()
-        answers = process.Answers(program, self.process)
+        program = self.threads[0][1]
+        answers = process.Answers(program, self.asked.process)
         process.check_segments(pid, [thread.regs for thread in mine.task.threads], answers, got.obstacles)
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
         if mine.stat.session == mine.pid and (nice := process.session_nice(voice)):
             tc["firn"]["session_nice"] = nice
-        tc["timers"] = timers.answer(program, self.timers)
-        got.reported |= stops.answer(program, self.children)
-        tc["sigactions"] = signals.answer(program, self.actions)
-        said = [threads.Answers(own, asked) for _, own, asked in self.threads]
-        rare = [
-            policies.answer(own, self.policies[thread.tid], pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
-            for thread, own, _ in self.threads
-        ]
+        tc["timers"] = timers.answer(program, self.asked.timers)
+        got.reported |= stops.answer(program, self.asked.children)
+        tc["sigactions"] = signals.answer(program, self.asked.actions)
+        said = {thread.tid: threads.Answers(own, asked) for thread, own, asked, _ in self.threads}
+        rare = {
+            thread.tid: policies.answer(own, asked, pid, thread.tid, mine.statuses[thread.tid], got.obstacles)
+            for thread, own, _, asked in self.threads
+        }
         self._find_undo(got)
         self._find_keyrings(got)
-        self._settle_timers()
-        tc["signals_s"] = signals.queue(mine.task.pending(mine.task.leader, shared=True))
+        self._settle_timers(said)
+        tc["signals_s"] = signals.queue(_queued(mine.task, mine.task.leader, said[voice], shared=True))
         stopped = mine.task.stop_signal
         tc["task_state"] = process.STOPPED if stopped else process.ALIVE
         if stopped:
             tc["stop_signo"] = stopped
-        for thread, one, fields in zip(mine.task.threads, said, rare, strict=True):
-            core = _thread_core(got, mine, thread, one, waiting, frozen_at)
-            core["thread_core"]["firn"] |= fields
+        for thread in mine.task.threads:
+            core = _thread_core(got, mine, thread, said[thread.tid], waiting, frozen_at)
+            core["thread_core"]["firn"] |= rare[thread.tid]
             mine.cores.append((thread.tid, core))
-        numa.collect(voice, mine.areas, (rare[0].get("numa_mode", 0), rare[0].get("numa_nodes", b"")))
+        numa.collect(voice, mine.areas, (rare[voice].get("numa_mode", 0), rare[voice].get("numa_nodes", b"")))
         tc["blk_sigset"] = mine.task.leader.mask
         if mine.task.headless:
             mine.cores.insert(0, (pid, self._exited_core(got, tc)))
@@ -321,8 +416,9 @@ class Questions:
         _add_mapped_files(got, mine)
         mine.mm = layout.save(voice, mine.voice_stat, answers, mine.exe_id)
         mine.mm["aios"] = [aio.save(voice, area.map.start, area.map.end) for area in mine.areas if area.kind == "aio"]
-        future = layout.locks_future(voice, mine.statuses[voice], mine.task)
-        keys = pkeys.answer(self.program, self.keys)
+        program = self.threads[0][1]
+        future = layout.locks_future(voice, program, self.asked.locked)
+        keys = pkeys.answer(program, self.asked.keys)
         if future or keys:
             mine.mm["firn"] = {"lock_future": future, "pkeys": keys}
         mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
@@ -330,16 +426,16 @@ class Questions:
     def _find_undo(self, got: Collected) -> None:
         if not got.semaphore_sets:
             return
-        holders = semaphores.holders([thread.tid for thread, _, _ in self.threads])
-        for thread, program, _ in self.threads:
+        holders = semaphores.holders([thread.tid for thread, *_ in self.threads])
+        for thread, program, *_ in self.threads:
             if thread.tid in holders:
                 status = self.mine.statuses[thread.tid]
                 got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
 
     def _find_keyrings(self, got: Collected) -> None:
         """The session keyrings: each is read by the first thread that has it, as is that there is none."""
-        for thread, program, _ in self.threads if self.keyrings else []:
-            number = keyrings.answer(program, self.keyrings[thread.tid])
+        for thread, program, asked in self.keyrings:
+            number = keyrings.answer(program, asked)
             what = f"process {self.mine.pid}: thread {thread.tid}"
             if number not in got.keyrings:
                 if got.keyrings:
@@ -347,15 +443,20 @@ class Questions:
                     got.obstacles.append(Obstacle(what, reason, "start all of it in one session"))
                 got.keyrings[number] = keyrings.read(program, number, what, got.obstacles) if number else {}
 
-    def _settle_timers(self) -> None:
+    def _settle_timers(self, said: dict[int, threads.Answers]) -> None:
         """Pending timer signals must know their overruns before the queues are read."""
-        mine = self.mine
-        for thread, program, _ in self.threads:
-            status, leader = mine.statuses[thread.tid], thread is mine.task.leader
-            if int(status["SigPnd"], 16) or (leader and int(status["ShdPnd"], 16)):
+        for thread, program, *_ in self.threads:
+            if said[thread.tid].pending:
+                leader = thread is self.mine.task.leader
                 shared = ptrace.pending_signals(thread.tid, shared=True) if leader else []
                 private = ptrace.pending_signals(thread.tid, shared=False)
-                signals.settle_timers(program, mine.pid, thread.tid, shared, private)
+                signals.settle_timers(program, self.mine.pid, thread.tid, shared, private)
+
+
+def _queued(task: Task, thread: Thread, answers: threads.Answers, shared: bool) -> list[bytes]:
+    """The signals that are queued for *thread*; the kernel is asked only if it has some, or had some that we took."""
+    asks = answers.pending or any(each.taken for each in task.threads)
+    return task.pending(thread, shared) if asks else []
 
 
 def _thread_core(
@@ -368,10 +469,11 @@ def _thread_core(
 ) -> dict[str, Any]:
     """The core_entry of one thread."""
     status = mine.statuses[thread.tid]
-    comm = procfs.stat(mine.pid, thread.tid).comm.decode("utf-8", "surrogateescape")
+    stat = mine.voice_stat if thread.tid == mine.task.voice else procfs.stat(mine.pid, thread.tid)
+    comm = stat.comm.decode("utf-8", "surrogateescape")
     core = threads.save_core(thread, answers, creds.collect(status, answers.securebits), comm)
     core |= got.filters.collect(thread.tid, int(status.get("Seccomp", "0")))
-    core["signals_p"] = signals.queue(mine.task.pending(thread, shared=False))
+    core["signals_p"] = signals.queue(_queued(mine.task, thread, answers, shared=False))
     core["blk_sigset"] = thread.mask
     deliverable = restart.is_deliverable(status, thread.mask)
     interrupted = restart.save(mine.task.voice, thread, waiting, deliverable, frozen_at)

@@ -15,10 +15,14 @@ from firn.abi import signal as sig
 from firn.errors import FirnError, TargetError
 from firn.host import procfs
 from firn.tracee import seize
+from firn.tracee.steps import together
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
+
+    from firn.tracee.steps import Steps
+
 
 _POLL_S = 0.01
 _CLONES = tuple(str(number).encode() for number in (nr.vfork, nr.clone, nr.clone3))
@@ -59,6 +63,10 @@ class FrozenTree:
     def release(self) -> None:
         """Let everything run on; one process's trouble does not keep the others."""
         trouble: list[Exception] = []
+        try:
+            together([task.restoring() for task in self.tasks if not task.shares_memory])
+        except (OSError, FirnError):
+            pass  # the next attempt, by each for itself, tells
         for task in reversed(self.tasks):
             try:
                 task.release()
@@ -160,37 +168,43 @@ def await_vforks(root: int, seconds: float) -> None:
 
 def _freeze_newcomers(tree: FrozenTree, held: Container[int]) -> bool:
     """One pass over the children of all frozen processes; whether there was a new one."""
-    found = False
-    for task in list(tree.tasks):
-        for child in procfs.children(task.pid):
-            if child not in tree.parents:
-                found = True
-                _take(tree, child, task.pid, held)
-    return found
+    newcomers: dict[int, int] = {}
+    for task in tree.tasks:
+        tids = [thread.tid for thread in task.threads]
+        newcomers |= {child: task.pid for child in procfs.children(task.pid, tids) if child not in tree.parents}
+    together([_taking(tree, child, parent, held) for child, parent in newcomers.items()])
+    return bool(newcomers)
 
 
-def _take(tree: FrozenTree, child: int, parent: int, held: Container[int]) -> None:
+def _taking(tree: FrozenTree, child: int, parent: int, held: Container[int]) -> Steps[None]:
     """Freeze *child*, or note it as a zombie, if no thread of it lives. One that is gone is looked for again: its pid
     may soon be another's."""
     try:
-        stat = procfs.stat(child)
-        living = stat.state not in "ZX" or _is_running(child)
-        if living:
-            frozen = seize.freeze(child, held)
-            tree.tasks.append(frozen)
-            stat = procfs.stat(child)
-            if stat.ppid != parent:
-                # It was not the child any more when it was frozen, but an orphan, or one that got its pid.
-                tree.tasks.remove(frozen)
-                frozen.release()
-                return
+        frozen = yield from seize.freezing(child, held)
     except (TargetError, OSError) as error:
-        if isinstance(error, TargetError) and _is_running(child):
+        running = _is_running(child)
+        if running and isinstance(error, TargetError):
             raise
+        stat = None if running else _zombie(child)
+        if stat is not None and stat.ppid == parent:
+            tree.parents[child] = parent
+            tree.zombies.append(Zombie(stat))
         return
+    if frozen.stat.ppid != parent:
+        # It was not the child any more when it was frozen, but an orphan, or one that got its pid.
+        frozen.release()
+        return
+    tree.tasks.append(frozen)
     tree.parents[child] = parent
-    if not living:
-        tree.zombies.append(Zombie(stat))
+
+
+def _zombie(pid: int) -> procfs.Stat | None:
+    """The stat of a process that has ended, None if it is gone altogether."""
+    try:
+        stat = procfs.stat(pid)
+    except OSError:
+        return None
+    return stat if stat.state in "ZX" else None
 
 
 def _is_running(pid: int) -> bool:

@@ -13,22 +13,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_ROOM = 1 << 16
+
+
 def read(path: str) -> bytes:
     """The whole of a /proc file."""
+    return _read(path, 1)
+
+
+def read_record(path: str) -> bytes:
+    """The same of a file that the kernel makes as one piece (single_open, simple_read_from_buffer in fs/proc): what is
+    shorter than asked for is all of it, and a read only to see the end would take as long as the first one."""
+    return _read(path, _ROOM)
+
+
+def _read(path: str, least: int) -> bytes:
+    """Read until there are less than *least* bytes."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        first = os.read(fd, 65536)
-        if len(first) < 4000:
-            more = os.read(fd, 65536)
-            if not more:
-                return first
-            first += more
-        parts = [first]
-        while True:
-            part = os.read(fd, 1 << 20)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
+        parts = [os.read(fd, _ROOM)]
+        while len(parts[-1]) >= least:
+            parts.append(os.read(fd, _ROOM))
+        return b"".join(parts)
     finally:
         os.close(fd)
 
@@ -74,12 +80,13 @@ PF_IO_WORKER = 0x00000010
 
 def stat(pid: int, tid: int = 0) -> Stat:
     """The stat record of a process, or of its thread *tid*."""
-    return Stat(read(f"/proc/{pid}/task/{tid}/stat" if tid else f"/proc/{pid}/stat"))
+    return Stat(read_record(f"/proc/{pid}/task/{tid}/stat" if tid else f"/proc/{pid}/stat"))
 
 
 def status(pid: int, tid: int = 0) -> dict[str, str]:
     """/proc/PID/status as a mapping of its lines."""
-    text = read(f"/proc/{pid}/task/{tid}/status" if tid else f"/proc/{pid}/status").decode("utf-8", "surrogateescape")
+    raw = read_record(f"/proc/{pid}/task/{tid}/status" if tid else f"/proc/{pid}/status")
+    text = raw.decode("utf-8", "surrogateescape")
     # Not splitlines(): a task's name may hold other line separators than "\n", which alone the kernel escapes.
     return {key: value.strip() for key, _, value in [line.partition(":") for line in text.split("\n") if line]}
 
@@ -105,8 +112,7 @@ def speaker(pid: int) -> int:
 class Map:
     """One line of /proc/PID/maps, with the VmFlags of smaps when those were read (else None)."""
 
-    __slots__ = ("device", "end", "flags", "huge", "inode", "key", "name", "offset", "page_size", "perms", "start",
-                 "whole")  # fmt: skip
+    __slots__ = ("device", "end", "flags", "inode", "key", "name", "offset", "page_size", "perms", "start", "whole")
 
     def __init__(
         self, start: int, end: int, perms: str, offset: int, device: tuple[int, int], inode: int, name: str
@@ -120,7 +126,6 @@ class Map:
         self.name = name
         self.flags: frozenset[str] | None = None
         self.page_size = 4096
-        self.huge = 0
         self.key = 0
         self.whole = False
 
@@ -140,15 +145,35 @@ class Map:
         return self.perms[3] == "s"
 
 
+_Line = tuple[int, int, str, int, tuple[int, int], int, str]
+_lines: dict[str, _Line] = {}
+_flag_lines: dict[str, frozenset[str]] = {}
+"""What lines of maps and of VmFlags say: they are the same in all processes that have forked from one."""
+_MANY = 20_000
+
+
 def _map_line(line: str) -> Map:
-    parts = line.split(None, 5)
-    start, _, end = parts[0].partition("-")
-    major, _, minor = parts[3].partition(":")
-    # The name is the rest of the line as it is: it may end in blanks; a newline in it is written as \012.
-    name = parts[5] if len(parts) > 5 else ""
-    return Map(
-        int(start, 16), int(end, 16), parts[1], int(parts[2], 16), (int(major, 16), int(minor, 16)), int(parts[4]), name
-    )
+    known = _lines.get(line)
+    if known is None:
+        parts = line.split(None, 5)
+        start, _, end = parts[0].partition("-")
+        device, _, minor = parts[3].partition(":")
+        # The name is the rest of the line as it is: it may end in blanks; a newline in it is written as \012.
+        name = parts[5] if len(parts) > 5 else ""
+        known = (
+            int(start, 16), int(end, 16), parts[1], int(parts[2], 16), (int(device, 16), int(minor, 16)), int(parts[4]),
+            name,
+        )  # fmt: skip
+        if len(_lines) < _MANY:
+            _lines[line] = known
+    return Map(*known)
+
+
+def _flags(line: str) -> frozenset[str]:
+    known = _flag_lines.get(line)
+    if known is None:
+        known = _flag_lines[line] = frozenset(line.split())
+    return known
 
 
 def maps(pid: int) -> list[Map]:
@@ -172,37 +197,41 @@ def named_map(pid: int, name: str) -> Map | None:
 
 
 def smaps(pid: int) -> list[Map]:
-    """The mappings with their VmFlags, page size, amount of huge pages (bytes) and protection key, and of locked ones
+    """The mappings with their VmFlags, page size and protection key, and of locked ones
     whether they are ``whole``: all pages are in memory.
 
     Walks page tables: not cheap.
     """
     text = read(f"/proc/{pid}/smaps").decode("utf-8", "surrogateescape")
     found: list[Map] = []
-    at = 0
-    while at < len(text):
-        # A mapping is a line of maps, some twenty of "Key: value", VmFlags the last of them (fs/proc/task_mmu.c).
-        flags = text.index("\nVmFlags:", at)
-        end = text.index("\n", flags + 1)
-        current = _map_line(text[at : text.index("\n", at)])
-        current.flags = frozenset(text[flags + 9 : end].split())
-        current.page_size = _kilobytes(text, "\nKernelPageSize:", at, flags) or 4096
-        current.huge = _kilobytes(text, "\nAnonHugePages:", at, flags)
+    # A mapping is a line of maps, some twenty of "Key: value", VmFlags the last of them (fs/proc/task_mmu.c).
+    parts = text.split("\nVmFlags:")
+    mapping = parts[0]
+    for part in parts[1:]:
+        flags, _, following = part.partition("\n")
+        line, _, values = mapping.partition("\n")
+        current = _map_line(line)
+        current.flags = _flags(flags)
+        if _SMALL_PAGES not in values:
+            current.page_size = _kilobytes(values, "KernelPageSize:") or 4096
         if "lo" in current.flags:
-            current.whole = _kilobytes(text, "\nRss:", at, flags) >= current.end - current.start
+            current.whole = _kilobytes(values, "Rss:") >= current.end - current.start
         # The last line before VmFlags, if the processor has protection keys.
-        last = text.rfind("\n", at, flags) + 1
-        if text.startswith("ProtectionKey:", last, flags):
-            current.key = int(text[last + 14 : flags])
+        last = values.rfind("\n") + 1
+        if values.startswith("ProtectionKey:", last):
+            current.key = int(values[last + 14 :])
         found.append(current)
-        at = end + 1
+        mapping = following
     return found
 
 
-def _kilobytes(text: str, key: str, start: int, end: int) -> int:
-    """The bytes behind *key* in text[start:end], 0 if it is not there."""
-    at = text.find(key, start, end)
-    return int(text[at + len(key) : text.index(" kB", at)]) * 1024 if at >= 0 else 0
+_SMALL_PAGES = "\nKernelPageSize:        4 kB\n"
+
+
+def _kilobytes(values: str, key: str) -> int:
+    """The bytes behind *key* in *values*, 0 if it is not there."""
+    at = values.find(key)
+    return int(values[at + len(key) : values.index(" kB", at)]) * 1024 if at >= 0 else 0
 
 
 _FD_FOLDER = 0o40500
@@ -228,7 +257,7 @@ def link_stat(path: str) -> os.stat_result:
 
 def fdinfo(pid: int, fd: int) -> dict[str, str]:
     """/proc/PID/fdinfo/FD; of repeated keys (epoll, inotify, lock) the last one wins, all are under ``lines``."""
-    text = read(f"/proc/{pid}/fdinfo/{fd}").decode()
+    text = read_record(f"/proc/{pid}/fdinfo/{fd}").decode()
     result = {"lines": text}
     for line in text.splitlines():
         key, _, value = line.partition(":")
@@ -236,10 +265,11 @@ def fdinfo(pid: int, fd: int) -> dict[str, str]:
     return result
 
 
-def children(pid: int) -> list[int]:
-    """The pids of the children of all threads of *pid* (needs CONFIG_PROC_CHILDREN)."""
+def children(pid: int, tids: list[int] | None = None) -> list[int]:
+    """The pids of the children of all threads of *pid*, which are *tids* if they are known (needs
+    CONFIG_PROC_CHILDREN)."""
     found: list[int] = []
-    for tid in threads(pid):
+    for tid in tids or threads(pid):
         try:
             found += [int(word) for word in read(f"/proc/{pid}/task/{tid}/children").split()]
         except FileNotFoundError:

@@ -285,6 +285,11 @@ class ImageDir:
         except OSError:
             pass
 
+    def remove(self, name: str) -> None:
+        """Remove a file that was created since the last commit. Raises :class:`ImageError` naming it."""
+        self._remove(name)
+        self._created.pop(name, None)
+
     def commit(self, inventory: dict[str, Any]) -> None:
         """Make a checkpoint of what has been written: *inventory* appears, whole, under its name.
 

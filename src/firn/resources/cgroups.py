@@ -24,13 +24,21 @@ ROOT_SET = 1
 """The id of the set that we are in ourselves; never stored."""
 
 
+_memberships: dict[bytes, list[tuple[str, str]]] = {}
+"""What texts say that were seen before: most processes of a tree are in the same groups."""
+
+
 def membership(pid: int | str) -> list[tuple[str, str]]:
     """(controllers, path) per hierarchy; "" is the unified one."""
-    found = []
-    for line in procfs.read(f"/proc/{pid}/cgroup").decode("utf-8", "surrogateescape").splitlines():
-        _, controllers, path = line.split(":", 2)
-        found.append((controllers, path))
-    return sorted(found)
+    text = procfs.read_record(f"/proc/{pid}/cgroup")
+    if text not in _memberships:
+        lines = [line.split(":", 2) for line in text.decode("utf-8", "surrogateescape").splitlines()]
+        _memberships[text] = sorted((controllers, path) for _, controllers, path in lines)
+    return _memberships[text]
+
+
+_threaded: dict[str, bool] = {}
+"""What was found out about groups in this dump: most processes are in the same one."""
 
 
 class Cgroups:
@@ -45,11 +53,13 @@ class Cgroups:
         """Whether threads may be in other groups: in all hierarchies of v1, and where it was asked for in v2."""
 
     def _is_threaded(self) -> bool:
-        try:
-            kind = procfs.read(f"{mount_point('') or ''}{dict(self.theirs).get('', '')}/cgroup.type")
-        except OSError:
-            return False  # the root has none
-        return b"threaded" in kind
+        path = dict(self.theirs).get("", "")
+        if path not in _threaded:
+            try:
+                _threaded[path] = b"threaded" in procfs.read(f"{mount_point('') or ''}{path}/cgroup.type")
+            except OSError:
+                _threaded[path] = False  # the root has none
+        return _threaded[path]
 
     def of_thread(self, tid: int, early: dict[int, Cgroups]) -> Cgroups:
         """The membership of thread *tid*, if need be from what was read *early* (:func:`observe`)."""
@@ -70,6 +80,7 @@ class Sets:
     """The different memberships of a tree, each under a number; ours is ROOT_SET."""
 
     def __init__(self) -> None:
+        _threaded.clear()
         self._sets = {tuple(membership("self")): ROOT_SET}
 
     def number(self, groups: Cgroups) -> int:

@@ -180,20 +180,25 @@ class Asked:
         self.switches = switches
 
 
-SIZE = 10 * 64 + _MASK + 64
+SIZE = 12 * 64 + _MASK + 64
 """Bytes that :func:`ask` takes of a program."""
 
 
-def ask(program: Program, pid: int, partner: int) -> Asked:
+def ask(program: Program, partner: int) -> Asked:
     """Add the calls that only the thread itself can make; *partner*: see :class:`Partners`."""
-    program.reserve(9, _MASK + 16)
+    program.reserve(11, _MASK + 16)
     at = program.buffer(_MASK + 16)
     policy = program.call("get_mempolicy", nr.get_mempolicy, at, at + 8, _NODES + 1, 0, 0, flags=1)
     keyrings = [
         program.call("keyctl", nr.keyctl, pol.KEYCTL_GET_KEYRING_ID, ring, 0, 0, 0, flags=1)
         for ring in (pol.KEY_SPEC_THREAD_KEYRING, pol.KEY_SPEC_PROCESS_KEYRING)
     ]
-    landlock = program.call("kcmp", nr.kcmp, pid, partner, 1, 0, 0, flags=1) if partner else -1
+    landlock = -1
+    if partner:
+        own = program.call("gettid", nr.gettid)
+        landlock = program.next_call() + 1
+        program.copy(program.result_address(own), program.argument_address(landlock, 0))
+        program.call("kcmp", nr.kcmp, 0, partner, 1, 0, 0, flags=1)
     ring = program.call("io_uring_enter", nr.io_uring_enter, 0, 0, 0, pol.IORING_ENTER_REGISTERED_RING, 0, 0, flags=1)
     program.call("prctl TSC", nr.prctl, prctl.GET_TSC, at + _MASK + 8, 0, 0, 0, flags=1)
     switches = (

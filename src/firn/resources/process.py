@@ -50,10 +50,18 @@ PRCTLS = (
 class Asked:
     """Where the answers lie."""
 
-    __slots__ = ("brk", "cpuid", "ldt", "limits", "membarrier", "switches", "words")
+    __slots__ = ("brk", "cpuid", "ldt", "limits", "membarrier", "personality", "switches", "words")
 
     def __init__(
-        self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int, cpuid: int, ldt: int
+        self,
+        limits: int,
+        words: int,
+        switches: dict[str, int],
+        membarrier: int,
+        brk: int,
+        personality: int,
+        cpuid: int,
+        ldt: int,
     ) -> None:
         self.ldt = ldt
         self.cpuid = cpuid
@@ -62,11 +70,12 @@ class Asked:
         self.switches = switches
         self.membarrier = membarrier
         self.brk = brk
+        self.personality = personality
 
 
 def ask(program: Program) -> Asked:
     """Add the calls that read what only the task can ask for."""
-    program.reserve(LIMITS + 19, LIMITS * _LIMIT.size + 24 + _LDT_ENTRY)
+    program.reserve(LIMITS + 20, LIMITS * _LIMIT.size + 24 + _LDT_ENTRY)
     limits = program.buffer(LIMITS * _LIMIT.size)
     words = program.buffer(24)
     for which in range(LIMITS):
@@ -76,16 +85,23 @@ def ask(program: Program) -> Asked:
     switches = {name: program.call(f"prctl {name}", nr.prctl, code, 0, 0, 0, 0, flags=1) for name, code in PRCTLS}
     membarrier = program.call("membarrier", nr.membarrier, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, flags=1)
     brk = program.call("brk", nr.brk, 0)
+    personality = program.call("personality", nr.personality, _ONLY_TELL)
     cpuid = program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_CPUID, 0, flags=1)
     program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_XCOMP_PERM, words + 16, flags=1)
     ldt = program.call("modify_ldt", nr.modify_ldt, 0, program.buffer(_LDT_ENTRY), _LDT_ENTRY, flags=1)
-    return Asked(limits, words, switches, membarrier, brk, cpuid, ldt)
+    return Asked(limits, words, switches, membarrier, brk, personality, cpuid, ldt)
+
+
+_ONLY_TELL = 0xFFFFFFFF
+"""The argument of personality(2) that changes nothing."""
 
 
 class Answers:
     """What the task said about itself. A switch that the kernel does not know is 0."""
 
-    __slots__ = ("brk", "components", "ldt", "limits", "membarrier", "no_cpuid", "subreaper", "switches", "tsc")
+    __slots__ = (
+        "brk", "components", "ldt", "limits", "membarrier", "no_cpuid", "personality", "subreaper", "switches", "tsc",
+    )  # fmt: skip
 
     def __init__(self, program: Program, asked: Asked) -> None:
         raw = program.read(asked.limits, LIMITS * _LIMIT.size)
@@ -96,11 +112,12 @@ class Answers:
         self.membarrier = max(program.results[asked.membarrier], 0)
         self.brk = program.results[asked.brk]
         self.ldt = program.results[asked.ldt]
+        self.personality = program.results[asked.personality]
 
 
 def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
     try:
-        return int(procfs.read(f"/proc/{pid}/{name}") or b"0", base)
+        return int(procfs.read_record(f"/proc/{pid}/{name}") or b"0", base)
     except (OSError, ValueError):
         return None
 
@@ -125,8 +142,9 @@ def session_nice(pid: int) -> int:
 
 def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
     """The task_core_entry without state, timers and signals."""
-    personality = procfs.read(f"/proc/{pid}/personality").strip().decode()
-    digits = personality[: next((i for i, c in enumerate(personality) if not c.isdigit()), len(personality))]
+    # CRIU reads the hexadecimal number as a decimal one, up to its first letter.
+    shown = f"{answers.personality:08x}"
+    digits = shown[: next((i for i, c in enumerate(shown) if not c.isdigit()), len(shown))]
     entry: dict[str, Any] = {
         "exit_code": 0, "personality": int(digits or "0"), "flags": stat.flags,
         "comm": stat.comm.decode("utf-8", "surrogateescape"), "rlimits": {"rlimits": answers.limits},
@@ -138,7 +156,7 @@ def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
             entry[field] = value
     if answers.membarrier:
         entry["membarrier_registration_mask"] = answers.membarrier
-    own: dict[str, Any] = {"personality": int(personality, 16)}
+    own: dict[str, Any] = {"personality": answers.personality}
     dump_filter = _proc_number(pid, "coredump_filter", 16)
     if dump_filter is not None:
         own["coredump_filter"] = dump_filter

@@ -149,6 +149,11 @@ def _code(regs: tuple[int, ...]) -> int:
     return value if regs[cpu.ORIG_AX] >> 63 == 0 and value <= RESTART_BLOCK else 0
 
 
+def is_interrupted(regs: tuple[int, ...]) -> bool:
+    """Whether a thread was stopped in a system call that had to end for it."""
+    return _code(regs) in (*RESTART_SAME, RESTART_BLOCK, EINTR)
+
+
 def _again(regs: tuple[int, ...], number: int) -> tuple[int, ...]:
     changed = list(regs)
     changed[cpu.AX] = number

@@ -32,9 +32,13 @@ def ask(program: Program) -> int:
     return table
 
 
-def answer(program: Program, table: int) -> list[dict[str, Any]]:
+def answer(program: Program, table: int) -> bytes:
+    """The actions, still raw: see :func:`save_actions`."""
+    return program.read(table, _TABLE_SIZE)
+
+
+def save_actions(raw: bytes) -> list[dict[str, Any]]:
     """The sa_entry list, signals ascending."""
-    raw = program.read(table, _TABLE_SIZE)
     return [
         {"sigaction": handler, "flags": flags, "restorer": restorer, "mask": mask}
         for handler, flags, restorer, mask in sig.SIGACTION.iter_unpack(raw)

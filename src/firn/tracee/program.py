@@ -18,6 +18,11 @@ from firn.abi.libc import address_of
 from firn.errors import TargetError
 from firn.host import procfs
 from firn.tracee import memory, ptrace
+from firn.tracee.steps import alone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from firn.tracee.steps import Steps
 
 _MASK = (1 << 64) - 1
 STOP_SIGNAL = sig.SIGWINCH
@@ -91,8 +96,12 @@ class Runner:
 
     def single(self, site: int, number: int, *args: int) -> int:
         """Make one call by registers alone, at the system-call instruction at *site*; OSError on failure."""
-        self.enter(site, number, *args)
-        self._to_syscall_stop()
+        return alone(self.single_steps(site, number, *args))
+
+    def single_steps(self, site: int, number: int, *args: int) -> Steps[int]:
+        """:meth:`single` in steps (:mod:`firn.tracee.steps`)."""
+        yield from self._entering(site, number, *args)
+        yield from self._to_syscall_stop()
         result = ptrace.get_regs(self.tid)[cpu.AX]
         if self.own_mask is not None:
             self._give_back(self.own_mask)
@@ -103,12 +112,15 @@ class Runner:
 
     def enter(self, site: int, number: int, *args: int) -> None:
         """The first half of :meth:`single`: up to the stop at which the call begins."""
+        alone(self._entering(site, number, *args))
+
+    def _entering(self, site: int, number: int, *args: int) -> Steps[None]:
         padded = (*args, 0, 0, 0, 0, 0, 0)[:6]
         di, si, dx, r10, r8, r9 = padded
         regs = self.registers(ip=site, ax=number, di=di, si=si, dx=dx, r10=r10, r8=r8, r9=r9)
         self.code = 0
         self._leave(regs, sig.ALL)
-        self._to_syscall_stop()
+        yield from self._to_syscall_stop()
 
     def settle(self) -> None:
         """Whatever came in between: give the task its own state again. TargetError if it cannot be stopped.
@@ -128,7 +140,7 @@ class Runner:
         ptrace.request("system call info", pt.GET_SYSCALL_INFO, self.tid, len(info), address_of(info))
         if info[0] == pt.SYSCALL_INFO_ENTRY:
             # Registers set here would be those of the call.
-            self._to_syscall_stop()
+            alone(self._to_syscall_stop())
         self._return()
 
     def unwanted(self) -> int:
@@ -162,9 +174,10 @@ class Runner:
         ptrace.set_regs(self.tid, self.base)
         self.away = False
 
-    def _to_syscall_stop(self) -> None:
+    def _to_syscall_stop(self) -> Steps[None]:
         # Not PTRACE_SINGLESTEP: its stop is that of a SIGTRAP, which the task would receive if we died.
         ptrace.request("system call", pt.SYSCALL, self.tid)
+        yield
         while (stop := ptrace.wait_stop(self.tid)).signal != sig.SIGTRAP | 0x80:
             self._foreign(stop)
             ptrace.request("system call", pt.SYSCALL, self.tid)
@@ -248,6 +261,20 @@ class Scratch:
         return self.size - self.used
 
 
+class Recording:
+    """The calls of a program, for other tasks that shall make the same ones."""
+
+    __slots__ = ("labels", "payload", "payload_size", "place", "read_from", "records")
+
+    def __init__(self, program: Program) -> None:
+        self.place = program.area, program.size
+        self.records = bytes(program.records)
+        self.payload = tuple(program.payload)
+        self.payload_size = program.payload_size
+        self.read_from = program.read_from
+        self.labels = tuple(program.labels)
+
+
 class Program:
     """A list of system calls for one :class:`Runner`; see the module's docstring.
 
@@ -266,8 +293,12 @@ class Program:
         self.records = bytearray()
         self.payload: list[bytes] = []
         self.payload_size = 0
+        self.read_from = 0
+        """How far below the end of the area the results begin that lie in buffers; 0: there are none."""
         self.labels: list[str] = []
         self._first_record = 0
+        self._told = b""
+        self._told_at = 0
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -293,7 +324,9 @@ class Program:
 
     def buffer(self, size: int) -> int:
         """Zeroed room for a result; read it with :meth:`read` after :meth:`run`."""
-        return self.data(bytes(size))
+        at = self.data(bytes(size))
+        self.read_from = self.payload_size
+        return at
 
     def call(
         self,
@@ -328,22 +361,23 @@ class Program:
         """The number that the next call will get, if nothing has to be run before it."""
         return self._first_record + len(self.labels)
 
+    def repeat(self, recording: Recording) -> None:
+        """Add to this program, which is still empty, the calls of one that lies at the same place in another task."""
+        if (self.area, self.size) != recording.place or self.labels:
+            raise ValueError("the recorded program is for another place")
+        self.records += recording.records
+        self.payload += recording.payload
+        self.payload_size = recording.payload_size
+        self.read_from = recording.read_from
+        self.labels += recording.labels
+
     # -- running ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Send the program and let the task run it; :meth:`finish` must follow."""
         image = bytes(self.records) + cpu.RECORD.pack(0, cpu.F_END, 0, *[0] * 7)
-        if self.payload:
-            self.payload.reverse()
-            gap = self.size - self.payload_size - len(image)
-            tail = b"".join(self.payload)
-            if gap < 4096:
-                memory.write(self.scratch.pid, self.area, image + bytes(gap) + tail)
-            else:
-                memory.write(self.scratch.pid, self.area, image)
-                memory.write(self.scratch.pid, self.area + self.size - self.payload_size, tail)
-        else:
-            memory.write(self.scratch.pid, self.area, image)
+        tail = b"".join(reversed(self.payload))
+        memory.write_two(self.scratch.pid, self.area, image, self.area + self.size - len(tail), tail)
         self.runner.start(self.scratch.code, self.area)
 
     def finish(self) -> None:
@@ -355,9 +389,13 @@ class Program:
         """Take the results of a program that stopped at record address *at*."""
         count = len(self.labels)
         done = (at - self.area) // cpu.RECORD_SIZE
-        raw = memory.read(self.scratch.pid, self.area, (min(done, count - 1) + 1) * cpu.RECORD_SIZE) if count else b""
-        unpack = cpu.RECORD.iter_unpack(raw)
-        self.results += [record[9] - (1 << 64) if record[9] >> 63 else record[9] for record in unpack]
+        self._told_at = self.area + self.size - self.read_from
+        wanted = [(self.area, (min(done, count - 1) + 1) * cpu.RECORD_SIZE if count else 0)]
+        if self.read_from:
+            wanted.append((self._told_at, self.read_from))
+        both = memory.read_parts(self.scratch.pid, wanted)
+        raw, self._told = both[: wanted[0][1]], both[wanted[0][1] :]
+        self.results += memoryview(raw).cast("q")[cpu.RESULT_OFFSET // 8 :: cpu.RECORD_SIZE // 8].tolist()
         labels = self.labels
         self._reset()
         if done < count:
@@ -373,6 +411,9 @@ class Program:
 
     def read(self, address: int, size: int) -> bytes:
         """Read what the program left at *address*."""
+        at = address - self._told_at
+        if at >= 0 and at + size <= len(self._told):
+            return self._told[at : at + size]
         return memory.read(self.scratch.pid, address, size)
 
     def _reset(self) -> None:
@@ -380,4 +421,4 @@ class Program:
         self.labels = []
         self.records = bytearray()
         self.payload = []
-        self.payload_size = 0
+        self.payload_size = self.read_from = 0

@@ -26,12 +26,15 @@ from firn.errors import FirnError, TargetError
 from firn.host import procfs
 from firn.tracee import memory, ptrace
 from firn.tracee.program import Program, Runner, Scratch, await_stopped
+from firn.tracee.steps import alone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container
 
-THREAD_AREA = 2048
+    from firn.tracee.steps import Steps
+
+THREAD_AREA = 2560
 """Room for the program of one thread among many."""
 _TOP = (1 << 47) - mman.PAGE
 _BOTTOM = 1 << 16
@@ -49,7 +52,7 @@ _SYNCHRONOUS = (4, 5, 7, 8, 11, 31)
 class Thread:
     """One frozen thread and the state that the kernel saved for it at the stop."""
 
-    __slots__ = ("held", "home", "mask", "regs", "resume_regs", "runner", "taken", "tid", "xstate")
+    __slots__ = ("held", "home", "mask", "regs", "resume_regs", "rseq", "runner", "taken", "tid", "xstate")
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
@@ -59,6 +62,8 @@ class Thread:
         self.xstate = b""
         self.taken: list[tuple[bool, bytes]] = []
         """Pending signals that were taken away, (whether the process's, siginfo_t)."""
+        self.rseq = (0, 0, 0)
+        """Address, size and signature of its registration for restartable sequences; filled in by the collection."""
         self.runner: Runner | None = None
         self.home = 0
         self.held = True
@@ -73,10 +78,14 @@ class Thread:
 class Task:
     """A frozen process."""
 
-    __slots__ = ("pid", "room", "scratch", "stop_again", "stop_signal", "threads")
+    __slots__ = ("pid", "room", "scratch", "shares_memory", "stat", "stop_again", "stop_signal", "threads")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.stat: procfs.Stat
+        """What the process was when it stood still."""
+        self.shares_memory = True
+        """Whether another process may have the same memory (CLONE_VM)."""
         self.threads: list[Thread] = []
         self.stop_signal = 0
         self.scratch: Scratch | None = None
@@ -113,7 +122,8 @@ class Task:
             runner.home = thread.home
             thread.runner = runner
             if runner.home and runner.unwanted():
-                memory.force_write(self.voice, runner.home, self._way_home(thread))
+                with memory.Forced(self.voice) as forced:
+                    forced.write(runner.home, self._way_home(thread))
         return thread.runner
 
     def _way_home(self, thread: Thread) -> bytes:
@@ -162,91 +172,100 @@ class Task:
         taken = [info for each in threads for whose, info in each.taken if whose == shared]
         return taken + ptrace.pending_signals(thread.tid, shared)
 
-    def prepare(self, extra: int = 0) -> Scratch:
-        """Map the scratch area (room for *extra* bytes beyond the programs), with a way home for every thread."""
+    def prepare(self) -> Scratch:
+        """The scratch area; it is mapped if it is not there yet."""
+        return alone(self.preparing())
+
+    def preparing(
+        self, extra: int = 0, maps: list[procfs.Map] | None = None, near: int = 0, status: dict[str, str] | None = None
+    ) -> Steps[Scratch]:
+        """Map the scratch area (room for *extra* bytes beyond the programs), with a way home for every thread.
+
+        *maps* and *status* (the leader's) spare to read them again. The area lies at *near* if that is free: programs
+        that are the same for many processes need to be built only once if they lie at the same place in all of them.
+        Of processes that share their memory only one may be prepared at a time: there is one room for one-off code.
+        """
         if self.scratch is None:
             homes = len(cpu.INTERPRETER) + -len(cpu.INTERPRETER) % 64
             code_size = _pages(homes + len(self.threads) * cpu.HOME_SIZE)
             data_size = _pages(65536 + extra + len(self.threads) * THREAD_AREA)
-            code, self.room = self._places(code_size + data_size)
-            # Known before it is there, so that it goes whatever happens meanwhile.
-            self.scratch = Scratch(self.voice, code, code + code_size, data_size)
-            self._map_scratch(self.scratch, code_size)
-            content = bytearray(homes + len(self.threads) * cpu.HOME_SIZE)
-            content[: len(cpu.INTERPRETER)] = cpu.INTERPRETER
-            for index, thread in enumerate(self.threads):
-                way = self._way_home(thread)
-                at = homes + index * cpu.HOME_SIZE
-                content[at : at + len(way)] = way
-                thread.home = code + at
-                if thread.runner is not None:
-                    thread.runner.home = thread.home
-            memory.force_write(self.voice, code, bytes(content))
+            self.runner(self.leader, status)
+            with memory.Forced(self.voice) as forced:
+                maps = maps or procfs.maps(self.voice)
+                code, self.room = _find_gap(maps, code_size + data_size, near), self._find_room(maps, forced)
+                if not code or not self.room:
+                    raise TargetError(f"process {self.pid} has no room for system calls of ours in its memory")
+                # Known before it is there, so that it goes whatever happens meanwhile.
+                self.scratch = Scratch(self.voice, code, code + code_size, data_size)
+                yield from self._mapping_scratch(self.scratch, code_size, forced)
+                content = bytearray(homes + len(self.threads) * cpu.HOME_SIZE)
+                content[: len(cpu.INTERPRETER)] = cpu.INTERPRETER
+                for index, thread in enumerate(self.threads):
+                    way = self._way_home(thread)
+                    at = homes + index * cpu.HOME_SIZE
+                    content[at : at + len(way)] = way
+                    thread.home = code + at
+                    if thread.runner is not None:
+                        thread.runner.home = thread.home
+                forced.write(code, content)
         return self.scratch
 
-    def _map_scratch(self, scratch: Scratch, code_size: int) -> None:
+    def _mapping_scratch(self, scratch: Scratch, code_size: int, forced: memory.Forced) -> Steps[None]:
         flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_FIXED_NOREPLACE
         rx, rw = mman.PROT_READ | mman.PROT_EXEC, mman.PROT_READ | mman.PROT_WRITE
 
-        def mmap(start: int, size: int, protection: int) -> None:
+        def mmap(start: int, size: int, protection: int) -> Steps[int]:
+            arguments = nr.mmap, start, size, protection, flags, -1, 0
             try:
-                self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+                return (yield from self._lone(forced, self.leader, *arguments))
             except OSError as error:
                 if error.errno not in (errno.ENOMEM, errno.EAGAIN):
                     raise
-                from firn.tracee.limits import Raised
+            from firn.tracee.limits import Raised
 
-                with Raised(self.pid, self.voice):
-                    self._lone(self.leader, nr.mmap, start, size, protection, flags, -1, 0)
+            with Raised(self.pid, self.voice):
+                return (yield from self._lone(forced, self.leader, *arguments))
 
         try:
-            mmap(scratch.code, code_size + scratch.size, rx | rw)
+            yield from mmap(scratch.code, code_size + scratch.size, rx | rw)
         except OSError as error:
             if error.errno == errno.EEXIST:
                 self.scratch = None
             if error.errno not in (errno.EACCES, errno.EPERM):
                 raise
             # Memory that is writable and executable is forbidden here (PR_SET_MDWE, SELinux execmem).
-            mmap(scratch.code, code_size, rx)
-            mmap(scratch.data, scratch.size, rw)
+            yield from mmap(scratch.code, code_size, rx)
+            yield from mmap(scratch.data, scratch.size, rw)
 
-    def _places(self, size: int) -> tuple[int, int]:
-        """Two addresses: of a gap for *size* bytes, and of room for one-off code."""
-        lines = procfs.read(f"/proc/{self.voice}/maps").splitlines()
-        gap, room = _find_gap(lines, size), self._find_room(lines)
-        if not gap or not room:
-            raise TargetError(f"process {self.pid} has no room for system calls of ours in its memory")
-        return gap, room
-
-    def _find_room(self, lines: list[bytes]) -> int:
+    def _find_room(self, maps: list[procfs.Map], forced: memory.Forced) -> int:
         """Room for one-off code at the end of a private executable mapping, best of the vdso; 0 if there is none."""
-        executable = [line for line in lines if line.split(None, 2)[1][2:] == b"xp"]
-        executable.sort(key=lambda line: not line.endswith(b"[vdso]"))
-        for line in executable:
-            address = int(line[line.index(b"-") + 1 : line.index(b" ")], 16) - cpu.HOME_SIZE
-            if address < _TOP and self._is_room(address):
+        executable = [m for m in maps if m.perms[2:] == "xp"]
+        executable.sort(key=lambda m: m.name != "[vdso]")
+        for m in executable:
+            address = m.end - cpu.HOME_SIZE
+            if address < _TOP and self._is_room(address, forced):
                 return address
         return 0
 
-    def _is_room(self, address: int) -> bool:
+    def _is_room(self, address: int, forced: memory.Forced) -> bool:
         """Whether nobody uses the code at *address*: there are zeros, or what a firn that was killed has left."""
         try:
-            there = memory.force_read(self.voice, address, cpu.HOME_SIZE)
+            there = forced.read(address, cpu.HOME_SIZE)
         except OSError:
             return False
         if any(address <= thread.regs[cpu.IP] < address + cpu.HOME_SIZE for thread in self.threads):
             return False
         return there == bytes(cpu.HOME_SIZE) or cpu.is_one_call(there)
 
-    def _lone(self, thread: Thread, number: int, *args: int) -> int:
+    def _lone(self, forced: memory.Forced, thread: Thread, number: int, *args: int) -> Steps[int]:
         """Make one call outside the scratch area; OSError if it fails."""
         runner = self.runner(thread)
-        memory.force_write(self.voice, self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
+        forced.write(self.room, cpu.one_call(kernel_restart(thread.regs), thread.mask))
         try:
-            return runner.single(self.room, number, *args)
+            return (yield from runner.single_steps(self.room, number, *args))
         finally:
             runner.settle()
-            memory.force_write(self.voice, self.room, bytes(cpu.HOME_SIZE))
+            forced.write(self.room, bytes(cpu.HOME_SIZE))
 
     def program(
         self, thread: Thread | None = None, size: int = 49152, status: dict[str, str] | None = None
@@ -261,44 +280,57 @@ class Task:
 
     def restore_state(self) -> None:
         """Take our memory out of the task and give every thread its own state back; what is done is not done again."""
+        alone(self.restoring())
+
+    def restoring(self) -> Steps[None]:
+        """:meth:`restore_state` in steps; as with :meth:`preparing`, one at a time of those that share their memory."""
         for thread in self.threads:
             if thread.runner is not None:
                 thread.runner.settle()
-        for thread in self.threads:
-            if thread.runner is not None:
-                self._send_again(thread, thread.runner)
+                self._note_stop(thread.runner)
         if self.scratch is not None:
-            start, end = self.scratch.code, self.scratch.data + self.scratch.size
-            self._lone(self.leader, nr.munmap, start, end - start)
-            self.scratch = None
+            with memory.Forced(self.voice) as forced:
+                for thread in self.threads:
+                    if thread.runner is not None:
+                        yield from self._sending_again(forced, thread, thread.runner, self.scratch.data)
+                start, end = self.scratch.code, self.scratch.data + self.scratch.size
+                yield from self._lone(forced, self.leader, nr.munmap, start, end - start)
+                self.scratch = None
         for thread in self.threads:
             if thread.resume_regs is not thread.regs:
                 ptrace.set_regs(thread.tid, thread.resume_regs)
 
-    def _send_again(self, thread: Thread, runner: Runner) -> None:
+    def _note_stop(self, runner: Runner) -> None:
+        """Whether the process was stopped or continued last while programs ran. As in the kernel, a stop does away with
+        a SIGCONT that nobody has seen."""
+        numbers = [_SIGINFO.unpack_from(info)[0] for info in runner.seen]
+        changes = [number for number in numbers if number in (sig.SIGSTOP, sig.SIGCONT)]
+        if changes:
+            self.stop_again = changes[-1] == sig.SIGSTOP
+            gone = (sig.SIGSTOP, sig.SIGCONT) if self.stop_again else (sig.SIGSTOP,)
+            runner.seen = [info for info in runner.seen if _SIGINFO.unpack_from(info)[0] not in gone]
+
+    def _sending_again(self, forced: memory.Forced, thread: Thread, runner: Runner, room: int) -> Steps[None]:
         """Queue the foreign signals that came while programs ran, and what we took: only the receiver may use any
-        siginfo."""
+        siginfo. There is *room* in its memory."""
         while runner.seen:
-            number, _, code = _SIGINFO.unpack_from(runner.seen[0])
-            if number in (sig.SIGSTOP, sig.SIGCONT):
-                self.stop_again = number == sig.SIGSTOP
-            if number != sig.SIGSTOP:
-                self._queue(thread, code != _SI_TKILL, runner.seen[0])
+            info = runner.seen[0]
+            yield from self._queueing(forced, thread, _SIGINFO.unpack_from(info)[2] != _SI_TKILL, info, room)
             del runner.seen[0]
         while thread.taken:
-            self._queue(thread, *thread.taken[0])
+            yield from self._queueing(forced, thread, *thread.taken[0], room)
             del thread.taken[0]
 
-    def _queue(self, thread: Thread, shared: bool, info: bytes) -> None:
+    def _queueing(
+        self, forced: memory.Forced, thread: Thread, shared: bool, info: bytes, room: int
+    ) -> Steps[None]:
         number = info[0]
-        if self.scratch is None:
-            return
-        memory.write(self.voice, self.scratch.data, info)
+        memory.write(self.voice, room, info)
         if shared:
             # To its own id: nobody may send such a siginfo to another one, be it that of its process.
-            self._lone(thread, nr.rt_sigqueueinfo, thread.tid, number, self.scratch.data)
+            yield from self._lone(forced, thread, nr.rt_sigqueueinfo, thread.tid, number, room)
         else:
-            self._lone(thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, self.scratch.data)
+            yield from self._lone(forced, thread, nr.rt_tgsigqueueinfo, self.pid, thread.tid, number, room)
 
     def release(self) -> None:
         """Let the process run on as if nothing had happened. May be called again if it was interrupted.
@@ -382,16 +414,23 @@ def _let_go(task: Task, tid: int) -> None:
         return
 
 
-def _find_gap(lines: list[bytes], size: int) -> int:
-    """The start of *size* bytes between the mappings of *lines* (a maps file), 0 if there are none."""
-    above = _TOP
-    for line in reversed(lines):
-        start, end = (int(word, 16) for word in line[: line.index(b" ")].split(b"-"))
-        if start < _TOP:
-            if above - end >= size + 2 * _MARGIN:
-                return end + _MARGIN
-            above = start
-    return _BOTTOM + _MARGIN if above - _BOTTOM >= size + 2 * _MARGIN else 0
+def _find_gap(maps: list[procfs.Map], size: int, near: int) -> int:
+    """The start of *size* bytes between *maps*: *near* if that is possible, 0 if there are none."""
+    above, highest = _TOP, 0
+    for m in reversed([*_BELOW_ALL, *maps]):
+        if m.start >= _TOP:
+            continue
+        if above - m.end >= size + 2 * _MARGIN:
+            highest = highest or m.end + _MARGIN
+            if m.end + _MARGIN <= near <= above - _MARGIN - size:
+                return near
+        above = m.start
+        if highest and not 0 < near < above:
+            break
+    return highest
+
+
+_BELOW_ALL = (procfs.Map(0, _BOTTOM, "---p", 0, (0, 0), 0, ""),)
 
 
 def _pages(size: int) -> int:
@@ -488,6 +527,11 @@ def check_target(pid: int) -> procfs.Stat:
 
 def freeze(pid: int, held: Container[int] = ()) -> Task:
     """Freeze all threads of process *pid*, also those that are born meanwhile; *held* threads are asked already."""
+    return alone(freezing(pid, held))
+
+
+def freezing(pid: int, held: Container[int] = ()) -> Steps[Task]:
+    """:func:`freeze` in steps (:mod:`firn.tracee.steps`)."""
     task = Task(pid)
     known: set[int] = set()
     try:
@@ -500,10 +544,15 @@ def freeze(pid: int, held: Container[int] = ()) -> Task:
             for tid in fresh:
                 if tid in held or ask_to_stop(pid, tid):
                     task.threads.append(Thread(tid))
+            yield
             # The first thread last: it may have to be asked more than once.
             for thread in reversed(task.threads[seized:]):
                 if not _await_freeze(task, thread.tid):
                     task.threads.remove(thread)
+            if task.threads:
+                task.stat = procfs.stat(pid, pid)
+                if len(task.threads) == task.stat.num_threads:
+                    break  # nobody is left who could make another one
         if not task.threads:
             raise TargetError(f"process {pid} ended before it could be frozen")
         for thread in task.threads:

@@ -14,9 +14,8 @@ import struct
 
 from firn.abi import fcntl as fc
 from firn.abi import nr
-from firn.abi.libc import syscall
 from firn.errors import ImageError, Obstacle, RestoreError
-from firn.host import procfs
+from firn.host import kcmp, procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class Locks:
         if pid in self.pids:
             for holder, fd in holders:
                 try:
-                    same = syscall("kcmp", nr.kcmp, *map(procfs.speaker, (pid, holder)), fc.KCMP_FILES, 0, 0) == 0
+                    same = kcmp.same(procfs.speaker(pid), procfs.speaker(holder), fc.KCMP_FILES)
                 except OSError:
                     continue  # a zombie, which has no descriptors
                 if same:

@@ -134,9 +134,11 @@ def _kind(pid: int, m: Map, obstacles: list[Obstacle]) -> str | None:
     return "file"
 
 
-def find_backing(pid: int, areas: list[Area], obstacles: list[Obstacle]) -> None:
-    """Fill in ``stat`` and ``mode`` of the mappings that have an object behind them (once per object and mode)."""
-    seen: dict[tuple[object, ...], os.stat_result] = {}
+def find_backing(
+    pid: int, areas: list[Area], obstacles: list[Obstacle], seen: dict[tuple[object, ...], os.stat_result]
+) -> None:
+    """Fill in ``stat`` and ``mode`` of the mappings that have an object behind them. *seen* has the objects of other
+    processes that stand still; while one of them maps a file, its number is no other file's."""
     for area in areas:
         if area.kind not in _WITH_OBJECT:
             continue

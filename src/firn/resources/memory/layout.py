@@ -7,6 +7,7 @@ as the old executable is mapped.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.resources.process import Answers
-    from firn.tracee.program import Program
-    from firn.tracee.seize import Task
+    from firn.tracee.program import Program, Scratch
 
 AUXV_WORDS = 44
 """CRIU refuses more (image format); what is beyond are zeros in practice."""
@@ -33,7 +33,7 @@ MM_FIELDS = (
 
 def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int) -> dict[str, Any]:
     """The mm_entry, still without its mappings."""
-    auxv = memoryview(procfs.read(f"/proc/{pid}/auxv")).cast("Q")
+    auxv = memoryview(procfs.read_record(f"/proc/{pid}/auxv")).cast("Q")
     return {
         "mm_start_code": stat.start_code, "mm_end_code": stat.end_code, "mm_start_data": stat.start_data,
         "mm_end_data": stat.end_data, "mm_start_stack": stat.start_stack, "mm_start_brk": stat.start_brk,
@@ -44,14 +44,23 @@ def save(pid: int, stat: procfs.Stat, answers: Answers, exe_id: int) -> dict[str
     }  # fmt: skip
 
 
-def locks_future(pid: int, before: dict[str, str], task: Task) -> int:
-    """The MCL_* flags of mlockall(2) that hold for future mappings. No file tells them; but our scratch area is such a
-    mapping: the locked amount has grown since status *before* if it was locked, and it was filled in unless
-    MCL_ONFAULT."""
-    scratch = task.scratch
-    if scratch is None or procfs.status(pid).get("VmLck") == before.get("VmLck"):
+def ask(program: Program) -> int:
+    """Add the call that tells whether future mappings are locked, for :func:`locks_future`. No file tells it; but the
+    scratch area is such a mapping, and msync(2) refuses to invalidate one that is locked."""
+    unused = _unused(program.scratch)
+    return program.call("msync", nr.msync, unused, mman.PAGE, mman.MS_INVALIDATE, flags=1)
+
+
+def _unused(scratch: Scratch) -> int:
+    return scratch.data + scratch.size - mman.PAGE
+
+
+def locks_future(pid: int, program: Program, asked: int) -> int:
+    """The MCL_* flags of mlockall(2) that hold for future mappings. A page of the scratch area that was never touched
+    is there all the same, unless MCL_ONFAULT."""
+    if program.results[asked] != -errno.EBUSY:
         return 0
-    unused = scratch.data + scratch.size - mman.PAGE
+    unused = _unused(program.scratch)
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         word = int.from_bytes(os.pread(fd, 8, unused // mman.PAGE * 8), "little")

@@ -57,7 +57,6 @@ class ProcessPages:
             m, flags = area.map, area.map.flags or frozenset[str]()
             marks = 0
             if area.kind == "vdso":
-                marks = copyout.FORCED
                 self.runs.append((m.start, m.end))
             elif area.kind == "aio":
                 # A fork does not copy the ring (VM_DONTCOPY); it is small and goes along whole.
@@ -97,13 +96,15 @@ class ProcessPages:
 
     def hold_early(self, pid: int) -> None:
         """Take the contents of what a fork of *pid* leaves out: few pages, kept here until the others are copied."""
-        for low, high, marks in self.marked:
-            if not marks & copyout.EARLY:
-                continue
-            for start, end in self.runs:
-                first, last = max(low, start), min(high, end)
-                for at in range(first, last, 1 << 20):
-                    self.held.append((at, memory.force_read(pid, at, min(last - at, 1 << 20))))
+        early = [(low, high) for low, high, marks in self.marked if marks & copyout.EARLY]
+        if not early:
+            return
+        with memory.Forced(pid) as forced:
+            for low, high in early:
+                for start, end in self.runs:
+                    first, last = max(low, start), min(high, end)
+                    for at in range(first, last, 1 << 20):
+                        self.held.append((at, forced.read(at, min(last - at, 1 << 20))))
 
     def copy_pages(self, pid: int, target: int) -> None:
         """Copy the pages out of *pid* (the process or its clone) into file *target*."""

@@ -32,82 +32,108 @@ _TLS_EMPTY = {
     "base_addr": 0, "limit": 0, "seg_32bit": False, "contents_h": False, "contents_l": False, "read_exec_only": True,
     "limit_in_pages": False, "seg_not_present": True, "usable": False,
 }  # fmt: skip
-_ANSWER = sig.STACK_T.size + 16
+_WORDS = struct.Struct("<i4xQQQQ")
+"""Parent-death signal, tid address, robust list and its length, pending signals."""
+_CPUS = 1024
+_ANSWER = sig.STACK_T.size + _WORDS.size + sched.SCHED_ATTR.size + _CPUS // 8
+SIZE = 9 * 64 + _ANSWER + 128
+"""Bytes that :func:`ask` takes of a program."""
 _DEFAULT_SLACK = 50_000
 
 
 class Asked:
     """Where the answers of one thread lie."""
 
-    __slots__ = ("at", "securebits", "slack", "tsc")
+    __slots__ = ("affinity", "at", "io_priority", "securebits", "slack")
 
-    def __init__(self, at: int, securebits: int, slack: int) -> None:
+    def __init__(self, at: int, securebits: int, slack: int, io_priority: int, affinity: int) -> None:
         self.at = at
         self.securebits = securebits
         self.slack = slack
+        self.io_priority = io_priority
+        self.affinity = affinity
 
 
 def ask(program: Program) -> Asked:
-    """Add the calls that only the thread itself can make."""
-    program.reserve(5, _ANSWER)
+    """Add the calls of the thread about itself. Some of it could be seen from outside, but in a program it costs less.
+
+    Pending signals are asked for last: a timer that has been read as run out before has sent its signal.
+    """
+    program.reserve(9, _ANSWER)
     at = program.buffer(_ANSWER)
+    words = at + sig.STACK_T.size
+    attr = words + _WORDS.size
     program.call("sigaltstack", nr.sigaltstack, 0, at)
-    program.call("prctl parent-death signal", nr.prctl, prctl.GET_PDEATHSIG, at + sig.STACK_T.size, 0, 0, 0)
-    program.call("prctl tid address", nr.prctl, prctl.GET_TID_ADDRESS, at + sig.STACK_T.size + 8, 0, 0, 0)
+    program.call("prctl parent-death signal", nr.prctl, prctl.GET_PDEATHSIG, words, 0, 0, 0)
+    program.call("prctl tid address", nr.prctl, prctl.GET_TID_ADDRESS, words + 8, 0, 0, 0)
+    program.call("get_robust_list", nr.get_robust_list, 0, words + 16, words + 24)
+    program.call("sched_getattr", nr.sched_getattr, 0, attr, sched.SCHED_ATTR.size, 0)
     securebits = program.call("prctl securebits", nr.prctl, prctl.GET_SECUREBITS, 0, 0, 0, 0)
     slack = program.call("prctl timer slack", nr.prctl, prctl.GET_TIMERSLACK, 0, 0, 0, 0)
-    return Asked(at, securebits, slack)
+    io_priority = program.call("ioprio_get", nr.ioprio_get, sched.IOPRIO_WHO_PROCESS, 0)
+    where = attr + sched.SCHED_ATTR.size
+    affinity = program.call("sched_getaffinity", nr.sched_getaffinity, 0, _CPUS // 8, where, flags=1)
+    program.call("rt_sigpending", nr.rt_sigpending, words + 32, 8)
+    return Asked(at, securebits, slack, io_priority, affinity)
 
 
 class Answers:
-    """What the thread said about itself."""
+    """What the thread said about itself; ``pending``: the signals (a mask), own and the process's, that wait for it.
 
-    __slots__ = ("pdeath_signal", "securebits", "slack", "stack", "tid_address")
+    While programs run, all are blocked but the one that ends them, and that one is not pending.
+    """
+
+    __slots__ = (
+        "affinity", "io_priority", "pdeath_signal", "pending", "robust", "scheduling", "securebits", "slack", "stack",
+        "tid_address",
+    )  # fmt: skip
 
     def __init__(self, program: Program, asked: Asked) -> None:
         raw = program.read(asked.at, _ANSWER)
         pointer, flags, _, size = sig.STACK_T.unpack_from(raw)
         self.stack = {"ss_sp": pointer, "ss_size": size, "ss_flags": flags & ~sig.SS_ONSTACK & 0xFFFFFFFF}
-        self.pdeath_signal: int = struct.unpack_from("<i", raw, sig.STACK_T.size)[0]
-        self.tid_address: int = struct.unpack_from("<Q", raw, sig.STACK_T.size + 8)[0]
+        words = _WORDS.unpack_from(raw, sig.STACK_T.size)
+        self.pdeath_signal: int = words[0]
+        self.tid_address: int = words[1]
+        self.robust: tuple[int, int] = words[2:4]
+        self.pending: int = words[4]
+        at = sig.STACK_T.size + _WORDS.size
+        self.scheduling = _named(sched.SCHED_ATTR.unpack_from(raw, at))
         self.securebits = program.results[asked.securebits]
         self.slack = program.results[asked.slack]
+        self.io_priority = program.results[asked.io_priority]
+        # A machine may have more processors than fit.
+        known = program.results[asked.affinity] > 0
+        self.affinity = raw[at + sched.SCHED_ATTR.size :].rstrip(b"\0") if known else _affinity(program.runner.tid)
+
+
+def _named(attr: tuple[int, ...]) -> dict[str, int]:
+    names = ("size", "policy", "flags", "nice", "priority", "runtime", "deadline", "period", "util_min", "util_max")
+    return dict(zip(names, attr, strict=True))
 
 
 def scheduling(tid: int) -> dict[str, int]:
     """The struct sched_attr of a task by field name."""
     buffer = bytearray(sched.SCHED_ATTR.size)
     syscall(f"sched_getattr of task {tid}", nr.sched_getattr, tid, address_of(buffer), len(buffer), 0)
-    names = ("size", "policy", "flags", "nice", "priority", "runtime", "deadline", "period", "util_min", "util_max")
-    return dict(zip(names, sched.SCHED_ATTR.unpack(buffer), strict=True))
-
-
-def robust_list(tid: int) -> tuple[int, int]:
-    """(head, length) of a task's robust futex list."""
-    out = bytearray(16)
-    at = address_of(out)
-    syscall(f"get_robust_list of task {tid}", nr.get_robust_list, tid, at, at + 8)
-    head, length = struct.unpack("<QQ", out)
-    return head, length
+    return _named(sched.SCHED_ATTR.unpack(buffer))
 
 
 def save_core(thread: Thread, answers: Answers, creds: dict[str, Any], comm: str) -> dict[str, Any]:
     """The thread_core_entry, with firn's own fields, but without seccomp, signals and restart."""
-    head, length = robust_list(thread.tid)
-    attr = scheduling(thread.tid)
+    head, length = answers.robust
+    attr = answers.scheduling
     core: dict[str, Any] = {
         "futex_rla": head, "futex_rla_len": length, "sched_nice": attr["nice"], "sched_policy": attr["policy"],
         "sched_prio": attr["priority"], "sas": answers.stack, "pdeath_sig": answers.pdeath_signal, "creds": creds,
         "comm": comm, "cg_set": 1,
     }  # fmt: skip
-    address, size, signature = ptrace.rseq_configuration(thread.tid)
+    address, size, signature = thread.rseq
     if address:
         core["rseq_entry"] = {"rseq_abi_pointer": address, "rseq_abi_size": size, "signature": signature}
     own: dict[str, Any] = {
-        "affinity": _affinity(thread.tid),
-        "timer_slack_ns": answers.slack,
-        "ioprio": syscall(f"ioprio_get of task {thread.tid}", nr.ioprio_get, sched.IOPRIO_WHO_PROCESS, thread.tid),
-    }
+        "affinity": answers.affinity, "timer_slack_ns": answers.slack, "ioprio": answers.io_priority,
+    }  # fmt: skip
     if attr["flags"]:
         own["sched_flags"] = attr["flags"]
     if attr["policy"] == sched.SCHED_DEADLINE:
@@ -125,15 +151,17 @@ def _affinity(tid: int) -> bytes:
     return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 
 
-def leave_critical_section(pid: int, tid: int, regs: tuple[int, ...]) -> tuple[int, ...]:
+def leave_critical_section(pid: int, thread: Thread) -> tuple[int, ...]:
     """The registers with which a thread goes on, here and in the image: one inside an rseq critical section, which our
     stop has interrupted, goes on at its abort address, as after any preemption (rseq(2)).
 
     struct rseq: cpu_id_start, cpu_id, rseq_cs (offset 8); struct rseq_cs: version, flags, start, length, abort
-    (include/uapi/linux/rseq.h).
+    (include/uapi/linux/rseq.h). Such a section makes no system calls, so one that is in a call is in none.
     """
-    address, _, _ = ptrace.rseq_configuration(tid)
-    if not address:
+    regs = thread.regs
+    thread.rseq = ptrace.rseq_configuration(thread.tid)
+    address = thread.rseq[0]
+    if not address or regs[cpu.ORIG_AX] >> 63 == 0:
         return regs
     try:
         section: int = struct.unpack("<Q", memory.read(pid, address + 8, 8))[0]
