@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from images.rules import complaints
-from workloads.likeness import Portrait, differences, portrait, speaker
+from workloads.likeness import Portrait, differences, lasting_differences, portrait, speaker
 from workloads.table import Workload
 
-__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "low_numbers_in_use",
-           "open_descriptors", "portrait"]  # fmt: skip
+__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "lasting_differences",
+           "low_numbers_in_use", "open_descriptors", "portrait"]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "workloads"
 CACHE = Path(os.environ.get("FIRN_TEST_CACHE", SOURCES.parent.parent / "build" / "workloads"))

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import CannotRun, Runner, Target, differences, firn_command, portrait, wait_until
+from harness import CannotRun, Runner, Target, differences, firn_command, lasting_differences, portrait, wait_until
 from workloads.table import AGAIN_WAY, PLAIN_WAYS, REFUSED_WAY, TABLE, Workload
 
 MACHINE_WIDE = pytest.mark.xdist_group("machine-wide settings")
@@ -86,7 +86,7 @@ def _bring_back(runner: Runner, workload: Workload, target: Target, *options: st
         runner.assert_right(target, "the original, left running")
         runner.kill(target)
     back = runner.restore(images, target, *workload.restore)
-    changed = differences(before, portrait(back.pid), workload.unlike)
+    changed = lasting_differences(before, lambda: portrait(back.pid), workload.unlike)
     assert not changed, "the restored process differs:\n" + "\n".join(changed)
     return back
 
@@ -132,7 +132,7 @@ def _refused(runner: Runner, workload: Workload, target: Target, patterns: tuple
     assert not missing, f"not named in the refusal: {missing}\n{text[-3000:]}"
     assert "Traceback" not in text, text[-3000:]
     assert not (images / "inventory.img").exists(), "a refused dump left a checkpoint"
-    changed = differences(before, portrait(target.pid), workload.unlike)
+    changed = lasting_differences(before, lambda: portrait(target.pid), workload.unlike)
     assert not changed, "the refused dump changed its target:\n" + "\n".join(changed)
     runner.assert_right(target, "after the refused dump")
     runner.kill(target)
@@ -183,7 +183,7 @@ def test_a_taken_pid_is_refused(runner: Runner) -> None:
     code, text = runner.try_restore(images)
     assert code != 0
     assert str(target.pid) in text and "Traceback" not in text, text[-3000:]
-    changed = differences(before, portrait(target.pid))
+    changed = lasting_differences(before, lambda: portrait(target.pid))
     assert not changed, "\n".join(changed)
     runner.assert_right(target, "after the failed restore")
     runner.kill(target)
@@ -247,7 +247,7 @@ def test_a_killed_dump_harms_nothing(workload: str, name: str, runner: Runner) -
             *("dump", "-t", str(target.pid), "-D", str(images), "--leave-running", "-v4", "-o", "dump.log"),
         )
         runner.wait_beats(target)
-        changed = differences(before, portrait(target.pid), traces)
+        changed = lasting_differences(before, lambda: portrait(target.pid), traces)
         assert not changed, f"killed after {milliseconds} ms:\n" + "\n".join(changed)
     runner.assert_right(target, "in the end")
     runner.kill(target)
