@@ -75,6 +75,7 @@ def collect(dump: Dump) -> Collected:
     tree = dump.tree
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
+    got.collector.context.guard = dump.guard
     try:
         _check_borders(got, dump.options.shell_job)
         _number_objects(got)

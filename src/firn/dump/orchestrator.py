@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from firn.resources.memory.shared import SharedPages
     from firn.resources.network.lock import Lock
     from firn.tracee.freezer import Freezer
+    from firn.tracee.guard import Guard
 
 
 _CPU_IMAGE = 8
@@ -80,6 +81,7 @@ class Dump:
         self.frozen_at = 0
         self.run_id = _run_id()
         self.lock: Lock | None = None
+        self.guard: Guard | None = None
 
     def phase(self, name: str) -> None:
         """Go through the phase called *name*."""
@@ -160,16 +162,27 @@ class Dump:
         tree = list(walk(self.pid))
         if len(tree) > 1:
             self._look_for_shared()
+        kinds: set[int] = set()
         for pid in tree:
             try:
                 speaker = procfs.speaker(pid)
-                base.preload(speaker)
+                kinds |= base.preload(speaker)
                 self.waiting |= restart.observe(pid)
                 self.partners.of(procfs.status(speaker))
                 if self.options.leave_running:
                     self.early_maps[pid] = procfs.smaps(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue
+        if base.INETSK in kinds and self.lock is not None and self.guard is None:
+            self._set_guard()
+
+    def _set_guard(self) -> None:
+        from firn.resources.sockets.repair import mend
+        from firn.tracee.guard import Guard
+
+        self.guard = Guard(mend)
+        if not self.guard.works:
+            self.log.warn("nobody can guard us: killed while it reads a connection, firn would leave that dumb")
 
     def _look_for_shared(self) -> None:
         from firn.resources.memory import frames, shared
@@ -204,6 +217,12 @@ class Dump:
         self.collected = collect(self)
         if self.obstacles:
             raise Refused(self.obstacles)
+        self._dismiss_guard()
+
+    def _dismiss_guard(self) -> None:
+        if self.guard is not None:
+            self.guard.end()
+            self.guard = None
 
     def contents(self) -> None:
         """Copy pages and file contents, or make copy-on-write clones to copy the pages from later."""
@@ -352,6 +371,7 @@ class Dump:
 
     def close(self) -> None:
         """Let go of what the dump held open."""
+        self._dismiss_guard()
         self.watch.stop()
         self.partners.close()
         if self.collected is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from firn.images.store import ImageDir
     from firn.resources.files.external import Inherited
     from firn.resources.network.lock import Lock
+    from firn.tracee.guard import Guard
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -130,9 +131,10 @@ class DumpContext:
     """What a kind may use while it collects: ``add_file`` stores a further description and returns its id (1: REG by
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
     ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold. ``lock``
-    keeps connections quiet; None unless they are to be saved (``--tcp-established``)."""
+    keeps connections quiet; None unless they are to be saved (``--tcp-established``). ``guard`` is the dump's, or
+    None."""
 
-    __slots__ = ("add_open", "add_path", "lock", "obstacles", "options", "owner", "pids", "warn")
+    __slots__ = ("add_open", "add_path", "guard", "lock", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -151,6 +153,7 @@ class DumpContext:
         self.add_path = add_path
         self.add_open = add_open
         self.lock: Lock | None = None
+        self.guard: Guard | None = None
         self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "", passing: bool = False) -> None:
@@ -268,12 +271,13 @@ def load(kind: int) -> type[Kind]:
     return found
 
 
-def preload(pid: int) -> None:
-    """Import, before the freeze, the kinds that the running process *pid* seems to need."""
+def preload(pid: int) -> set[int]:
+    """Import, before the freeze, the kinds that the running process *pid* seems to need; which these are."""
+    found: set[int] = set()
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:
-        return
+        return found
     for name in names:
         path = f"/proc/{pid}/fd/{name}"
         try:
@@ -282,8 +286,10 @@ def preload(pid: int) -> None:
             continue
         if kind == SOCKET:
             kind = _PROTOCOL_NAMES.get(_protocol_name(path), INETSK)
-        if kind is not None and is_built(kind):
+        if kind is not None and is_built(kind) and kind not in found:
             load(kind)
+            found.add(kind)
+    return found
 
 
 def _protocol_name(path: str) -> bytes:

@@ -192,7 +192,7 @@ class InetSockets(Kind):
             for copy, open, _ in self._listeners:  # who came after we looked, and before the doors were closed
                 _tcp_state(copy, open, context)
         for connection in self._connections:
-            for reason in connection.read():
+            for reason in connection.read(context.guard):
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))
             if connection.message["state"] == CLOSE:
                 _forget_connection(connection.message)
