@@ -301,6 +301,7 @@ class Runner:
 
     def close(self) -> list[str]:
         """Ends what is left (only our own children), puts settings back; answers what should not have been left."""
+        _reap_guards()
         left = []
         for pid in _children():
             left.append(f"{pid} {Path(f'/proc/{pid}/comm').read_text().strip()}")
@@ -347,6 +348,13 @@ def _children(pid: int | str = "self") -> list[int]:
             # The thread has ended meanwhile.
             continue
     return found
+
+
+def _reap_guards() -> None:
+    """A killed firn leaves its guard (firn.tracee.guard), which ends at once: orphans are ours to reap."""
+    for pid in _children():
+        if Path(f"/proc/{pid}/comm").read_text() == "net-guard\n":
+            wait_until("the guard ends", Target(pid, None).ended)
 
 
 def _descendants(pid: int) -> list[int]:

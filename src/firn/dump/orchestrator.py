@@ -181,7 +181,7 @@ class Dump:
         from firn.tracee.guard import Guard
 
         self.guard = Guard(mend)
-        if not self.guard.works:
+        if not self.guard.start():
             self.log.warn("nobody can guard us: killed while it reads a connection, firn would leave that dumb")
 
     def _look_for_shared(self) -> None:

@@ -227,8 +227,13 @@ class Kind:
     def complete(self) -> None:
         """All restored tasks have all their descriptors."""
 
-    def resume(self) -> None:
-        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice."""
+    def quiet(self) -> list[int]:
+        """The descriptors that :meth:`resume` needs; none if it has nothing to do."""
+        return []
+
+    def resume(self, again: bool = False) -> None:
+        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice. *again*:
+        somebody who had the same descriptors has begun with that, and has died."""
 
     def close(self) -> None:
         """Let go of what was held open; also called after a failure."""

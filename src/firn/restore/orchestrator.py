@@ -15,6 +15,7 @@ Until the end of *state* one failure block kills what was made; afterwards nothi
 
 from __future__ import annotations
 
+import _thread
 import os
 import time
 
@@ -40,10 +41,13 @@ if TYPE_CHECKING:
     from firn.resources.files.segments import RestoredSegments
     from firn.resources.network.lock import Lock
     from firn.restore.tasks import RestoredTask
+    from firn.tracee.guard import Guard
 
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_UNDO, _FINISH = b"U", b"F"
+"""What a guard has to do."""
 
 
 class Result:
@@ -68,6 +72,7 @@ class Restore:
         self.segments: RestoredSegments | None = None
         self.born = False
         self.lock: Lock | None = None
+        self.guard: Guard | None = None
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
     def stage(self, name: str) -> None:
@@ -235,19 +240,65 @@ class Restore:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
         self._family().make_ready()
+        self._set_guard()
+        faults.point("restore.resume.ready")
+        for task in tasks:
+            task.outlive_us()
+        faults.point("restore.resume.outlived")
+        if self.guard is not None:
+            self.guard.note(_FINISH)
+        faults.point("restore.resume.decided")
         if self.lock is not None:
             self.lock.open()
+        faults.point("restore.resume.unlocked")
         if self.segments is not None:
             self.segments.succeeded()
             self.segments.close()
-        # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         assert self.opener is not None
         self.opener.resume()
+        faults.point("restore.resume.living")
+        self._dismiss_guard()
+        # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         self.opener.close()
         self.opener.inherited.done()
         for task in reversed(tasks):
             task.let_go(self.options.leave_stopped)
         self.born = False
+
+    def _set_guard(self) -> None:
+        """From here on connections begin to live: if we are killed before all do and the tree has them, a guard sees to
+        that; or until this is decided, that nothing is left of the tree."""
+        assert self.opener is not None
+        quiet = self.opener.quiet()
+        if not quiet:
+            return
+        from firn.tracee.guard import Guard
+
+        tracer = _thread.get_native_id()
+        keep = [*quiet, *(self.lock.descriptors() if self.lock is not None else ())]
+        self.guard = Guard(lambda text, _: self._stand_in(text, tracer), keep)
+        if not self.guard.start():
+            self.log.warn("nobody can guard us: killed in the next moment, firn would lose the connections")
+        self.guard.note(_UNDO)
+
+    def _stand_in(self, text: bytes, tracer: int) -> None:
+        """The duty of a guard: *tracer* was killed; finish, or undo, what it has begun. The tree was made ready to run
+        on by itself, which it does as soon as we return."""
+        if text.startswith(_UNDO):
+            birth.strike((process.pid for process in self.checkpoint.processes), tracer)
+            return
+        if self.options.leave_stopped:
+            for task in self._family().tasks:
+                os.kill(task.pid, sig.SIGSTOP)
+        if self.lock is not None:
+            self.lock.open()
+        assert self.opener is not None
+        self.opener.resume(again=True)
+
+    def _dismiss_guard(self) -> None:
+        if self.guard is not None:
+            self.guard.end()
+            self.guard = None
 
     def undo(self) -> None:
         """Kill what was made."""
@@ -257,6 +308,7 @@ class Restore:
 
     def close(self) -> None:
         """Close what was opened."""
+        self._dismiss_guard()
         if self.family is not None:
             self.family.close()
         if self.opener is not None:

@@ -32,60 +32,67 @@ _SIZE = 63
 
 
 class Guard:
-    """Watches the calling thread, which must be the one that traces, until :meth:`end`.
+    """Watches the calling thread, which must be the one that traces, from :meth:`start` to :meth:`end`.
 
-    *duty* is called in the guard, which is a copy of this process as it is now, when the thread dies: with what was
+    *duty* is called in the guard, which is a copy of this process as of its start, when the thread dies: with what was
     noted last, and a pidfd through which copies of our descriptors can be had. The guard keeps open only the
-    descriptors *keep*. ``works``: whether there is a guard.
+    descriptors *keep*.
     """
 
     def __init__(self, duty: Callable[[bytes, int], None], keep: Iterable[int] = ()) -> None:
-        self.works = False
+        self._duty = duty
+        self._keep = keep
+        self._page = self._pid = -1
+        self._works = False
+
+    def start(self) -> bool:
+        """Whether there is a guard from now on."""
         self._page = os.memfd_create("guard", os.MFD_CLOEXEC)
         heard, said = os.pipe2(os.O_CLOEXEC)
+        tid, pid = _thread.get_native_id(), os.getpid()
+        mask = _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
         try:
-            tid, pid = _thread.get_native_id(), os.getpid()
             self._pid = os.fork()
             if not self._pid:
-                _stand_guard(pid, tid, duty, (self._page, said, *keep), said)
+                _stand_guard(pid, tid, self._duty, (self._page, said, *self._keep), said)
             os.close(said)
             said = -1
-            self.works = bool(os.read(heard, 1))
+            self._works = bool(os.read(heard, 1))
         finally:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
             for fd in (heard, said):
                 if fd >= 0:
                     os.close(fd)
-        if not self.works:
-            self.end()
+        return self._works
 
     def note(self, text: bytes) -> None:
         """Tell the guard, in one step, what its duty is about (empty: nothing)."""
-        if self.works:
+        if self._works:
             os.pwrite(self._page, text.ljust(_SIZE, b"\0"), 1)
 
     def end(self) -> None:
         """The guard goes. To leave us without swallowing a signal it must find us in a stop, which a signal makes that
         means nothing to us."""
-        if self._page < 0:
-            return
-        if self.works:
-            self.works = False
+        if self._works:
+            self._works = False
             os.pwrite(self._page, _OVER, 0)
             mask = _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (sig.SIGURG,))
             syscall("tgkill", nr.tgkill, os.getpid(), _thread.get_native_id(), sig.SIGURG)
             _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
-        os.close(self._page)
-        self._page = -1
-        try:
-            os.waitpid(self._pid, 0)
-        except ChildProcessError:
-            pass  # who uses us as a library takes the ends of all children
+        if self._pid > 0:
+            pid, self._pid = self._pid, -1
+            try:
+                os.waitpid(pid, 0)
+            except ChildProcessError:
+                pass  # who uses us as a library takes the ends of all children
+        if self._page >= 0:
+            os.close(self._page)
+            self._page = -1
 
 
 def _stand_guard(pid: int, tid: int, duty: Callable[[bytes, int], None], keep: tuple[int, ...], said: int) -> None:
-    """The guard's whole life."""
+    """The guard's whole life; all signals are blocked."""
     try:
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
         os.setsid()
         name = bytearray(_NAME)
         syscall("prctl", nr.prctl, prctl.SET_NAME, address_of(name), 0, 0, 0)

@@ -144,6 +144,10 @@ class Lock:
     def open(self) -> None:
         """Unlock all that is locked, also by the dump whose images are restored. Raises :class:`OSError`."""
 
+    def descriptors(self) -> list[int]:
+        """What a copy of this process needs for :meth:`open`."""
+        return []
+
     def close(self) -> None:
         """The work is done, or has failed: what was not kept goes. What an earlier dump has kept stays."""
 
@@ -219,8 +223,13 @@ class NftLock(Lock):
             return
         if self._rules and iptables.available():
             iptables.remove(self._connections)
+        self._channel.drain()
         remove_tables(self._channel, (self._held, self._own))
         self._kept = False
+
+    def descriptors(self) -> list[int]:
+        """The channel: a table that vanishes with it obeys no other."""
+        return [] if self._channel is None else [self._channel.fileno()]
 
     def close(self) -> None:
         """Remove the tables that were not kept."""

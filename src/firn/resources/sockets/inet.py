@@ -230,10 +230,14 @@ class InetSockets(Kind):
             self._rebuild.run()
         return self._rebuild.take(number)
 
-    def resume(self) -> None:
+    def quiet(self) -> list[int]:
+        """The sockets of connections."""
+        return self._rebuild.quiet() if self._rebuild is not None else []
+
+    def resume(self, again: bool = False) -> None:
         """Connections begin to live."""
         if self._rebuild is not None:
-            self._rebuild.resume()
+            self._rebuild.resume(again)
 
     def close(self) -> None:
         """Close what was rebuilt and not taken, and our copies of sockets."""
