@@ -262,7 +262,7 @@ class Clients:
 
     def _run(self) -> None:
         try:
-            while not self.last or any(stream.received < stream.sent for stream in self.streams):
+            while not self.trouble and (not self.last or any(stream.received < stream.sent for stream in self.streams)):
                 for stream in self.streams:
                     stream.work(not self.last)
                 time.sleep(0.002)
@@ -279,6 +279,13 @@ class Clients:
             60,
         )
         assert not self.trouble, self.trouble
+
+    def stop(self) -> None:
+        """Whatever has become of the server: the thread ends."""
+        self.trouble = self.trouble or AssertionError("stopped")
+        self.thread.join(60)
+        for stream in self.streams:
+            stream.sock.close()
 
     def finish(self) -> int:
         self.last = True

@@ -33,6 +33,7 @@ from firn.restore.clocks import TimeNamespace
 from firn.restore.family import Family
 from firn.restore.load import Checkpoint
 from firn.scripts import run_scripts, write_pidfile
+from firn.tracee.timelimit import DeathWatch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Restore:
         self.born = False
         self.lock: Lock | None = None
         self.guard: Guard | None = None
+        self.watch = DeathWatch(self._followers)
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
     def stage(self, name: str) -> None:
@@ -81,6 +83,10 @@ class Restore:
             faults.point(f"restore.{name}")
             getattr(self, name)()
             faults.point(f"restore.{name}.done")
+
+    def _followers(self) -> list[int]:
+        """The ids of all threads that are no leaders."""
+        return [tid for process in self.checkpoint.processes for tid in process.tids[1:]]
 
     def _family(self) -> Family:
         assert self.family is not None
@@ -172,6 +178,7 @@ class Restore:
         started = time.monotonic_ns()
         with TimeNamespace(self.checkpoint.clocks(), self.log):
             self.born = True
+            self.watch.start()
             birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling)
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
 
@@ -308,6 +315,7 @@ class Restore:
 
     def close(self) -> None:
         """Close what was opened."""
+        self.watch.stop()
         self._dismiss_guard()
         if self.family is not None:
             self.family.close()

@@ -1,5 +1,5 @@
 """What keeps a wait for another process from lasting for ever, by SIGALRM: a limit (``--timeout``), and a watch for
-frozen threads that somebody else has killed."""
+traced threads that somebody else has killed."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class TimeLimit:
 
 
 class DeathWatch:
-    """Takes, every now and then, the ends of threads that were frozen and got killed by somebody (the OOM killer, say).
+    """Takes, every now and then, the ends of threads that we trace and somebody has killed (the OOM killer, say).
 
     The kernel tells a tracer of a leader's end only after it was told of those of all other threads (ptrace(2)), so a
     wait for a leader would never return. Nothing is watched outside of the main thread, which alone gets signals.
     """
 
     def __init__(self, others: Callable[[], Iterable[int]]) -> None:
-        """*others*: the ids of the frozen threads that are not leaders, now."""
+        """*others*: the ids of the traced threads that are not leaders, now."""
         self._others = others
         self._old: object = None
         self._on = False
