@@ -10,9 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from harness import Runner, machine_state
+from harness import TIME_LIMIT, Runner, machine_state
 
-TIME_LIMIT = 90  # seconds
 FAILED = pytest.StashKey[bool]()
 AT_START = machine_state()
 

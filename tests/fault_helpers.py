@@ -296,8 +296,8 @@ def cut_off(job: Callable[[], object], at: int, cut: Callable[[], None], *socket
     """Do *job* in a child of ours that calls *cut* before its call number *at* (from 1 on).
 
     Counted is what reaches other tasks: everything through firn.abi.libc, waitpid(2) and pwrite(2); or only calls of
-    methods of sockets, in the modules *sockets* (names of files). Answers the child's wait status and, if it came
-    through, the number of calls.
+    methods of sockets, in the modules *sockets* (names of files); what copies of the child do is not. Answers its wait
+    status and, if it came through, the number of calls.
     """
     count, counted = os.pipe()
     child = os.fork()
@@ -325,14 +325,14 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _count_socket_calls(at: int, cut: Callable[[], None], modules: tuple[str, ...]) -> list[int]:
-    calls = [0]
+    calls, mine = [0], os.getpid()
 
     def look(frame: FrameType, event: str, function: object) -> None:
         if event != "c_call" or not isinstance(getattr(function, "__self__", None), _socket.socket):
             return
         if frame.f_code.co_filename.endswith(modules):
             calls[0] += 1
-            if calls[0] == at:
+            if calls[0] == at and os.getpid() == mine:
                 cut()
 
     sys.setprofile(look)
@@ -340,12 +340,12 @@ def _count_socket_calls(at: int, cut: Callable[[], None], modules: tuple[str, ..
 
 
 def _count_calls(at: int, cut: Callable[[], None]) -> list[int]:
-    calls = [0]
+    calls, mine = [0], os.getpid()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object) -> object:
             calls[0] += 1
-            if calls[0] == at:
+            if calls[0] == at and os.getpid() == mine:
                 cut()
             return function(*arguments)
 

@@ -36,6 +36,8 @@ PATIENCE = 20.0
 COMMAND_PATIENCE = 60.0
 LOG_TAIL = 40
 BUSY_TERMINALS = 12
+TIME_LIMIT = 90
+"""Seconds that a test may take."""
 
 
 def become_subreaper() -> None:
@@ -226,7 +228,7 @@ class Runner:
 
     def interrupt(self, seconds: float, number: signal.Signals, *words: str) -> None:
         """Runs firn and sends it a signal after *seconds* (unless it has ended by then)."""
-        process = self.spawn([_firn(), *words])
+        process = self.spawn([*self.within, _firn(), *words])
         time.sleep(seconds)
         if not process.ended():
             os.kill(process.pid, number)

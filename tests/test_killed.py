@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_helpers import cut_off, reap_orphans
-from conftest import TIME_LIMIT
-from harness import Runner, Target, firn_command, wait_until
+from fault_helpers import Steady, cut_off, reap_orphans
+from harness import TIME_LIMIT, Runner, Target, firn_command, wait_until
 from namespaces import Pair
 from test_network_lock import locks
 from test_tcp import BEGIN, OPTION, Clients, Program
@@ -25,6 +24,7 @@ from firn.abi import nr
 from firn.abi.libc import syscall
 from firn.abi.tcp import TCP_REPAIR
 from firn.dump import orchestrator as dump
+from firn.errors import FirnError
 from firn.host import procfs
 from firn.log import Log
 from firn.restore import orchestrator as restore
@@ -103,6 +103,7 @@ class Served:
         pid = self.program.target.pid
         wait_until(f"{when}: it runs or is gone", lambda: _reaped(pid) or self._runs())
         back = self._runs()
+        assert not self.program.trouble(), f"{when}: {self.program.trouble()}"
         if back:
             self.program.target = Target(pid, None)
             self.assert_well(when)
@@ -209,8 +210,89 @@ def test_a_restore_is_killed_before_any_call(served: Served, sockets: tuple[str,
     assert not status and served.is_back("at first")
     images = served.program.dump()
     for at in moments(calls, 10):
-        cut_off(served.inside(job), at, kill, *sockets)
+        status, _ = cut_off(served.inside(job), at, kill, *sockets)
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)  # there may be fewer calls than at first
         if served.is_back(f"call {at} of {calls}"):
             images = served.program.dump()
     served.program.restore(images)
     served.assert_well("in the end")
+    reap_orphans(served.program.target.pid)
+
+
+def test_firn_is_killed_at_random_moments(served: Served) -> None:
+    """Dumps, and restores of those that came through."""
+    chance = random.Random(seed := random.randrange(1 << 32))
+    print(f"seed {seed}")
+    folder, pid = served.runner.folder, served.program.target.pid
+    for number in range(int(os.environ.get("FIRN_KILL_ROUNDS", "5"))):
+        signal.alarm(TIME_LIMIT)
+        (images := folder / f"random-{number}").mkdir()
+        what = ("-D", str(images), *OPTION)
+        served.runner.interrupt(chance.uniform(0.02, 0.12), signal.SIGKILL, "dump", "-t", str(pid), *what)
+        wait_until("it runs or is gone", lambda: served.program.target.ended() or served._runs())
+        if served.program.target.ended():
+            assert (images / "inventory.img").exists()
+            served.runner.interrupt(chance.uniform(0.02, 0.14), signal.SIGKILL, "restore", "-d", *what)
+            if not served.is_back(f"round {number}"):
+                served.program.restore(images)
+        assert served.runner.firn("unlock")[0] == 0 and served.tables() == []
+        served.assert_well(f"round {number}")
+    reap_orphans(pid)
+
+
+# -- others kill -------------------------------------------------------------------------------------------------------
+
+FAILED = 3
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["one", "all"])
+def test_somebody_kills_what_is_being_restored(runner: Runner, everybody: bool) -> None:
+    """The restore does not wait for the dead, whose threads nobody has taken: it says so, and leaves nothing."""
+    target, images, said = Steady(runner.folder, 3), runner.folder / "images", runner.folder / "said"
+    images.mkdir()
+    pids = target.pids()
+    chance = random.Random(seed := random.randrange(1 << 32))
+    print(f"seed {seed} of the victims")
+
+    def job() -> None:
+        try:
+            restore.restore(api.RestoreOptions(images_dir=str(images), restore_detached=True), Log(0))
+        except (FirnError, OSError) as error:
+            said.write_text(str(error))
+            os._exit(FAILED)
+
+    def cut() -> None:
+        there = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        for pid in there if everybody else chance.sample(there, min(len(there), 1)):
+            os.kill(pid, signal.SIGKILL)
+
+    try:
+        options = api.DumpOptions(tree=target.pid, images_dir=str(images))
+        assert not cut_off(lambda: dump.dump(options, Log(0)), 0, kill)[0]
+        target.process.wait()
+        reap_orphans(0)
+        status, calls = cut_off(job, 0, cut)
+        assert not status
+        _end(pids)
+        failed = 0
+        for at in moments(calls, 10):
+            status, _ = cut_off(job, at, cut)
+            code = os.waitstatus_to_exitcode(status)
+            assert code in (0, FAILED), f"call {at} of {calls}"
+            if code == FAILED:
+                failed += 1
+                assert "was killed by somebody else" in said.read_text(), f"call {at} of {calls}: {said.read_text()}"
+                reap_orphans(0)
+                assert not any(Path(f"/proc/{pid}").exists() for pid in pids), f"call {at} of {calls}"
+            _end(pids)
+        assert failed, "nobody was killed"
+    finally:
+        target.end()
+
+
+def _end(pids: list[int]) -> None:
+    """End what is there of a tree; orphans become ours when their parent is reaped."""
+    while there := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        for pid in there:
+            os.kill(pid, signal.SIGKILL)
+        reap_orphans(0)

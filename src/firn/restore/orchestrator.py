@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_DYING_S = 0.2
 _UNDO, _FINISH = b"U", b"F"
 """What a guard has to do."""
 
@@ -307,6 +308,19 @@ class Restore:
             self.guard.end()
             self.guard = None
 
+    def ended(self) -> int:
+        """A process that was born and has ended already; 0 if there is none. One that was killed takes a moment to end,
+        in which it is in no stop."""
+        family = self.family if self.born else None
+        born = [task for task in family.tasks if task.pid in family.stubs] if family is not None else []
+        limit = time.monotonic() + _DYING_S
+        while True:
+            states = {task.pid: task.process_state() for task in born}
+            ended = [pid for pid, state in states.items() if state in "ZX"]
+            if ended or time.monotonic() > limit or all(state == "t" for state in states.values()):
+                return ended[0] if ended else 0
+            time.sleep(0.001)
+
     def undo(self) -> None:
         """Kill what was made."""
         if self.born:
@@ -340,8 +354,11 @@ def restore(options: RestoreOptions, log: Log) -> Result:
         work.stage("finish")
         _scripts(work, "pre-resume", pid)
         work.stage("resume")
-    except BaseException:
+    except BaseException as error:
+        ended = work.ended()
         work.undo()
+        if ended and isinstance(error, FirnError | OSError):
+            raise RestoreError(f"process {ended} was killed by somebody else while it was being restored") from error
         raise
     finally:
         work.close()

@@ -10,7 +10,7 @@ from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.abi.libc import syscall
-from firn.host import features
+from firn.host import features, procfs
 from firn.resources import creds, policies, process, restart, seccomp, signals, stops, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
@@ -348,6 +348,13 @@ class RestoredTask:
             while ptrace.wait_stop(thread.tid).event != pt.EVENT_STOP:
                 ptrace.request("continue", pt.CONT, thread.tid)
         return True
+
+    def process_state(self) -> str:
+        """The letter of proc(5): t in a stop under our trace, Z or X if it has ended."""
+        try:
+            return str(procfs.stat(self.pid, self.leader.tid).state)
+        except (FileNotFoundError, ProcessLookupError):
+            return "X"
 
     def outlive_us(self) -> None:
         """The task is ready: from now on it runs if we die. Until now it would have died with us."""
