@@ -73,6 +73,7 @@ class Restore:
         self.family: Family | None = None
         self.segments: RestoredSegments | None = None
         self.born = False
+        self.alive: set[int] = set()
         self.lock: Lock | None = None
         self.guard: Guard | None = None
         self.watch = DeathWatch(self._followers)
@@ -181,6 +182,7 @@ class Restore:
             self.born = True
             self.watch.start()
             birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling)
+        self.alive.add(self.checkpoint.root.pid)
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
 
     def rebuild(self) -> None:
@@ -311,8 +313,8 @@ class Restore:
     def ended(self) -> int:
         """A process that was born and has ended already; 0 if there is none. One that was killed takes a moment to end,
         in which it is in no stop."""
-        family = self.family if self.born else None
-        born = [task for task in family.tasks if task.pid in family.stubs] if family is not None else []
+        there = self.alive.union(self.family.stubs) if self.family is not None and self.born else self.alive
+        born = [task for task in self.family.tasks if task.pid in there] if self.family is not None else []
         limit = time.monotonic() + _DYING_S
         while True:
             states = {task.pid: task.process_state() for task in born}
