@@ -217,12 +217,6 @@ class Dump:
         self.collected = collect(self)
         if self.obstacles:
             raise Refused(self.obstacles)
-        self._dismiss_guard()
-
-    def _dismiss_guard(self) -> None:
-        if self.guard is not None:
-            self.guard.end()
-            self.guard = None
 
     def contents(self) -> None:
         """Copy pages and file contents, or make copy-on-write clones to copy the pages from later."""
@@ -371,7 +365,8 @@ class Dump:
 
     def close(self) -> None:
         """Let go of what the dump held open."""
-        self._dismiss_guard()
+        if self.guard is not None:
+            self.guard.end()
         self.watch.stop()
         self.partners.close()
         if self.collected is not None:

@@ -73,7 +73,7 @@ class Restore:
         self.family: Family | None = None
         self.segments: RestoredSegments | None = None
         self.born = False
-        self.alive: set[int] = set()
+        self.first = 0
         self.lock: Lock | None = None
         self.guard: Guard | None = None
         self.watch = DeathWatch(self._followers)
@@ -182,7 +182,7 @@ class Restore:
             self.born = True
             self.watch.start()
             birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling)
-        self.alive.add(self.checkpoint.root.pid)
+        self.first = self.checkpoint.root.pid
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
 
     def rebuild(self) -> None:
@@ -313,7 +313,7 @@ class Restore:
     def ended(self) -> int:
         """A process that was born and has ended already; 0 if there is none. One that was killed takes a moment to end,
         in which it is in no stop."""
-        there = self.alive.union(self.family.stubs) if self.family is not None and self.born else self.alive
+        there = {self.first, *self.family.stubs} if self.family is not None else set()
         born = [task for task in self.family.tasks if task.pid in there] if self.family is not None else []
         limit = time.monotonic() + _DYING_S
         while True:
