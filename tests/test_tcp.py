@@ -410,7 +410,7 @@ def test_a_connection_of_a_program_that_runs_on(
         for _ in range(20):
             peer.sendall(b"echo")
             assert peer.recv(9) == b"echo", program.trouble()
-    assert not target.ended(), program.trouble()
+        assert not target.ended(), program.trouble()
     wait_until("it ends", target.ended)
     assert target.status == 0, program.trouble()
 
@@ -470,7 +470,7 @@ def test_what_a_killed_dump_leaves_is_mended(runner: Runner, monkeypatch: pytest
     program = Program(runner, PATIENT)
     with socket.create_connection(("127.0.0.1", int(program.wait_for("port"))), 20) as peer:
         number = int(program.wait_for("connected"))
-        monkeypatch.setenv("FIRN_FAULT", "kill:dump.end.locked")
+        monkeypatch.setenv("FIRN_FAULT", "kill-all:dump.end.locked")
         code, _, images = runner.try_dump(program.target, *OPTION)
         monkeypatch.delenv("FIRN_FAULT")
         assert code == -signal.SIGKILL

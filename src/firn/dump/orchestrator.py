@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_END = b"end"
+"""What the guard is told when the tree is about to end."""
 _MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
 """Seconds that the target gets to do away with what passes by itself, one after the other; 0 ends it."""
 
@@ -177,12 +179,23 @@ class Dump:
             self._set_guard()
 
     def _set_guard(self) -> None:
-        from firn.resources.sockets.repair import mend
         from firn.tracee.guard import Guard
 
-        self.guard = Guard(mend)
+        self.guard = Guard(self._stand_in)
         if not self.guard.start():
             self.log.warn("nobody can guard us: killed while it reads a connection, firn would leave that dumb")
+
+    def _stand_in(self, text: bytes, pidfd: int) -> None:
+        """The duty of the guard: we were killed. The tree runs on as it was, unless its end was decided."""
+        if text.startswith(_END):
+            return
+        from firn.resources.sockets.repair import mend
+
+        try:
+            mend(text, pidfd)
+        finally:
+            assert self.lock is not None
+            self.lock.forget()
 
     def _look_for_shared(self) -> None:
         from firn.resources.memory import frames, shared
@@ -325,8 +338,7 @@ class Dump:
             self.release()
             return
         if self.lock is not None:
-            self.lock.keep()
-            faults.point("dump.end.locked")
+            self._keep_lock(self.lock)
         if self.options.leave_stopped:
             self._leave_stopped()
             return
@@ -337,6 +349,14 @@ class Dump:
         if self.freezer is not None:
             self.freezer.let_go()
         self._thawed()
+
+    def _keep_lock(self, lock: Lock) -> None:
+        """What is locked stays so. Killed before the tree is, we would leave one that nobody hears, but for the guard,
+        who is told last."""
+        lock.keep()
+        faults.point("dump.end.locked")
+        if self.guard is not None:
+            self.guard.note(_END)
 
     def _leave_stopped(self) -> None:
         """The connections stay locked, as CRIU's do: else their peers would get on with what is in no image."""

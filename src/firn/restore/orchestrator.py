@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
 _DYING_S = 0.2
-_UNDO, _FINISH = b"U", b"F"
-"""What a guard has to do."""
+_FINISH = b"finish"
+"""What a guard is told when it is decided that the tree shall live."""
 
 
 class Result:
@@ -289,12 +289,11 @@ class Restore:
         self.guard = Guard(lambda text, _: self._stand_in(text, tracer), keep)
         if not self.guard.start():
             self.log.warn("nobody can guard us: killed in the next moment, firn would lose the connections")
-        self.guard.note(_UNDO)
 
     def _stand_in(self, text: bytes, tracer: int) -> None:
         """The duty of a guard: *tracer* was killed; finish, or undo, what it has begun. The tree was made ready to run
         on by itself, which it does as soon as we return."""
-        if text.startswith(_UNDO):
+        if not text.startswith(_FINISH):
             birth.strike((process.pid for process in self.checkpoint.processes), tracer)
             return
         if self.options.leave_stopped:

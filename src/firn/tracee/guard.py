@@ -35,8 +35,8 @@ class Guard:
     """Watches the calling thread, which must be the one that traces, from :meth:`start` to :meth:`end`.
 
     *duty* is called in the guard, which is a copy of this process as of its start, when the thread dies: with what was
-    noted last, and a pidfd through which copies of our descriptors can be had. The guard keeps open only the
-    descriptors *keep*.
+    noted last (63 bytes, zeros at first), and a pidfd through which copies of our descriptors can be had. The guard
+    keeps open only the descriptors *keep*.
     """
 
     def __init__(self, duty: Callable[[bytes, int], None], keep: Iterable[int] = ()) -> None:
@@ -66,7 +66,7 @@ class Guard:
         return self._works
 
     def note(self, text: bytes) -> None:
-        """Tell the guard, in one step, what its duty is about (empty: nothing)."""
+        """Tell the guard, in one step, what its duty is about."""
         if self._works:
             os.pwrite(self._page, text.ljust(_SIZE, b"\0"), 1)
 
@@ -121,8 +121,7 @@ def _watch(tid: int, page: int, duty: Callable[[bytes], None]) -> None:
         stop = ptrace.wait_stop(tid)
         said = os.pread(page, 1 + _SIZE, 0)
         if stop.event == pt.EVENT_EXIT:
-            if any(said[1:]):
-                duty(said[1:])
+            duty(said[1:])
             return
         number = 0 if stop.event else stop.signal
         if said[:1] == _OVER:

@@ -141,6 +141,10 @@ class Lock:
     def keep(self) -> None:
         """From now on the lock stays when firn ends, for the restore. Raises :class:`OSError`."""
 
+    def forget(self) -> None:
+        """What is to stay goes after all; for a copy of this process, of which that was killed. Raises
+        :class:`OSError`."""
+
     def open(self) -> None:
         """Unlock all that is locked, also by the dump whose images are restored. Raises :class:`OSError`."""
 
@@ -216,6 +220,14 @@ class NftLock(Lock):
             nftables.arm(self._open_channel(), self._held, self._connections)
             self._kept = True
             nftables.close_doors(self._open_channel(), self._held, self._doors, incoming=False)
+
+    def forget(self) -> None:
+        """Remove the table that stays; the other one has gone, or goes, with its maker."""
+        channel = nftables.open_channel()
+        try:
+            remove_tables(channel, (self._held,))
+        finally:
+            channel.close()
 
     def open(self) -> None:
         """Remove all tables of this dump."""

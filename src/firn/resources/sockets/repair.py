@@ -28,10 +28,13 @@ def note(fd: int, reuse: bool, peek_offset: int | None) -> bytes:
 
 
 def mend(text: bytes, pidfd: int) -> None:
-    """The duty of a guard: the socket of which a :func:`note` tells, a descriptor of process *pidfd*, is as it was."""
+    """For a guard: the socket of which a :func:`note` tells, if there is one, a descriptor of process *pidfd*, is as it
+    was."""
     import _socket
 
-    _, fd, reuse, peek_offset = _NOTE.unpack_from(text)
+    noted, fd, reuse, peek_offset = _NOTE.unpack_from(text)
+    if not noted:
+        return
     copy = _socket.socket(fileno=syscall("pidfd_getfd", nr.pidfd_getfd, pidfd, fd, 0))
     if copy.getsockopt(_TCP, _TCP_REPAIR):
         copy.setsockopt(_TCP, _TCP_REPAIR, _TCP_REPAIR_OFF_NO_WP)
