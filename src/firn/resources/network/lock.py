@@ -7,12 +7,14 @@ that is in no image, or answer with a reset once the socket is gone; and none fr
 ===================  ===========================  =======================================================
 when                 tables                       if firn is killed now
 ===================  ===========================  =======================================================
-dump, frozen         ``firn-ID`` locks, and       ``firn-ID`` goes with firn: the connections work again.
-                     ``CRIU-ID`` says whose it    ``CRIU-ID``, which does nothing, stays: ``firn unlock``
-                     is, and locks nothing yet    finds by it sockets that are left in repair mode
+dump, frozen         ``firn-ID`` locks, and       ``firn-ID`` goes with firn, ``CRIU-ID`` is removed by the
+                     ``CRIU-ID`` says whose it    guard: the connections work again. Without a guard it
+                     is, and locks nothing yet    stays, and does nothing: ``firn unlock`` finds by it
+                                                  sockets that are left in repair mode
+dump, about to kill  ``CRIU-ID`` locks too        the same; without a guard, the tree is left locked
 dump, tree killed    ``CRIU-ID`` locks            it shall stay: the lock waits for the restore
 restore              ``CRIU-ID`` if the dump was  ``firn-ID`` goes with firn; ``CRIU-ID`` stays for the
-                     here, and ``firn-ID`` lock   next try
+                     here, and ``firn-ID`` lock   next try, unless the guard finishes the restore
 restored             none
 ===================  ===========================  =======================================================
 
