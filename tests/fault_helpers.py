@@ -235,6 +235,10 @@ class Steady:
         found = [_trouble(beat, self.process) for beat in self._maps]
         return "; ".join(f"process {number}: {text}" for number, text in enumerate(found) if text)
 
+    def is_back(self) -> None:
+        """It was restored by a command that has ended, so it is our child again."""
+        self.process.returncode = None
+
     def areas(self) -> int:
         return sum(len(Path(f"/proc/{pid}/maps").read_text().splitlines()) for pid in self.pids())
 

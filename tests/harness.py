@@ -36,7 +36,7 @@ PATIENCE = 20.0
 COMMAND_PATIENCE = 60.0
 LOG_TAIL = 40
 BUSY_TERMINALS = 12
-TIME_LIMIT = 90
+TIME_LIMIT = int(os.environ.get("FIRN_TEST_SECONDS", "90"))
 """Seconds that a test may take."""
 
 

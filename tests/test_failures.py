@@ -184,6 +184,26 @@ def test_faults_at_every_phase(kind: str, runner: Runner) -> None:
         target.end()
 
 
+@pytest.mark.parametrize("phase", ["kill", "killed"])
+def test_a_fault_while_the_tree_is_killed(runner: Runner, phase: str) -> None:
+    """Then the checkpoint is all there is of the tree: it stays, and is good."""
+    target = Steady(runner.folder, 3)
+    images = Path(runner.folder) / "images"
+    try:
+        code, text = _dump(target.pid, images, FIRN_FAULT=f"fail:dump.end.{phase}")
+        assert code == 0, text
+        assert "the checkpoint is complete, but" in text
+        assert target.process.wait() == -signal.SIGKILL
+        reap_orphans(target.pid)
+        firn = firn_command()
+        assert firn is not None
+        subprocess.run([firn, "restore", "-d", "-D", str(images)], check=True, timeout=30)
+        target.is_back()
+        assert not target.trouble()
+    finally:
+        target.end()
+
+
 def test_a_full_disk(runner: Runner) -> None:
     target = Steady(runner.folder, 2)
     images = Path(runner.folder) / "small"

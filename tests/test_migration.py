@@ -11,7 +11,7 @@ import pytest
 from harness import Runner, Target, firn_command
 from namespaces import Hosts, Pair
 from test_network_lock import locks
-from test_tcp import ECHO, OPTION, Clients, Program
+from test_tcp import ECHO, OPTION, STREAM_ROUNDS, Clients, Program
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
@@ -55,13 +55,13 @@ class Newcomer(threading.Thread):
 @needs_firn
 @pytest.mark.parametrize("version", [0, 1], ids=["IPv4", "IPv6"])
 def test_a_server_moves_between_hosts(runner: Runner, hosts: Hosts, version: int) -> None:
-    """Back and forth, under twenty clients who check every byte, and one more who comes while it is away."""
+    """Back and forth, under a hundred clients who check every byte, and one more who comes while it is away."""
     runner.within = hosts.command()
     server = Program(runner, ECHO, Hosts.ADDRESSES[version])
     address = Hosts.ADDRESSES[version], int(server.wait_for("port"))
-    clients = Clients([hosts.connect(address) for _ in range(20)])
+    clients = Clients([hosts.connect(address) for _ in range(100)])
     try:
-        for _ in range(3):
+        for _ in range(STREAM_ROUNDS):
             clients.wait_for(50000)
             images = server.dump()
             newcomer = Newcomer(hosts.connect, address)

@@ -35,6 +35,8 @@ from firn.resources.sockets.inet import InetSockets
 # The link of a socket's descriptor is its new inode; the workloads check flags and identity themselves.
 UNLIKE = (r"fd\.\d+",)
 OPTION = ("--tcp-established",)
+STREAM_ROUNDS = int(os.environ.get("FIRN_STREAM_ROUNDS", "3"))
+"""How many checkpoints and restores happen to a server under streams."""
 MIXED = (*PLAIN_WAYS, REFUSED_WAY, *GONE_WAYS)
 TABLE = [
     Workload("tcp", mode, unlike=UNLIKE, dump=OPTION, restore=OPTION, refused=("is a TCP connection", *OPTION),
@@ -304,7 +306,7 @@ def test_streams_of_clients_outside_go_on(runner: Runner) -> None:
     port = int(far.wait_for("port"))
     clients = Clients([socket.create_connection(("127.0.0.1", port)) for _ in range(100)])
     try:
-        for _ in range(int(os.environ.get("FIRN_STREAM_ROUNDS", "3"))):
+        for _ in range(STREAM_ROUNDS):
             clients.wait_for(20000)
             far.restore(far.dump())
         clients.wait_for(20000)

@@ -11,15 +11,18 @@ commit    inventory.img is there: the directory is a checkpoint
 end       (target that does not run on) the target is dead or stopped
 
 One failure block undoes: whatever happens before the end, the target runs on as it was and no half checkpoint stays.
+Once the first process is killed the checkpoint is all there is of the tree, and nothing takes it away again.
 """
 
 from __future__ import annotations
 
+import _signal
 import os
 import time
 
 from firn import faults
 from firn.abi import nr
+from firn.abi import signal as sig
 from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
@@ -55,6 +58,8 @@ _END = b"end"
 """What the guard is told when the tree is about to end."""
 _MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
 """Seconds that the target gets to do away with what passes by itself, one after the other; 0 ends it."""
+_ENDING = (sig.SIGHUP, sig.SIGINT, sig.SIGTERM)
+"""What ends a command. It has to wait while the tree is killed."""
 
 
 class Dump:
@@ -84,6 +89,8 @@ class Dump:
         self.run_id = _run_id()
         self.lock: Lock | None = None
         self.guard: Guard | None = None
+        self.doomed = False
+        """The tree is being killed: there is no way back."""
 
     def phase(self, name: str) -> None:
         """Go through the phase called *name*."""
@@ -342,12 +349,25 @@ class Dump:
         if self.options.leave_stopped:
             self._leave_stopped()
             return
+        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ENDING)
+        try:
+            self._kill()
+        finally:
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+    def _kill(self) -> None:
+        """End the tree. What goes wrong then is told and passed over: the checkpoint is there, and good."""
         assert self.collected is not None
-        self.tree.kill()
-        faults.point("dump.end.killed")
-        self.collected.collector.killed()
+        self.doomed = True
+        steps = [self.tree.kill, self.collected.collector.killed]
         if self.freezer is not None:
-            self.freezer.let_go()
+            steps.append(self.freezer.let_go)
+        for step in steps:
+            try:
+                step()
+                faults.point(f"dump.end.{step.__name__}")
+            except (OSError, FirnError) as error:
+                self.log.warn(f"the checkpoint is complete, but at the end of the tree: {error}")
         self._thawed()
 
     def _keep_lock(self, lock: Lock) -> None:
@@ -417,7 +437,8 @@ def run(options: DumpOptions, log: Log, post_dump: Any = None) -> dict[str, int]
             post_dump(work.pid)
         work.phase("end")
     except BaseException:
-        work.undo()
+        if not work.doomed:
+            work.undo()
         raise
     finally:
         work.close()

@@ -70,16 +70,20 @@ class FrozenTree:
     def kill(self) -> None:
         """End all processes: all are sent SIGKILL before any is waited for, so none sees another one missing."""
         for task in self.tasks:
-            os.kill(task.pid, sig.SIGKILL)
+            try:
+                os.kill(task.pid, sig.SIGKILL)
+            except ProcessLookupError:
+                continue
         for task in self.tasks:
             task.await_death()
         self.tasks = []
 
     def stop(self) -> None:
-        """Have all processes stopped by SIGSTOP once they are let go."""
+        """Have all processes stopped by SIGSTOP once they are let go; if that fails, none."""
         for task in self.tasks:
             # Nothing of ours may run in the task after this: a program would take the signal.
             task.restore_state()
+        for task in self.tasks:
             os.kill(task.pid, sig.SIGSTOP)
 
 

@@ -77,21 +77,64 @@ def scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         yield from zip(flat[::3], flat[1::3], flat[2::3], strict=True)
 
 
+_SWAPPED, _FILE, _GUARD = (bit >> 56 for bit in (mman.PAGEMAP_SWAPPED, mman.PAGEMAP_FILE, mman.PAGEMAP_GUARD))
+_OURS = bytes(byte & 0xC0 != 0 and not byte & (_FILE | _GUARD) for byte in range(256))
+_GUARDS = bytes(byte & _SWAPPED != 0 and byte & _FILE == 0 and byte & _GUARD != 0 for byte in range(256))
+"""Top byte of a word -> 1 for own pages, for guard markers."""
+
+
 def _words(fd: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The same as :func:`scan` for one mapping, from pagemap words; without page frame numbers zero pages count too."""
-    step = 1 << 27
+    """The same as :func:`scan` for one mapping, from pagemap words; without page frame numbers zero pages count too.
+
+    Empty mappings of many gigabytes are common, so no word is looked at alone where it does not have to be.
+    """
+    step = 1 << 30
     for base in range(start, end, step):
         stop = min(base + step, end)
-        words = memoryview(os.pread(fd, (stop - base) // mman.PAGE * 8, base // mman.PAGE * 8)).cast("Q")
-        zero = zero_frame()
-        for index, word in enumerate(words):
-            if not word & (mman.PAGEMAP_PRESENT | mman.PAGEMAP_SWAPPED) or word & mman.PAGEMAP_FILE:
+        words = os.pread(fd, (stop - base) // mman.PAGE * 8, base // mman.PAGE * 8)
+        tops = words[7::8]
+        found = [(at, to, mman.PAGE_IS_PRESENT) for at, to in _without_zero(words, _ones(tops.translate(_OURS)))]
+        guards = _ones(tops.translate(_GUARDS))
+        if guards:
+            found = sorted(found + [(at, to, mman.PAGE_IS_GUARD) for at, to in guards])
+        for at, to, category in found:
+            yield base + at * mman.PAGE, base + to * mman.PAGE, category
+
+
+def _ones(flags: bytes) -> list[tuple[int, int]]:
+    """The runs of ones."""
+    runs = []
+    at = flags.find(1)
+    while at >= 0:
+        to = flags.find(0, at)
+        to = len(flags) if to < 0 else to
+        runs.append((at, to))
+        at = flags.find(1, to)
+    return runs
+
+
+def _without_zero(words: bytes, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """*runs* of words (first, behind the last) without those of the kernel's zero page."""
+    zero = zero_frame()
+    if not zero:
+        return runs
+    pattern = zero.to_bytes(8, "little")[:6]
+    kept = []
+    for first, last in runs:
+        at = words.find(pattern, first * 8, last * 8)
+        while at >= 0:
+            number = at // 8
+            word = int.from_bytes(words[number * 8 : number * 8 + 8], "little")
+            if at % 8 or not word & mman.PAGEMAP_PRESENT or word & mman.PAGEMAP_PFN != zero:
+                at = words.find(pattern, at + 1, last * 8)
                 continue
-            if word & mman.PAGEMAP_PRESENT and zero and word & mman.PAGEMAP_PFN == zero:
-                continue
-            at = base + index * mman.PAGE
-            guard = mman.PAGE_IS_GUARD if word & mman.PAGEMAP_GUARD else 0
-            yield at, at + mman.PAGE, mman.PAGE_IS_PRESENT | guard
+            if first < number:
+                kept.append((first, number))
+            first = number + 1
+            at = words.find(pattern, first * 8, last * 8)
+        if first < last:
+            kept.append((first, last))
+    return kept
 
 
 _zero: list[int] = []
