@@ -23,8 +23,8 @@ from pathlib import Path
 from workloads.likeness import Portrait, differences, portrait, speaker
 from workloads.table import Workload
 
-__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "low_numbers_in_use",
-           "open_descriptors", "portrait"]  # fmt: skip
+__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "descendants", "differences", "firn_command",
+           "low_numbers_in_use", "open_descriptors", "portrait"]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "workloads"
 CACHE = Path(os.environ.get("FIRN_TEST_CACHE", SOURCES.parent.parent / "build" / "workloads"))
@@ -218,7 +218,7 @@ class Runner:
     def kill(self, target: Target) -> None:
         """Ends the process and the descendants that it has now; orphans become ours and are reaped."""
         if target.status is None:
-            below = [Target(pid, None) for pid in _descendants(target.pid)]
+            below = [Target(pid, None) for pid in descendants(target.pid)]
             for process in (target, *below):
                 os.kill(process.pid, signal.SIGKILL)
             for process in (target, *below):
@@ -359,10 +359,11 @@ def _reap_guards() -> None:
             wait_until("the guard ends", Target(pid, None).ended)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The children of *pid*, and theirs, and so on."""
     found = []
     for child in _children(pid):
-        found += [child, *_descendants(child)]
+        found += [child, *descendants(child)]
     return found
 
 
