@@ -76,7 +76,9 @@ class Restore:
         self.first = 0
         self.lock: Lock | None = None
         self.guard: Guard | None = None
-        self.watch = DeathWatch(self._followers)
+        self.watch = DeathWatch(self._followers, self._missed)
+        self.frail = False
+        """The tree needs every process of it to come back."""
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
     def stage(self, name: str) -> None:
@@ -179,7 +181,7 @@ class Restore:
         """Make the root task."""
         started = time.monotonic_ns()
         with TimeNamespace(self.checkpoint.clocks(), self.log):
-            self.born = True
+            self.born = self.frail = True
             self.watch.start()
             birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling)
         self.first = self.checkpoint.root.pid
@@ -250,6 +252,7 @@ class Restore:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
         self._family().make_ready()
+        self.frail = False
         self._set_guard()
         faults.point("restore.resume.ready")
         for task in tasks:
@@ -312,15 +315,22 @@ class Restore:
     def ended(self) -> int:
         """A process that was born and has ended already; 0 if there is none. One that was killed takes a moment to end,
         in which it is in no stop."""
-        there = {self.first, *self.family.stubs} if self.family is not None else set()
-        born = [task for task in self.family.tasks if task.pid in there] if self.family is not None else []
         limit = time.monotonic() + _DYING_S
         while True:
-            states = {task.pid: task.process_state() for task in born}
+            states = self._states()
             ended = [pid for pid, state in states.items() if state in "ZX"]
             if ended or time.monotonic() > limit or all(state == "t" for state in states.values()):
                 return ended[0] if ended else 0
             time.sleep(0.001)
+
+    def _missed(self) -> int:
+        return next((pid for pid, state in self._states().items() if state in "ZX"), 0) if self.frail else 0
+
+    def _states(self) -> dict[int, str]:
+        """The states (as in proc(5)) of all processes that were born and shall live."""
+        there = {self.first, *self.family.stubs} if self.family is not None else set()
+        tasks = self.family.tasks if self.family is not None else []
+        return {task.pid: task.process_state() for task in tasks if task.pid in there}
 
     def undo(self) -> None:
         """Kill what was made."""
@@ -356,6 +366,7 @@ def restore(options: RestoreOptions, log: Log) -> Result:
         _scripts(work, "pre-resume", pid)
         work.stage("resume")
     except BaseException as error:
+        work.frail = False
         ended = work.ended()
         work.undo()
         if ended and isinstance(error, FirnError | OSError):

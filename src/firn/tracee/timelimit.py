@@ -17,6 +17,8 @@ _ITIMER_REAL = 0
 _SIGALRM = 14
 _EVERY = 1.0
 """Seconds."""
+_PATIENCE = 5
+"""How often something is missed before it is an error."""
 
 
 class TimeLimit:
@@ -48,9 +50,13 @@ class DeathWatch:
     wait for a leader would never return. Nothing is watched outside of the main thread, which alone gets signals.
     """
 
-    def __init__(self, others: Callable[[], Iterable[int]]) -> None:
-        """*others*: the ids of the traced threads that are not leaders, now."""
+    def __init__(self, others: Callable[[], Iterable[int]], missed: Callable[[], int] = lambda: 0) -> None:
+        """*others*: the ids of the traced threads that are not leaders, now. *missed*: a process without which nothing
+        can go on (0: none); if it is told of several times, the wait, whatever it is, ends with :class:`TargetError`.
+        """
         self._others = others
+        self._missed = missed
+        self._patience = _PATIENCE
         self._old: object = None
         self._on = False
 
@@ -69,6 +75,11 @@ class DeathWatch:
                 os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | pt.WALL)
             except ChildProcessError:
                 continue
+        pid = self._missed()
+        if pid:
+            self._patience -= 1
+        if pid and not self._patience:
+            raise TargetError(f"process {pid} ended meanwhile")
 
     def stop(self) -> None:
         """No longer."""
