@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from images.rules import complaints
 from workloads.likeness import Portrait, differences, portrait, speaker
 from workloads.table import Workload
 
@@ -109,6 +110,9 @@ class Beat:
 
     def set_token(self, index: int, value: int) -> None:
         struct.pack_into("<Q", self._map, 8 * (self.TOKENS + index), value)
+
+    def token(self, index: int) -> int:
+        return int(struct.unpack_from("<Q", self._map, 8 * (self.TOKENS + index))[0])
 
     @property
     def text(self) -> str:
@@ -263,15 +267,17 @@ class Runner:
 
     def dump(self, target: Target, *options: str) -> Path:
         """A dump that must work; answers the image folder. A tree's other tasks end (and are reaped) with it."""
-        ours = set(_children())
+        ours = set(children())
         code, output, images = self.try_dump(target, *options)
         assert code == 0, f"dump: exit status {code}\n{_tail(output)}"
+        found = complaints(images)
+        assert not found, "CRIU would not restore this:\n" + "\n".join(found)
         if not {"--leave-running", "--leave-stopped"} & set(options):
             wait_until("the dumped task ends", target.ended)
             assert target.status is not None
             assert os.WIFSIGNALED(target.status), f"the dumped task {target.fate()}"
             # Its descendants, also those born just before, become ours one generation after the other.
-            while orphans := set(_children()) - ours:
+            while orphans := set(children()) - ours:
                 for pid in orphans:
                     wait_until(f"the dumped task {pid} ends", Target(pid, None).ended)
         return images
@@ -305,10 +311,10 @@ class Runner:
         """Ends what is left (only our own children), puts settings back; answers what should not have been left."""
         _reap_guards()
         left = []
-        for pid in _children():
+        for pid in children():
             left.append(f"{pid} {Path(f'/proc/{pid}/comm').read_text().strip()}")
-        while children := _children():
-            for pid in children:
+        while living := children():
+            for pid in living:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         for path, value in reversed(self._tunables):
@@ -340,7 +346,7 @@ class CannotRun(Exception):
     """This machine lacks what a workload needs."""
 
 
-def _children(pid: int | str = "self") -> list[int]:
+def children(pid: int | str = "self") -> list[int]:
     """The children (ours by default), zombies among them, whichever thread started them."""
     found = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -354,7 +360,7 @@ def _children(pid: int | str = "self") -> list[int]:
 
 def _reap_guards() -> None:
     """A killed firn leaves its guard (firn.tracee.guard), which ends at once: orphans are ours to reap."""
-    for pid in _children():
+    for pid in children():
         if Path(f"/proc/{pid}/comm").read_text() == "net-guard\n":
             wait_until("the guard ends", Target(pid, None).ended)
 
@@ -362,7 +368,7 @@ def _reap_guards() -> None:
 def descendants(pid: int) -> list[int]:
     """The children of *pid*, and theirs, and so on."""
     found = []
-    for child in _children(pid):
+    for child in children(pid):
         found += [child, *descendants(child)]
     return found
 

@@ -1,10 +1,12 @@
-"""Checkpoints that CRIU 4.2 made, restored by firn: the programs in them check themselves."""
+"""Checkpoints that CRIU 4.2 made, restored by firn: the programs in them check themselves. And checkpoints of the same
+programs that firn makes, compared with these."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Beat, Runner, Target, firn_command, wait_until
+from images.likeness import unlike
 from images.shared import shared
 
 pytestmark = pytest.mark.xdist_group("terminals")  # one of them wants the lowest number
@@ -69,3 +72,20 @@ def test_verdict(mode: str, place: Path, runner: Runner) -> None:
     runner.kill(target)
     if mode == "tree":
         runner.kill(Target(31405, None))  # its parent was ended by the check
+
+
+@pytest.mark.parametrize("mode", PIDS)
+def test_dumped_as_by_criu(mode: str, place: Path, runner: Runner) -> None:
+    """The same fields with the same values, but for those that differ in each run, and some that are explained."""
+    beat = Beat(place / "run" / f"{mode}.beat")
+    (place / "run" / "fifo").unlink(missing_ok=True)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([place / "golden", mode, beat.path], cwd=place, stdin=null, stdout=null, stderr=null)
+    process.returncode = 0  # reaped by Target
+    target = Target(process.pid, beat)
+    wait_until("it gets ready", lambda: bool(beat.get("ready")) or target.ended())
+    if target.ended():
+        pytest.skip(f"it {target.fate()}: the program was made on a processor with more instructions")
+    images = runner.dump(target, *(["--tcp-established"] if mode == "tcp" else []))
+    found = unlike(place / "images" / mode, images)
+    assert not found, "\n".join(found)

@@ -21,7 +21,7 @@ from firn.images.store import ImageDir
 
 needs_firn = pytest.mark.skipif(not firn_command(), reason="no firn command")
 
-MODES = "fan chain sessions groups gone adopted daemon sibling zombies core stopped told users programs"
+MODES = "fan chain sessions groups gone adopted daemon sibling zombies core stopped told continued users programs"
 SHARING = "table vm sighand directories anon memfd offset kin resized"
 TABLE = [
     *(Workload("trees", mode) for mode in MODES.split()),

@@ -335,7 +335,8 @@ class DumpOptions(_Transfer):
 
 
 class RestoreOptions(_Transfer):
-    """How to restore: with ``foreground_status`` an attached restore waits for the root task and gives its status.
+    """How to restore: with ``foreground_status`` an attached restore waits for the root task, passes signals on to it,
+    and gives its status; without, it waits as CRIU does, for all children and whatever signals come.
 
     The descriptors of ``inherit_fd``, but for 0 to 2, are closed by a restore that succeeds.
     """
@@ -404,14 +405,19 @@ def dump(options: DumpOptions, log: Log | None = None) -> dict[str, int]:
     )
 
 
-def restore(options: RestoreOptions, log: Log | None = None) -> RestoreResult:
-    """Bring a process tree back. Raises a :class:`firn.errors.FirnError` or :class:`OSError`; then no task is left."""
+def restore(
+    options: RestoreOptions, log: Log | None = None, done: Callable[[RestoreResult], None] | None = None
+) -> RestoreResult:
+    """Bring a process tree back. Raises a :class:`firn.errors.FirnError` or :class:`OSError`; then no task is left.
+
+    *done* is called when the tree runs, before a restore that is not detached waits for its end.
+    """
     options.refuse_unbuilt()
     if options.restore_sibling and not options.restore_detached:
         raise UsageError("--restore-sibling only makes sense with --restore-detached")
     from firn.restore import orchestrator
 
-    return orchestrator.restore(options, log or _own_log(options))
+    return orchestrator.restore(options, log or _own_log(options), done)
 
 
 def cpuinfo_dump(options: CpuinfoOptions) -> None:

@@ -138,6 +138,7 @@ PRCTL = Mirror(
         "SET_MDWE": (f"{_PRCTL} 6.3", 65),
         "GET_MDWE": (f"{_PRCTL} 6.3", 66),
         "TIMER_CREATE_RESTORE_IDS": (f"{_PRCTL} 6.15", 77),
+        "XFEATURE_XTILEDATA": ("Documentation/arch/x86/xstate.rst", 18),
     },
 )  # fmt: skip
 
@@ -275,13 +276,35 @@ IPC = Mirror(
     },
 )
 POLICIES = Mirror(
-    headers=("linux/mempolicy.h", "linux/keyctl.h", "linux/landlock.h", "linux/ptrace.h"),
+    headers=("linux/mempolicy.h", "linux/keyctl.h", "linux/landlock.h", "linux/ptrace.h", "linux/io_uring.h"),
     newer={
         "SYSCALL_USER_DISPATCH_CONFIG": ("include/uapi/linux/ptrace.h, Linux 6.4: four __u64", 32),
         "MPOL_WEIGHTED_INTERLEAVE": ("include/uapi/linux/mempolicy.h, Linux 6.9", 6),
+        "IORING_ENTER_REGISTERED_RING": ("include/uapi/linux/io_uring.h, Linux 5.18", 16),
+        "IO_RINGFD_REG_MAX": ("io_uring/tctx.h, Linux 5.18", 16),
     },
     structs={"SYSCALL_USER_DISPATCH_CONFIG": ("struct ptrace_sud_config", "mode selector offset len")},
 )
+BPF = Mirror(
+    headers=("linux/bpf.h", "linux/btf.h"),
+    expressions={
+        "GET_CURRENT_TASK": "BPF_FUNC_get_current_task", "PROBE_READ_KERNEL": "BPF_FUNC_probe_read_kernel",
+        "MAP_LOOKUP_PERCPU_ELEM": "BPF_FUNC_map_lookup_percpu_elem", "PSEUDO_MAP_FD": "BPF_PSEUDO_MAP_FD",
+        "MOV": "BPF_ALU64 | BPF_MOV | BPF_X", "MOV_IMM": "BPF_ALU64 | BPF_MOV | BPF_K",
+        "ADD_IMM": "BPF_ALU64 | BPF_ADD | BPF_K", "SHIFT_RIGHT": "BPF_ALU64 | BPF_RSH | BPF_X",
+        "LOAD": "BPF_LDX | BPF_MEM | BPF_DW", "STORE": "BPF_STX | BPF_MEM | BPF_DW",
+        "STORE_IMM": "BPF_ST | BPF_MEM | BPF_DW", "STORE_IMM_32": "BPF_ST | BPF_MEM | BPF_W",
+        "LOAD_IMM_64": "BPF_LD | BPF_IMM | BPF_DW", "CALL": "BPF_JMP | BPF_CALL", "EXIT": "BPF_JMP | BPF_EXIT",
+    },
+    structs={
+        "BTF_HEADER": ("struct btf_header", "magic version flags hdr_len type_off type_len str_off str_len"),
+        "BTF_TYPE": ("struct btf_type", "name_off info size"),
+        "BTF_MEMBER": ("struct btf_member", "name_off type offset"),
+    },
+    newer={"MAP_LOOKUP_PERCPU_ELEM": ("include/uapi/linux/bpf.h, Linux 5.19", 195)},
+    # The members of bpf_attr are checked by their use, and half of bpf_insn are bits.
+    own=_names("ATTR_SIZE MAP_CREATE PROG_LOAD TEST_RUN INSTRUCTION BTF_EXTRA BTF_EACH"),
+)  # fmt: skip
 WAIT = Mirror(headers=("linux/wait.h", "linux/signal.h"), expressions={"SI_PID": "offsetof(siginfo_t, si_pid)"})
 
 NFTABLES = Mirror(
@@ -318,7 +341,7 @@ TCP = Mirror(
 )
 
 MIRRORS = {
-    "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
+    "bpf": BPF, "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
     "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
     "tun": TUN, "wait": WAIT, "x86_64": X86_64,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,12 @@ from firn.cli import launcher
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a dump needs root")
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-PROGRAM = "import time, sys\nfor i in range(12): time.sleep(0.05)\nsys.exit(7)"
+PROGRAM = """
+import os, sys, time
+while not os.path.exists(sys.argv[1]): time.sleep(0.05)
+time.sleep(0.4)
+sys.exit(7)
+"""
 
 
 @pytest.fixture
@@ -34,13 +40,14 @@ def checkpoint(tmp_path: Path) -> tuple[int, Callable[..., subprocess.CompletedP
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
+    dumped = tmp_path / "dumped"
+    command = [sys.executable, "-I", "-S", "-c", PROGRAM, str(dumped)]
     with open("/dev/null", "r+b") as null:
-        target = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", PROGRAM], stdin=null, stdout=null, stderr=null, start_new_session=True
-        )
+        target = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     time.sleep(0.2)
     done = call("firn", "dump", "-t", str(target.pid))
     assert (target.wait(10), done.returncode, done.stdout, done.stderr) == (-9, 0, "", "")
+    dumped.touch()
     return target.pid, call
 
 
@@ -53,6 +60,24 @@ def test_in_the_foreground(
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
     assert (tmp_path / "images" / "pid").read_text() == str(pid)
     assert (tmp_path / "images" / "log").read_text().endswith("Restore finished successfully. Tasks resumed.\n")
+
+
+def test_criu_waits_whatever_signals_come(
+    checkpoint: tuple[int, Callable[..., subprocess.CompletedProcess[str]]], tmp_path: Path
+) -> None:
+    """It says that all is well before it waits, and only the end of its children ends it."""
+    pid, _ = checkpoint
+    images = tmp_path / "images"
+    command = [str(tmp_path / "criu"), "restore", "-D", str(images), "-o", "log", "-v4"]
+    with open("/dev/null", "r+b") as null, subprocess.Popen(command, stdin=null, stdout=null, stderr=null) as criu:
+        deadline = time.monotonic() + 60
+        while not ((images / "log").exists() and "Tasks resumed." in (images / "log").read_text()):
+            assert criu.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            criu.send_signal(number)
+        assert criu.wait(60) == 0
+    assert not os.path.exists(f"/proc/{pid}")
 
 
 def test_detached_as_our_child(

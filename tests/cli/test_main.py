@@ -27,8 +27,9 @@ class Result:
     root_pid = 5
     exit_status = 42
     stats = {"pages_restored": 16, "restore_time": 9}
-def restore(options, log):
+def restore(options, log, done):
     print(options.restore_detached, options.foreground_status, flush=True)
+    done(Result)
     return Result
 """
 

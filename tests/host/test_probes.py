@@ -132,6 +132,7 @@ WITHOUT: dict[str, tuple[int, ...]] = {
     "descriptor_table_copy": (nr.close_range,),
     "huge_pages": (nr.openat, nr.mmap),
     "inotify_numbers": (nr.inotify_init1, nr.ioctl),
+    "kernel_view": (nr.bpf, nr.openat),
 }
 # What is made by no system call of its own.
 _UNDENIABLE = {"overlayfs_maps", "apparmor_stacking", "has_ipt_legacy", "nftables", "external_net_ns"}

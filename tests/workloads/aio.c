@@ -2,6 +2,7 @@
 #include "workload.h"
 
 #include <linux/aio_abi.h>
+#include <poll.h>
 
 static aio_context_t context;
 static char buffer[4096] __attribute__((aligned(4096)));
@@ -75,7 +76,45 @@ static void unreaped_harm(void)
 	reap(50);
 }
 
+/* A request that ends when somebody writes to a pipe. */
+static int ends[2];
+
+static void wait_for_pipe(void)
+{
+	struct iocb request = {.aio_data = 70, .aio_lio_opcode = IOCB_CMD_POLL, .aio_fildes = (uint32_t)ends[0],
+			       .aio_buf = POLLIN};
+	struct iocb *list[] = {&request};
+	if (syscall(SYS_io_submit, context, 1L, list) != 1)
+		cannot_run("no IOCB_CMD_POLL");
+}
+
+static void waiting_set(void)
+{
+	ring_set();
+	NEED(!pipe(ends));
+	wait_for_pipe();
+}
+
+static int waiting_check(void)
+{
+	struct timespec limit = {2, 0};
+	struct io_event event = {0};
+	CHECK(write(ends[1], "", 1) == 1);
+	CHECK(syscall(SYS_io_getevents, context, 1L, 1L, &event, &limit) == 1 && event.data == 70);
+	CHECK(event.res & POLLIN);
+	char byte;
+	CHECK(read(ends[0], &byte, 1) == 1);
+	wait_for_pipe();
+	return 1;
+}
+
+static void waiting_harm(void)
+{
+	syscall(SYS_io_destroy, context);
+}
+
 WORKLOAD(
+	{"waiting", waiting_set, waiting_check, waiting_harm},
 	{"ring", ring_set, ring_check, ring_harm},
 	{"unreaped", unreaped_set, unreaped_check, unreaped_harm},
 )

@@ -60,6 +60,7 @@ static const struct setting { const char *mode, *path, *value, *other; } setting
 	{"oom", "/proc/self/oom_score_adj", "500\n", "600"},
 	{"coredump-filter", "/proc/self/coredump_filter", "0000007f\n", "0x33"},
 	{"comm", "/proc/self/comm", "a new name\n", "x"},
+	{"session-nice", "/proc/self/autogroup", "7\n", "8"},
 };
 
 static const struct setting *setting(void)
@@ -84,7 +85,9 @@ static int setting_check(void)
 {
 	char value[64];
 	CHECK(slurp(setting()->path, value, sizeof value) > 0);
-	CHECK(!strcmp(value, setting()->value));
+	/* That of a session has a name, another one in each incarnation, before its number. */
+	char *number = strrchr(value, ' ');
+	CHECK(!strcmp(strcmp(mode_name, "session-nice") || !number ? value : number + 1, setting()->value));
 	return 1;
 }
 
@@ -186,6 +189,7 @@ WORKLOAD(
 	{"oom", setting_set, setting_check, setting_harm},
 	{"coredump-filter", setting_set, setting_check, setting_harm},
 	{"comm", setting_set, setting_check, setting_harm},
+	{"session-nice", setting_set, setting_check, setting_harm},
 	{"no-randomize", personality_set, personality_check, personality_harm},
 	{"read-implies-exec", personality_set, personality_check, personality_harm},
 	{"mdwe", mdwe_set, mdwe_check, flip_harm},

@@ -14,16 +14,20 @@ static unsigned long nodes = 1;
 
 /* ---- saved ---- */
 
-static int thread_policy, thread_speculation, other_done, other_go;
+static int thread_policy, thread_speculation, thread_clock, thread_machine, other_done, other_go;
 
 static void *other(void *argument)
 {
 	(void)argument;
 	NEED(!syscall(SYS_set_mempolicy, MPOL_BIND | MPOL_F_STATIC_NODES, &nodes, 64));
+	NEED(!prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0));
+	NEED(!prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_LATE, 0, 0));
 	__atomic_store_n(&other_done, 1, __ATOMIC_SEQ_CST);
 	for (;;) {
 		if (__atomic_exchange_n(&other_go, 0, __ATOMIC_SEQ_CST)) {
 			syscall(SYS_get_mempolicy, &thread_policy, NULL, 0, NULL, 0);
+			prctl(PR_GET_TSC, &thread_clock, 0, 0, 0);
+			thread_machine = prctl(PR_MCE_KILL_GET, 0, 0, 0, 0);
 			thread_speculation = prctl(PR_GET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, 0, 0, 0);
 			__atomic_store_n(&other_done, 1, __ATOMIC_SEQ_CST);
 		}
@@ -42,6 +46,7 @@ static void set_set(void)
 	/* A processor that cannot be told, or a kernel that does not know: then it has to stay so. */
 	prctl(PR_SET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, PR_SPEC_DISABLE, 0, 0);
 	prctl(PR_SET_SPECULATION_CTRL, PR_SPEC_INDIRECT_BRANCH, PR_SPEC_FORCE_DISABLE, 0, 0);
+	NEED(!prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0));
 	prctl(PR_SET_THP_DISABLE, 1, PR_THP_DISABLE_EXCEPT_ADVISED, 0, 0);
 	speculation_before = prctl(PR_GET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, 0, 0, 0) << 8 |
 			     prctl(PR_GET_SPECULATION_CTRL, PR_SPEC_INDIRECT_BRANCH, 0, 0, 0);
@@ -56,6 +61,9 @@ static int set_check(void)
 	other_done = 0;
 	__atomic_store_n(&other_go, 1, __ATOMIC_SEQ_CST);
 	CHECK(wait_for(&other_done, 2000) && thread_policy == (MPOL_BIND | MPOL_F_STATIC_NODES));
+	CHECK(thread_clock == PR_TSC_SIGSEGV && thread_machine == PR_MCE_KILL_LATE);
+	CHECK(!prctl(PR_GET_TSC, &policy, 0, 0, 0) && policy == PR_TSC_ENABLE);
+	CHECK(prctl(PR_MCE_KILL_GET, 0, 0, 0, 0) == PR_MCE_KILL_EARLY);
 	speculation = prctl(PR_GET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, 0, 0, 0);
 	CHECK(speculation == speculation_before >> 8);
 	CHECK(!(speculation & PR_SPEC_DISABLE) || !(thread_speculation & PR_SPEC_DISABLE));

@@ -482,6 +482,44 @@ static int told_check(void)
 	return 1;
 }
 
+/* The first child was stopped and goes on, and the parent has not taken that report; of the second it has. */
+static void continued_set(void)
+{
+	struct sigaction action = {.sa_handler = count_notice, .sa_flags = SA_RESTART};
+	NEED(!sigaction(SIGCHLD, &action, NULL));
+	bear(0, with_thread, NULL);
+	bear(1, NULL, NULL);
+	for (int i = 0; i < 2; i++) {
+		NEED(!kill(SLOT(i)->pid, SIGSTOP) && waitpid(SLOT(i)->pid, NULL, WUNTRACED) == SLOT(i)->pid);
+		NEED(!kill(SLOT(i)->pid, SIGCONT));
+	}
+	NEED(waitpid(SLOT(1)->pid, NULL, WCONTINUED) == SLOT(1)->pid);
+	siginfo_t info = {0};
+	for (int ms = 0; ms < 2000 && !info.si_pid; ms++) {
+		nap_ms(1);
+		NEED(!waitid(P_PID, (id_t)SLOT(0)->pid, &info, WCONTINUED | WNOHANG | WNOWAIT));
+	}
+	NEED(info.si_pid == SLOT(0)->pid);
+	nap_ms(20);
+	notices = 0;
+}
+
+static int continued_check(void)
+{
+	siginfo_t info = {0};
+	CHECK(notices == 0);
+	CHECK(state_of(SLOT(0)->pid) != 'T' && state_of(SLOT(1)->pid) != 'T');
+	CHECK(waitpid(SLOT(1)->pid, NULL, WCONTINUED | WNOHANG) == 0);
+	CHECK(!waitid(P_PID, (id_t)SLOT(0)->pid, &info, WSTOPPED | WCONTINUED | WNOHANG | WNOWAIT));
+	CHECK(info.si_pid == SLOT(0)->pid && info.si_code == CLD_CONTINUED);
+	return 1;
+}
+
+static void take_report(void)
+{
+	waitpid(SLOT(0)->pid, NULL, WCONTINUED | WNOHANG);
+}
+
 /* ---- other users ---- */
 
 static void become_other(void)
@@ -758,6 +796,7 @@ WORKLOAD(
 	{"stopped", stopped_set, stopped_check, continue_one},
 	{"core", core_set, core_check, reap_core},
 	{"told", told_set, told_check, continue_first},
+	{"continued", continued_set, continued_check, take_report},
 	{"users", users_set, users_check, kill_second},
 	{"programs", programs_set, programs_check, kill_first},
 	{"member", member_set, nothing, no_harm},

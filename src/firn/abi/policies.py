@@ -1,4 +1,4 @@
-"""Rarely used interfaces. Source: include/uapi/linux/{mempolicy,keyctl,landlock,ptrace}.h."""
+"""Rarely used interfaces. Source: include/uapi/linux/{mempolicy,keyctl,landlock,ptrace,io_uring}.h."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ MPOL_WEIGHTED_INTERLEAVE = 6
 MPOL_F_STATIC_NODES = 1 << 15
 MPOL_F_RELATIVE_NODES = 1 << 14
 MPOL_F_NUMA_BALANCING = 1 << 13
-KEYCTL_GET_KEYRING_ID = 0
+KEYCTL_GET_KEYRING_ID, KEYCTL_JOIN_SESSION_KEYRING = 0, 1
+KEYCTL_CHOWN, KEYCTL_SETPERM, KEYCTL_DESCRIBE = 4, 5, 6
+KEYCTL_LINK, KEYCTL_READ = 8, 11
 KEY_SPEC_THREAD_KEYRING = -1
 KEY_SPEC_PROCESS_KEYRING = -2
+KEY_SPEC_SESSION_KEYRING = -3
+KEY_SPEC_USER_KEYRING = -4
+KEY_SPEC_USER_SESSION_KEYRING = -5
 LANDLOCK_CREATE_RULESET_VERSION = 1
+IORING_ENTER_REGISTERED_RING = 1 << 4
+IO_RINGFD_REG_MAX = 16
 SYSCALL_USER_DISPATCH_CONFIG = struct.Struct("<4Q")
 """struct ptrace_sud_config: mode, selector, offset, len (Linux 6.4)."""

@@ -258,4 +258,6 @@ ABILITIES: tuple[Ability, ...] = (
           "mappings of huge pages", "processes that have them cannot be restored"),
     _base("inotify_numbers", files.inotify_numbers, ALONE, USED,
           "gives inotify watches their numbers", "they are reached in a loop"),
+    _base("kernel_view", memory.kernel_view, ALONE, USED,
+          "sees AIO requests in flight", "they are lost, with a warning"),
 )  # fmt: skip

@@ -208,10 +208,13 @@ def _dump(request: Request, options: api.DumpOptions) -> int:
 
 
 def _restore(request: Request, options: api.RestoreOptions) -> int:
-    result = api.restore(options, request.log)
-    if options.display_stats:
-        out(restore_stats(result.stats))
-    _finish(request)
+    def finish(result: api.RestoreResult) -> None:
+        """The closing words, which callers read while the program runs in the foreground."""
+        if options.display_stats:
+            out(restore_stats(result.stats))
+        _finish(request)
+
+    result = api.restore(options, request.log, finish)
     if options.exec_cmd:
         return _become(options.exec_cmd)
     if options.foreground_status and result.exit_status is not None:

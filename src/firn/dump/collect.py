@@ -42,15 +42,18 @@ class Collected:
         self.finder = PathFinder(self.table, obstacles, options)
         self.filters = seccomp.Filters()
         self.cgroup_sets = cgroups.Sets()
+        self.thread_groups: dict[int, cgroups.Cgroups] = {}
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
-        self.told: set[int] = set()
-        """Stopped processes whose parents know it."""
+        self.keyrings: dict[int, dict[str, Any]] = {}
+        """Number -> what is in it; 0: the user's own."""
+        self.reported: set[int] = set()
+        """Processes whose parents have not yet taken notice that they are stopped, or go on."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
         self.semaphore_sets = semaphores.used_sets()
-        self.namespaces = Namespaces([task.voice for task in tree.tasks], obstacles)
+        self.namespaces = Namespaces([(task.pid, task.voice) for task in tree.tasks], obstacles)
 
     def close(self) -> None:
         """Let go of descriptors held for contents."""
@@ -76,6 +79,7 @@ def collect(dump: Dump) -> Collected:
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
     got.collector.context.guard = dump.guard
+    got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)
         _number_objects(got)
@@ -85,21 +89,24 @@ def collect(dump: Dump) -> Collected:
             if maps is not None and len(maps) <= 400 and not dump.options.fork_snapshot:
                 maps = None  # reading the flags again costs little here, and is exact
             one.look(got, mine, maps)
+            if dump.requests is not None and any(area.kind == "aio" for area in mine.areas):
+                dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
         _collect_descriptors(got)
         _check_terminals(got, dump)
         if got.obstacles:
             return got
-        stopped: dict[int, list[int]] = {}
+        children: dict[int, dict[int, bool]] = {}
         for task in tree.tasks:
-            if task.stop_signal:
-                stopped.setdefault(tree.parents[task.pid], []).append(task.pid)
+            children.setdefault(tree.parents[task.pid], {})[task.pid] = bool(task.stop_signal)
         for first in range(0, len(got.tasks), _AT_ONCE):
             running = [
-                Questions(mine, dump.partners, stopped.get(mine.pid, []))
+                Questions(mine, dump.partners, children.get(mine.pid, {}), dump.with_keyrings)
                 for mine in got.tasks[first : first + _AT_ONCE]
             ]
             for questions in running:
                 questions.answer(got, dump.waiting, dump.frozen_at)
+        _check_listeners(got, tree)
+        _check_parent_threads(got, tree, dump.log)
         _identity(tree, got, dump)
     except BaseException:
         got.close()
@@ -146,6 +153,33 @@ def _check_terminals(got: Collected, dump: Dump) -> None:
         else:
             help = "keep it open, or use --shell-job (-j): then it comes back without"
             got.obstacles.append(Obstacle(f"process {mine.pid}", reason, help))
+
+
+def _check_listeners(got: Collected, tree: FrozenTree) -> None:
+    """A filter of the tree that asks somebody outside (seccomp_unotify(2)) would ask nobody after a restore."""
+    if not got.filters.asks():
+        return
+    from firn.host import holders
+
+    holder = holders.with_link("anon_inode:seccomp notify", set(tree.pids()))
+    if holder is not None:
+        reason = f"has a seccomp filter that asks a listener, which {holder} may be"
+        got.obstacles.append(Obstacle(f"process {tree.tasks[0].pid}", reason, "end it before the dump"))
+
+
+def _check_parent_threads(got: Collected, tree: FrozenTree, log: Log) -> None:
+    """A parent-death signal (PR_SET_PDEATHSIG) comes when the thread ends that made the child. After a restore all
+    children are the first thread's; the log says for whom that makes a difference."""
+    for mine in got.tasks:
+        parent = tree.parents[mine.pid]
+        if not parent or not any(core["thread_core"].get("pdeath_sig") for _, core in mine.cores):
+            continue
+        for tid in procfs.threads(parent):
+            if tid != parent and str(mine.pid).encode() in procfs.read(f"/proc/{parent}/task/{tid}/children").split():
+                log.warn(
+                    f"process {mine.pid} wants a signal when thread {tid} of its parent {parent} ends: after a restore "
+                    "it comes when the first thread does"
+                )
 
 
 def _check_borders(got: Collected, shell_job: bool) -> None:
@@ -233,15 +267,21 @@ def _check_outsiders(plan: births.Plan, sessions: set[int], obstacles: list[Obst
 def _identity(tree: FrozenTree, got: Collected, dump: Dump) -> None:
     for mine in got.tasks:
         mine.ids |= got.namespaces.task_ids
-        if mine.pid in got.told:
-            mine.cores[0][1]["tc"]["firn"]["stop_told"] = True
+        own, reported = mine.cores[0][1]["tc"]["firn"], mine.pid in got.reported
+        if mine.task.stop_signal and tree.parents[mine.pid] and not reported:
+            own["stop_told"] = True
+        elif reported and not mine.task.stop_signal:
+            own["continued"] = True
     entries = {mine.pid: mine.pstree(tree.parents[mine.pid]) for mine in got.tasks}
     for zombie in tree.zombies:
         entries[zombie.pid] = _zombie_entry(zombie, tree.parents[zombie.pid])
         got.zombies.append((zombie.pid, _zombie_core(zombie)))
     got.pstree = _depth_first(entries)
     kcmp = {"vm_id": 1, "files_id": 1, "fs_id": 1, "sighand_id": 1}
-    got.inventory = {"tcp_close": True} if dump.options.tcp_close else {}
+    got.inventory = {"firn": {}} | ({"tcp_close": True} if dump.options.tcp_close else {})
+    for ring in got.keyrings.values():
+        if ring:
+            got.inventory["firn"]["session_keyring"] = ring
     lock = dump.lock if dump.lock is not None and dump.lock.used else None
     got.inventory |= {
         "img_version": 2, "fdinfo_per_id": True, "root_ids": kcmp | got.namespaces.root_ids(), "ns_per_id": True,

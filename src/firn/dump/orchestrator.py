@@ -27,12 +27,12 @@ from firn.abi.cpuid import xsave_layout
 from firn.abi.libc import syscall
 from firn.dump.collect import Collected, collect
 from firn.dump.save import save_contents, save_records
-from firn.dump.tree import FrozenTree, find_vfork, freeze, walk
+from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_error, walk
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, cpu, policies, process, restart
-from firn.resources.memory import areas
+from firn.resources import base, cgroups, cpu, keyrings, policies, process, restart
+from firn.resources.memory import aio, areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
 from firn.tracee.timelimit import DeathWatch, TimeLimit
@@ -56,6 +56,8 @@ _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
 _END = b"end"
 """What the guard is told when the tree is about to end."""
+_VFORK_PATIENCE = 3.0
+"""Seconds that a process gets to execute a program after vfork(2)."""
 _MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
 """Seconds that the target gets to do away with what passes by itself, one after the other; 0 ends it."""
 _ENDING = (sig.SIGHUP, sig.SIGINT, sig.SIGTERM)
@@ -74,6 +76,7 @@ class Dump:
         self.waiting: dict[int, restart.Waiting] = {}
         self.partners = policies.Partners()
         self.early_maps: dict[int, list[procfs.Map]] = {}
+        self.thread_groups: dict[int, cgroups.Cgroups] = {}
         self.tree = FrozenTree()
         self.watch = DeathWatch(lambda: self.tree.followers())
         self.collected: Collected | None = None
@@ -87,6 +90,9 @@ class Dump:
         self.pidfd = -1
         self.frozen_at = 0
         self.run_id = _run_id()
+        self.with_requests = False
+        self.requests: aio.Watch | None = None
+        self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
         self.guard: Guard | None = None
         self.doomed = False
@@ -131,7 +137,7 @@ class Dump:
         os.close(self.pidfd)
         self.pidfd = -1
         self.obstacles.clear()
-        self.waiting, self.early_maps = {}, {}
+        self.waiting, self.early_maps, self.thread_groups = {}, {}, {}
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -171,13 +177,17 @@ class Dump:
         tree = list(walk(self.pid))
         if len(tree) > 1:
             self._look_for_shared()
+            await_vforks(self.pid, min(self.options.timeout or _VFORK_PATIENCE, _VFORK_PATIENCE))
         kinds: set[int] = set()
         for pid in tree:
             try:
                 speaker = procfs.speaker(pid)
                 kinds |= base.preload(speaker)
                 self.waiting |= restart.observe(pid)
+                self.thread_groups |= cgroups.observe(pid)
                 self.partners.of(procfs.status(speaker))
+                if not self.with_requests and aio.is_used(speaker):
+                    self.with_requests, self.requests = True, aio.Watch.make(self.log.warn)
                 if self.options.leave_running:
                     self.early_maps[pid] = procfs.smaps(speaker)
             except (FileNotFoundError, ProcessLookupError):
@@ -224,7 +234,7 @@ class Dump:
                     for pid in self.freezer.take_strangers(self.tree.pids(), held):
                         self.log.warn(f"Unexpected process {pid} in the freezer cgroup: it is stopped during the dump")
         except TargetError as error:
-            raise find_vfork(self.pid) or error from None
+            raise vfork_error(find_vforks(self.pid)) or error from None
         self.watch.start()
         self.frozen_at = time.monotonic_ns()
         self.stats["freezing_time"] = (self.frozen_at - started) // 1000
@@ -327,7 +337,7 @@ class Dump:
         if self.shared is not None:
             self.shared.save()
             if self.shared.complete:
-                self.collected.inventory["firn"] = {"cow_known": True}
+                self.collected.inventory["firn"]["cow_known"] = True
         save_records(self.images, self.collected, self.log)
         if self.options.cpu_cap & _CPU_IMAGE:
             cpu.save(self.images)
@@ -335,6 +345,7 @@ class Dump:
     def commit(self) -> None:
         """Make the directory a checkpoint."""
         assert self.collected is not None
+        self.collected.inventory["firn"]["images"] = self.images.created()
         self.images.commit(self.collected.inventory)
 
     def end(self) -> None:
@@ -409,6 +420,8 @@ class Dump:
             self.guard.end()
         self.watch.stop()
         self.partners.close()
+        if self.requests is not None:
+            self.requests.close()
         if self.collected is not None:
             if self.options.leave_running:
                 self.collected.finder.undo()

@@ -45,8 +45,9 @@ def save_records(images: ImageDir, got: Collected, log: Log) -> None:
 
 def _save_task(images: ImageDir, mine: CollectedTask, tables: set[int]) -> None:
     pid = mine.pid
-    mine.memory.save(images)
     if mine.sharer is None:
+        # CRIU would give those who share a memory one each; without a page list it refuses them.
+        mine.memory.save(images)
         mine.mm["vmas"] = [areas.build_entry(area) for area in mine.areas] + mine.memory.guard_entries()
     for tid, core in mine.cores:
         _add_registers(core)

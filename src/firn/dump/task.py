@@ -9,14 +9,29 @@ from __future__ import annotations
 import os
 import stat as st_mode
 
+from firn.abi import fcntl as fc
 from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import Obstacle
-from firn.host import features, procfs
-from firn.resources import cgroups, creds, policies, process, restart, semaphores, signals, stops, threads, timers
+from firn.host import features, kcmp, procfs
+from firn.resources import (
+    cgroups,
+    creds,
+    keyrings,
+    namespaces,
+    policies,
+    process,
+    restart,
+    semaphores,
+    signals,
+    stops,
+    threads,
+    timers,
+)
 from firn.resources.base import MEMFD
 from firn.resources.files.descriptors import Descriptor
 from firn.resources.files.paths import NO_OWNER
+from firn.resources.files.procfiles import process_of, thread_of
 from firn.resources.memory import aio, areas, layout, numa, pkeys
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import ptrace
@@ -75,6 +90,7 @@ def look(got: Collected, mine: CollectedTask, early_maps: list[procfs.Map] | Non
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
+    _check_threads(mine, got.obstacles)
     if mine.sharer is None:
         maps = procfs.smaps(voice) if early_maps is None else _current_maps(voice, early_maps)
         mine.areas = areas.classify(pid, maps, got.obstacles)
@@ -105,6 +121,30 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
         thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread.tid, thread.regs)
 
 
+_TABLES = ((fc.KCMP_FILES, "descriptors"), (fc.KCMP_FS, "directories"))
+
+
+def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
+    """What a thread can have for itself though usually a process has it (unshare(2), setns(2))."""
+    voice, others = mine.task.voice, mine.task.threads[1:]
+    known = namespaces.links(voice) if others else {}
+    for thread in others:
+        what = f"process {mine.pid}: thread {thread.tid}"
+        if mine.statuses[thread.tid]["Name"].startswith("iou-") and _is_ring_worker(mine.pid, thread.tid):
+            reason = "is a worker of an io_uring, whose requests live in the kernel"
+            obstacles.append(Obstacle(what, reason, "close its rings before the dump"))
+        namespaces.check_thread(mine.pid, thread.tid, known, obstacles)
+        for table, name in _TABLES:
+            if not kcmp.same(voice, thread.tid, table):
+                reason = f"has {name} of its own (unshare), which images cannot hold"
+                obstacles.append(Obstacle(what, reason, "use a process for it"))
+
+
+def _is_ring_worker(pid: int, tid: int) -> bool:
+    """Whether the thread is one of io_uring's. Newer kernels let it be traced, but it has no user space to run in."""
+    return bool(procfs.stat(pid, tid).flags & procfs.PF_IO_WORKER)
+
+
 def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
     try:
         label = procfs.read(f"/proc/{mine.task.voice}/attr/current").rstrip(b"\0\n").decode()
@@ -119,7 +159,15 @@ def _check_label(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
 def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
     """The file id of what /proc/PID/*name* leads to."""
     link = f"/proc/{mine.task.voice}/{name}"
-    return _plain_file(got, f"process {mine.pid}: {name}", link, os.stat(link), 0)
+    what = f"process {mine.pid}: {name}"
+    number = _plain_file(got, what, link, procfs.link_stat(link), 0)
+    pids, target = got.collector.context.pids, os.readlink(link)
+    thread = thread_of(target)
+    # A thread has its directories before others exist; and who stands in for the dead would be in the tree's way.
+    owner = process_of(target)
+    if got.finder.dead_process(number) in pids or (thread not in (0, owner) and owner in pids):
+        got.obstacles.append(Obstacle(what, f"is {target}, of a single thread of the tree", "change to another folder"))
+    return number
 
 
 def _plain_file(got: Collected, what: str, link: str, st: os.stat_result, mode: int) -> int:
@@ -178,24 +226,27 @@ def _memory_object(got: Collected, pid: int, area: areas.Area) -> int:
 class Questions:
     """The programs of one process while they run."""
 
-    def __init__(self, mine: CollectedTask, partners: policies.Partners, stopped: list[int]) -> None:
+    def __init__(
+        self, mine: CollectedTask, partners: policies.Partners, children: dict[int, bool], with_keyrings: bool
+    ) -> None:
         task = mine.task
         self.mine = mine
         posix = procfs.timers(task.voice)
-        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(stopped)
+        size = _PROGRAM_SIZE + 128 * len(posix) + stops.SIZE * len(children)
         task.prepare(extra=size)
         self.program = task.program(size=size)
         self.process = process.ask(self.program)
         self.actions = signals.ask(self.program)
         self.timers = timers.ask(self.program, posix)
         self.keys = pkeys.ask(self.program)
-        self.stopped = stops.ask(self.program, stopped)
+        self.children = stops.ask(self.program, children)
         self.threads: list[tuple[Thread, Program, threads.Asked]] = [
             (task.leader, self.program, threads.ask(self.program))
         ]
         for thread in task.threads[1:]:
-            own = task.program(thread, size=1024 + policies.SIZE, status=mine.statuses[thread.tid])
+            own = task.program(thread, size=1024 + policies.SIZE + keyrings.SIZE, status=mine.statuses[thread.tid])
             self.threads.append((thread, own, threads.ask(own)))
+        self.keyrings = {thread.tid: keyrings.ask(own) for thread, own, _ in self.threads} if with_keyrings else {}
         self.policies = {
             thread.tid: policies.ask(own, task.voice, partners.of(mine.statuses[thread.tid]))
             for thread, own, _ in self.threads
@@ -212,8 +263,10 @@ class Questions:
         tc = process.save(voice, mine.voice_stat, answers)
         if mine.stat.exit_signal != sig.SIGCHLD:
             tc["firn"]["exit_signal"] = mine.stat.exit_signal
+        if mine.stat.session == mine.pid and (nice := process.session_nice(voice)):
+            tc["firn"]["session_nice"] = nice
         tc["timers"] = timers.answer(program, self.timers)
-        got.told.update(stops.answer(program, self.stopped))
+        got.reported |= stops.answer(program, self.children)
         tc["sigactions"] = signals.answer(program, self.actions)
         said = [threads.Answers(own, asked) for _, own, asked in self.threads]
         rare = [
@@ -221,6 +274,7 @@ class Questions:
             for thread, own, _ in self.threads
         ]
         self._find_undo(got)
+        self._find_keyrings(got)
         self._settle_timers()
         tc["signals_s"] = signals.queue(ptrace.pending_signals(voice, shared=True))
         stopped = mine.task.stop_signal
@@ -270,6 +324,17 @@ class Questions:
                 status = self.mine.statuses[thread.tid]
                 got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
 
+    def _find_keyrings(self, got: Collected) -> None:
+        """The session keyrings: each is read by the first thread that has it, as is that there is none."""
+        for thread, program, _ in self.threads if self.keyrings else []:
+            number = keyrings.answer(program, self.keyrings[thread.tid])
+            what = f"process {self.mine.pid}: thread {thread.tid}"
+            if number not in got.keyrings:
+                if got.keyrings:
+                    reason = "has another session keyring than the rest of the tree, which images cannot hold"
+                    got.obstacles.append(Obstacle(what, reason, "start all of it in one session"))
+                got.keyrings[number] = keyrings.read(program, number, what, got.obstacles) if number else {}
+
     def _settle_timers(self) -> None:
         """Pending timer signals must know their overruns before the queues are read."""
         mine = self.mine
@@ -301,7 +366,7 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
-    core["cg_set"] = got.cgroup_sets.number(mine.cgroups)
+    core["cg_set"] = got.cgroup_sets.number(mine.cgroups.of_thread(thread.tid, got.thread_groups))
     return {
         "mtype": threads.X86_64,
         "thread_info": (interrupted.regs, thread.xstate, answers.tid_address),

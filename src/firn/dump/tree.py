@@ -8,6 +8,7 @@ tree was walked turns up again below the subreaper that adopted it, if that is i
 from __future__ import annotations
 
 import os
+import time
 
 from firn.abi import nr
 from firn.abi import signal as sig
@@ -19,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
 
-
+_POLL_S = 0.01
 _CLONES = tuple(str(number).encode() for number in (nr.vfork, nr.clone, nr.clone3))
 
 
@@ -116,24 +117,45 @@ def freeze(root: int, held: Container[int] = ()) -> FrozenTree:
     return tree
 
 
-def find_vfork(root: int) -> TargetError | None:
-    """The error that names a process below *root* that cannot be frozen because it waits in vfork(2).
+def find_vforks(root: int) -> dict[int, tuple[int, list[int]]]:
+    """Thread -> (process, its children), of those below *root* that cannot be frozen because they wait in vfork(2).
 
     The kernel lets such a thread stop for nothing but a deadly signal until its child executes a program or ends (state
     D, wait_for_vfork_done in kernel/fork.c), and until it stops nobody can read its registers.
     """
+    found = {}
     for pid in walk(root):
         try:
-            for tid in procfs.threads(pid):
+            children = procfs.children(pid)
+            for tid in procfs.threads(pid) if children else []:
                 if procfs.stat(pid, tid).state != "D":
                     continue
-                call = procfs.read(f"/proc/{pid}/task/{tid}/syscall").split()[0]
-                if call in _CLONES:
-                    reason = f"process {pid} waits in vfork(2), and cannot be stopped before its child ends or executes"
-                    return TargetError(f"{reason} a program", f"children: {procfs.children(pid)}; try again later")
+                if procfs.read(f"/proc/{pid}/task/{tid}/syscall").split()[0] in _CLONES:
+                    found[tid] = pid, children
         except (OSError, IndexError):
             continue
+    return found
+
+
+def vfork_error(found: dict[int, tuple[int, list[int]]]) -> TargetError | None:
+    """The error that names one of those that wait in vfork(2)."""
+    for pid, children in found.values():
+        reason = f"process {pid} waits in vfork(2), and cannot be stopped before its child ends or executes a program"
+        return TargetError(reason, f"children: {children}; try again later")
     return None
+
+
+def await_vforks(root: int, seconds: float) -> None:
+    """Give those that wait in vfork(2) some time, in which the tree runs. TargetError if the same one waits all the
+    time: to wait longer, with a part of the tree frozen, would do nobody any good."""
+    deadline = time.monotonic() + seconds
+    waiting = find_vforks(root)
+    while waiting:
+        if time.monotonic() >= deadline:
+            raise vfork_error(waiting) or AssertionError
+        time.sleep(_POLL_S)
+        now = find_vforks(root)
+        waiting = {tid: what for tid, what in waiting.items() if now.get(tid) == what}
 
 
 def _freeze_newcomers(tree: FrozenTree, held: Container[int]) -> bool:

@@ -56,6 +56,17 @@ def of_sockets(inodes: set[int], skip: set[int]) -> dict[int, Holder]:
     return found
 
 
+def with_link(link: str, skip: set[int]) -> Holder | None:
+    """A descriptor whose link reads *link*, of any process but *skip*."""
+    for pid, fd in _descriptors(skip):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == link:
+                return Holder(pid, fd)
+        except OSError:
+            continue
+    return None
+
+
 def find(device: int, inode: int, skip: set[int]) -> list[Holder]:
     """The descriptors that lead to the file (st_dev, st_ino), of all processes but *skip*.
 

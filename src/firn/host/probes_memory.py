@@ -14,6 +14,7 @@ from firn.abi import probe_consts as pc
 from firn.abi.libc import address_of, syscall
 from firn.errors import KernelError
 from firn.host import features, procfs
+from firn.host.kernelview import KernelView
 
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -212,6 +213,15 @@ def huge_pages() -> str | None:
         syscall("munmap", nr.munmap, syscall(what, nr.mmap, 0, size, mman.PROT_READ, flags, -1, 0), size)
         free += int(procfs.read(f"{directory}/{name}/free_hugepages"))
     return None if free else "no huge page is free (see the sysctl vm.nr_hugepages)"
+
+
+def kernel_view() -> None:
+    """Reading the kernel's own structures by BPF, with type information of the kernel."""
+    view = KernelView(("mm_struct", "kioctx_table", "kioctx", "kioctx_cpu", "bpf_array"))
+    try:
+        view.percpu()
+    finally:
+        view.close()
 
 
 def executable_memfd() -> None:

@@ -69,6 +69,7 @@ class Stat:
 
 
 PF_KTHREAD = 0x00200000
+PF_IO_WORKER = 0x00000010
 
 
 def stat(pid: int, tid: int = 0) -> Stat:
@@ -197,6 +198,27 @@ def _kilobytes(text: str, key: str, start: int, end: int) -> int:
     """The bytes behind *key* in text[start:end], 0 if it is not there."""
     at = text.find(key, start, end)
     return int(text[at + len(key) : text.index(" kB", at)]) * 1024 if at >= 0 else 0
+
+
+_FD_FOLDER = 0o40500
+
+
+def link_stat(path: str) -> os.stat_result:
+    """stat(2) of what a magic link leads to, also if that is the folder ``fd`` of a dead process: for that the kernel
+    counts descriptors, and fails (proc_fd_getattr, fs/proc/fd.c). Its inode number is shown since Linux 5.14."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, ProcessLookupError):
+        target = os.readlink(path)
+        if not (target.startswith("/proc/") and target.endswith("/fd")):
+            raise
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = read(f"/proc/self/fdinfo/{fd}").splitlines()
+    finally:
+        os.close(fd)
+    inode = next((int(line[4:]) for line in lines if line.startswith(b"ino:")), 0)
+    return os.stat_result((_FD_FOLDER, inode, os.stat("/proc").st_dev, 2, 0, 0, 0, 0, 0, 0), {"st_rdev": 0})
 
 
 def fdinfo(pid: int, fd: int) -> dict[str, str]:

@@ -126,8 +126,9 @@ class ImageReader:
         size = self._word(at)
         if size > MAX_ENTRY:
             raise ImageError(f"{self.name}: an entry of {size} bytes at {at}")
+        data = self._take(at + 4, size)
         try:
-            return wire.decode(message, self._take(at + 4, size)), at + 4 + size
+            return wire.decode(message, data), at + 4 + size
         except ImageError as error:
             raise ImageError(f"{self.name}: {error.message}") from None
 

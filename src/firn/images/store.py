@@ -114,6 +114,19 @@ class ImageDir:
             self._version = version
         return self._version
 
+    def read_inventory(self) -> dict[str, Any]:
+        """The inventory of a checkpoint, whose images are all there as far as it lists them (firn's does).
+
+        Raises :class:`ImageError` if there is none, it is damaged, or an image is missing.
+        """
+        if not self.exists("INVENTORY"):
+            raise ImageError(f"{self.path} is no checkpoint: it has no inventory.img")
+        inventory = self.read_one("INVENTORY")
+        for name in inventory.get("firn", {}).get("images", ()):
+            if not self._has(name):
+                raise ImageError(f"{name}: missing")
+        return inventory
+
     def read_one(self, kind: str, index: int | None = None) -> dict[str, Any]:
         """The first entry of an image.
 
@@ -190,6 +203,8 @@ class ImageDir:
         return data
 
     def _has(self, name: str) -> bool:
+        if "/" in name or "\0" in name:
+            raise ImageError(f"{name!r} is no name of an image")
         try:
             os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -236,6 +251,10 @@ class ImageDir:
         with self.writer(kind, index) as writer:
             for entry in entries:
                 writer.add(entry)
+
+    def created(self) -> list[str]:
+        """The names of the images written since the directory was opened."""
+        return list(self._created)
 
     def clear_old(self) -> None:
         """Remove the images of an earlier dump, the inventory first; no other files. A directory ``parent`` that such a

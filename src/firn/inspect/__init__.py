@@ -62,9 +62,7 @@ class _Reading:
 
     def __init__(self, images: ImageDir) -> None:
         self.images = images
-        if not images.exists("INVENTORY"):
-            raise ImageError(f"{images.path} is no checkpoint: it has no inventory.img")
-        self.inventory = images.read_one("INVENTORY")
+        self.inventory = images.read_inventory()
         self.items = images.read_all("PSTREE")
         if not self.items:
             raise ImageError(f"{images.path} is no checkpoint: pstree.img is missing or empty")
@@ -82,6 +80,7 @@ class _Reading:
         self.by_fd: dict[tuple[int, int], tuple[int, int]] = {}
         self.mapped_by: dict[int, list[int]] = {}
         self.fdinfo: dict[int, list[Entry]] = {}
+        self.spaces: set[int] = set()
 
     def _queues(self, kind: str, key: str, size: str) -> dict[int, Entry]:
         """Owner -> the sum of its queued bytes."""
@@ -172,7 +171,7 @@ class _Reading:
             "uid": creds.get("uid"), "gid": creds.get("gid"), "seccomp": _SECCOMP.get(seccomp, str(seccomp)),
             "threads": threads, "exe": self._path(mm["exe_file_id"], f"mm-{pid}.img"),
             "cwd": self._path(fs["cwd_id"], f"fs-{pid}.img"), "root": self._path(fs["root_id"], f"fs-{pid}.img"),
-            "umask": fs.get("umask"), "memory": self._memory(pid, mm), "descriptor_table": table,
+            "umask": fs.get("umask"), "memory": self._memory(pid, mm, ids["vm_id"]), "descriptor_table": table,
             "descriptors": self._descriptors(pid, table), "timers": _timers(tc.get("timers", {})),
             "pending_signals": sum(len(queue.get("signals", ())) for queue in pending),
         }  # fmt: skip
@@ -193,9 +192,6 @@ class _Reading:
 
     def _descriptors(self, pid: int, table: int) -> list[Entry]:
         if table not in self.fdinfo:
-            name = f"fdinfo-{table}.img"
-            if not self.images.exists("FDINFO", table):
-                raise ImageError(f"{name}: missing")
             self.fdinfo[table] = sorted(self.images.read_all("FDINFO", table), key=lambda entry: int(entry["fd"]))
         found = []
         for entry in self.fdinfo[table]:
@@ -219,7 +215,8 @@ class _Reading:
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def _memory(self, pid: int, mm: Entry) -> Entry:
+    def _memory(self, pid: int, mm: Entry, space: int) -> Entry:
+        """Who shares the address space *space* with an earlier process has no page list."""
         kinds: dict[str, Entry] = {}
         shared: set[int] = set()
         vmas = mm.get("vmas") or self.images.read_all("VMAS", pid)
@@ -236,12 +233,14 @@ class _Reading:
                 if entry is None:
                     raise ImageError(f"mm-{pid}.img: the memfd {vma['shmid']} is not in the file table")
                 shared.add(entry["memfd"]["inode_id"])
+        pages = self._pages("PAGEMAP", pid, space not in self.spaces)
+        self.spaces.add(space)
         for inode in shared:
             self.mapped_by.setdefault(inode, []).append(pid)
         return {
             "mappings": sum(kind["mappings"] for kind in kinds.values()),
             "mapped_bytes": sum(kind["bytes"] for kind in kinds.values()),
-            **self._pages("PAGEMAP", pid, True),
+            **pages,
             "kinds": kinds,
             "shared": sorted(shared),
         }

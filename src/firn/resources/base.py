@@ -15,6 +15,7 @@ from firn.abi import events as ev
 from firn.abi import nr
 from firn.abi.libc import syscall
 from firn.errors import KernelError, Obstacle
+from firn.host import procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Open:
         self.info = info
         self.path = f"/proc/{self.tid}/fd/{fd}"
         self.link = os.readlink(self.path)
-        self.stat = os.stat(self.path)
+        self.stat = procfs.link_stat(self.path)
         self.flags = int(info["flags"], 8) & ~0o2000000
         self.position = int(info["pos"])
         self.what = f"process {pid}: descriptor {fd}"

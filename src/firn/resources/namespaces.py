@@ -4,6 +4,9 @@ State owned: which namespaces a task is in, compared with ours. Kernel: /proc/PI
 is what every restored process has (see :mod:`firn.restore.clocks`); its clocks are saved as it sees them. Tasks in any
 other namespace than ours are refused until these are supported.
 
+A single thread may be in namespaces of its own (unshare(2), setns(2)), and children may be meant for others than their
+parent is in (``pid_for_children``, ``time_for_children``): both are refused.
+
 Open namespace files (/proc/PID/ns/NAME) lead to one of ours or to the tree's, and are opened again in the same place.
 What goes wrong: a file of any other namespace, which may not exist any more. (One that is mounted somewhere, as
 ip-netns(8) does, has a path and is an ordinary file by that.)
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 KINDS = ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")
 """In the order in which ids are given out; ours come first, from 1."""
 
+_FOR_CHILDREN = ("pid", "time")
+_OF_THREADS = ("net", "ipc", "uts", "mnt", "cgroup")
+
 _FLAGS = {
     "pid": sched.CLONE_NEWPID, "net": sched.CLONE_NEWNET, "ipc": sched.CLONE_NEWIPC, "uts": sched.CLONE_NEWUTS,
     "time": sched.CLONE_NEWTIME, "mnt": sched.CLONE_NEWNS, "user": sched.CLONE_NEWUSER,
@@ -53,29 +59,33 @@ class Namespaces:
 
     __slots__ = ("clocks", "own", "task_ids")
 
-    def __init__(self, pids: list[int], obstacles: list[Obstacle]) -> None:
+    def __init__(self, pids: list[tuple[int, int]], obstacles: list[Obstacle]) -> None:
+        """*pids* are (pid, :func:`.procfs.speaker`)."""
         self.own = links("self")
         self.task_ids = self.root_ids()
-        root = links(pids[0])
+        pid, voice = pids[0]
+        root = links(voice)
         offsets = (0, 0)
         for kind, link in root.items():
             if link == self.own.get(kind):
                 continue
             if kind == "time":
                 self.task_ids["time_ns_id"] = len(self.own) + 1
-                offsets = _relative_offsets(pids[0])
+                offsets = _relative_offsets(voice)
             else:
                 obstacles.append(
-                    Obstacle(f"process {pids[0]}", f"is in a {kind} namespace of its own ({link})", "not supported yet")
+                    Obstacle(f"process {pid}", f"is in a {kind} namespace of its own ({link})", "not supported yet")
                 )
-        for pid in pids[1:]:
+        for pid, voice in pids:
+            found = root if voice == pids[0][1] else links(voice)
             obstacles += [
                 Obstacle(
                     f"process {pid}", f"is in another {kind} namespace than the root of the tree", "not supported yet"
                 )
-                for kind, link in links(pid).items()
+                for kind, link in found.items()
                 if link != root[kind]
             ]
+            _check_children(f"process {pid}", voice, found, obstacles)
         now = (time.clock_gettime_ns(time.CLOCK_MONOTONIC), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         self.clocks = [clock + offset for clock, offset in zip(now, offsets, strict=True)]
 
@@ -91,6 +101,32 @@ class Namespaces:
         index = number if number != self.root_ids()["time_ns_id"] else 0
         monotonic, boottime = ({"tv_sec": now // 10**9, "tv_nsec": now % 10**9} for now in self.clocks)
         images.write_one("TIMENS", {"monotonic": monotonic, "boottime": boottime}, index)
+
+
+def _check_children(what: str, pid: int, own: dict[str, str], obstacles: list[Obstacle]) -> None:
+    """Note it if children of task *pid* would be born into other namespaces than its *own*."""
+    for kind in _FOR_CHILDREN:
+        if kind not in own:
+            continue
+        try:
+            theirs = os.readlink(f"/proc/{pid}/ns/{kind}_for_children")
+        except FileNotFoundError:
+            theirs = ""  # a pid namespace has no name before somebody is in it
+        if theirs != own[kind]:
+            reason = f"has its children born into another {kind} namespace than it is in (unshare)"
+            obstacles.append(Obstacle(what, reason, "not supported yet"))
+
+
+def check_thread(pid: int, tid: int, known: dict[str, str], obstacles: list[Obstacle]) -> None:
+    """Note it if thread *tid* of *pid* is in other namespaces than the process, whose :func:`links` are *known*. (Not
+    of every kind: for a user namespace of its own a process must have a single thread, and nobody leaves its pid
+    namespace.)"""
+    folder = f"/proc/{tid}/ns/"
+    for kind in _OF_THREADS:
+        if kind in known and os.readlink(folder + kind) != known[kind]:
+            reason = f"is in another {kind} namespace than its process, which images cannot hold"
+            obstacles.append(Obstacle(f"process {pid}: thread {tid}", reason, "have it leave that before the dump"))
+    _check_children(f"process {pid}: thread {tid}", tid, known, obstacles)
 
 
 def clock_offsets(pid: int | str) -> tuple[int, int]:
@@ -118,9 +154,10 @@ class NamespaceFiles(Kind):
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The ns_file_entry."""
         if not self._known:
-            tree = Namespaces(context.pids[:1], [])
+            root = context.pids[0]
+            tree = Namespaces([(root, procfs.speaker(root))], [])
             self._known = {link: (number, kind) for number, (kind, link) in enumerate(tree.own.items(), 1)}
-            own_clock = links(context.pids[0]).get("time", "")
+            own_clock = links(procfs.speaker(root)).get("time", "")
             self._known.setdefault(own_clock, (tree.task_ids.get("time_ns_id", 0), "time"))
         if open.link not in self._known:
             context.refuse(open, f"is the namespace {open.link}, in which neither firn nor the tree is", "close it")

@@ -4,14 +4,14 @@ Saved (images: firn_thread): NUMA policy of the thread (get_mempolicy(2), set_me
 (/proc/PID/status, PR_SET_SPECULATION_CTRL). Obstacles: syscall user dispatch (ptrace(2)
 PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: a call of ours inside the task would be sent to its handler), rights to I/O
 ports (regset NT_386_IOPERM), address tagging (untag_mask in status), core-scheduling cookies (PR_SCHED_CORE), thread
-and process keyrings that exist (keyctl(2)), Landlock domains.
+and process keyrings that exist (keyctl(2)), rings that only the thread knows (io_uring_register(2)), Landlock domains.
 
 A Landlock domain is shown nowhere. But a restricted thread may trace only what is in its own domain, and kcmp(2) asks
 just that: so every thread compares itself with a process that it might trace otherwise: us, if it has CAP_SYS_PTRACE,
 else a child of ours with its ids and no capabilities.
 
-What goes wrong: the session keyring is the restore's own afterwards; iopl(2) and L1D flushing are not seen. A NUMA
-policy of nodes that this machine does not have is left out.
+What goes wrong: iopl(2) and L1D flushing are not seen. A NUMA policy of nodes that this machine does not have is left
+out.
 """
 
 from __future__ import annotations
@@ -167,30 +167,41 @@ def _told(number: int, code: int, *args: int) -> bool:
 class Asked:
     """Where the answers of one thread lie."""
 
-    __slots__ = ("at", "keyrings", "landlock", "policy")
+    __slots__ = ("at", "keyrings", "landlock", "policy", "ring", "switches")
 
-    def __init__(self, at: int, policy: int, keyrings: list[int], landlock: int) -> None:
+    def __init__(
+        self, at: int, policy: int, keyrings: list[int], landlock: int, ring: int, switches: tuple[int, ...]
+    ) -> None:
         self.at = at
         self.policy = policy
         self.keyrings = keyrings
         self.landlock = landlock
+        self.ring = ring
+        self.switches = switches
 
 
-SIZE = 5 * 64 + _MASK + 64
+SIZE = 10 * 64 + _MASK + 64
 """Bytes that :func:`ask` takes of a program."""
 
 
 def ask(program: Program, pid: int, partner: int) -> Asked:
     """Add the calls that only the thread itself can make; *partner*: see :class:`Partners`."""
-    program.reserve(4, _MASK + 8)
-    at = program.buffer(_MASK + 8)
+    program.reserve(9, _MASK + 16)
+    at = program.buffer(_MASK + 16)
     policy = program.call("get_mempolicy", nr.get_mempolicy, at, at + 8, _NODES + 1, 0, 0, flags=1)
     keyrings = [
         program.call("keyctl", nr.keyctl, pol.KEYCTL_GET_KEYRING_ID, ring, 0, 0, 0, flags=1)
         for ring in (pol.KEY_SPEC_THREAD_KEYRING, pol.KEY_SPEC_PROCESS_KEYRING)
     ]
     landlock = program.call("kcmp", nr.kcmp, pid, partner, 1, 0, 0, flags=1) if partner else -1
-    return Asked(at, policy, keyrings, landlock)
+    ring = program.call("io_uring_enter", nr.io_uring_enter, 0, 0, 0, pol.IORING_ENTER_REGISTERED_RING, 0, 0, flags=1)
+    program.call("prctl TSC", nr.prctl, prctl.GET_TSC, at + _MASK + 8, 0, 0, 0, flags=1)
+    switches = (
+        program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_CPUID, 0, flags=1),
+        program.call("prctl mce kill", nr.prctl, prctl.MCE_KILL_GET, 0, 0, 0, 0, flags=1),
+        program.call("prctl io flusher", nr.prctl, prctl.GET_IO_FLUSHER, 0, 0, 0, 0, flags=1),
+    )
+    return Asked(at, policy, keyrings, landlock, ring, switches)
 
 
 def answer(
@@ -205,14 +216,72 @@ def answer(
     if asked.landlock >= 0 and results[asked.landlock] == -errno.EPERM:
         reason = "may not see processes of its own user: Landlock restricts it, which nobody can read or set again"
         obstacles.append(Obstacle(what, reason, "start it without Landlock"))
+    if _has_ring(program, asked.ring):
+        reason = "has an io_uring for itself (IORING_REGISTER_RING_FDS), whose requests live in the kernel"
+        obstacles.append(Obstacle(what, reason, "have it give that up before the dump"))
     fields: dict[str, Any] = {}
-    raw = program.read(asked.at, _MASK + 8)
+    raw = program.read(asked.at, _MASK + 16)
     mode = int.from_bytes(raw[:4], "little")
     if results[asked.policy] == 0 and mode != pol.MPOL_DEFAULT:
-        fields |= {"numa_mode": mode, "numa_nodes": raw[8:].rstrip(b"\0")}
+        fields |= {"numa_mode": mode, "numa_nodes": raw[8 : _MASK + 8].rstrip(b"\0")}
     speculation = [which << 16 | _CONTROLS[status[name]] for name, which in _SPECULATION
                    if status.get(name) in _CONTROLS]  # fmt: skip
+    cpuid, mce, flusher = (results[call] for call in asked.switches)
+    # The kernel that does not know a switch, or does not tell us, has it as it is from the start.
+    switches = Switches(raw[_MASK + 8] or 1, cpuid == 0, mce if mce >= 0 else 2, flusher == 1).word()
+    if switches != Switches().word():
+        fields["switches"] = switches
     return fields | ({"speculation": speculation} if speculation else {})
+
+
+class Switches:
+    """Settings that every thread has for itself: whether it may read the time-stamp counter (PR_SET_TSC: 1, or 2 for
+    no), not use CPUID, its machine-check policy (PR_MCE_KILL_*: 2 is none), whether it is an I/O flusher."""
+
+    __slots__ = ("flusher", "mce", "no_cpuid", "tsc")
+
+    def __init__(self, tsc: int = 1, no_cpuid: bool = False, mce: int = 2, flusher: bool = False) -> None:
+        self.tsc = tsc
+        self.no_cpuid = no_cpuid
+        self.mce = mce
+        self.flusher = flusher
+
+    def word(self) -> int:
+        """All of them as the images have it."""
+        return self.tsc | self.no_cpuid << 2 | self.mce << 3 | self.flusher << 5
+
+    @classmethod
+    def of(cls, core: dict[str, Any]) -> Switches:
+        """Those of a thread_core_entry."""
+        word = core.get("firn", {}).get("switches") or cls().word()
+        return cls(word & 3, bool(word >> 2 & 1), word >> 3 & 3, bool(word >> 5 & 1))
+
+
+def plan_switches(program: Program, core: dict[str, Any], leader: dict[str, Any]) -> None:
+    """The calls of a thread other than *leader*, from whose it has the policy and whether it flushes so far."""
+    own, theirs = Switches.of(core), Switches.of(leader)
+    if own.tsc != 1:
+        program.call("prctl TSC", nr.prctl, prctl.SET_TSC, own.tsc, 0, 0, 0)
+    if own.no_cpuid:
+        program.call("arch_prctl CPUID", nr.arch_prctl, prctl.ARCH_SET_CPUID, 0)
+    if own.mce != theirs.mce:
+        program.call("prctl mce kill", nr.prctl, prctl.MCE_KILL, prctl.MCE_KILL_SET, own.mce, 0, 0)
+    if own.flusher != theirs.flusher:
+        program.call("prctl io flusher", nr.prctl, prctl.SET_IO_FLUSHER, own.flusher, 0, 0, 0)
+
+
+def _has_ring(program: Program, first: int) -> bool:
+    """Whether the thread has a ring registered, at the place that call *first* has tried or at another one. That may
+    be a ring which no descriptor or mapping leads to. To enter it without anything to do has no effect."""
+    if program.results[first] in (-errno.EINVAL, -errno.ENOSYS, -errno.EPERM, -errno.EACCES):
+        return False  # it has never used a ring, or the kernel (before 5.18) has no such registrations
+    program.reserve(pol.IO_RINGFD_REG_MAX, 0)
+    tried = [first]
+    for place in range(1, pol.IO_RINGFD_REG_MAX):
+        flag = pol.IORING_ENTER_REGISTERED_RING
+        tried.append(program.call("io_uring_enter", nr.io_uring_enter, place, 0, 0, flag, 0, 0, flags=1))
+    program.run()
+    return any(program.results[call] != -errno.EBADF for call in tried)
 
 
 def plan(program: Program, core: dict[str, Any]) -> None:

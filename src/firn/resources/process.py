@@ -47,9 +47,12 @@ PRCTLS = (
 class Asked:
     """Where the answers lie."""
 
-    __slots__ = ("brk", "limits", "membarrier", "switches", "words")
+    __slots__ = ("brk", "cpuid", "limits", "membarrier", "switches", "words")
 
-    def __init__(self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int) -> None:
+    def __init__(
+        self, limits: int, words: int, switches: dict[str, int], membarrier: int, brk: int, cpuid: int
+    ) -> None:
+        self.cpuid = cpuid
         self.limits = limits
         self.words = words
         self.switches = switches
@@ -59,9 +62,9 @@ class Asked:
 
 def ask(program: Program) -> Asked:
     """Add the calls that read what only the task can ask for."""
-    program.reserve(LIMITS + 16, LIMITS * _LIMIT.size + 16)
+    program.reserve(LIMITS + 18, LIMITS * _LIMIT.size + 24)
     limits = program.buffer(LIMITS * _LIMIT.size)
-    words = program.buffer(16)
+    words = program.buffer(24)
     for which in range(LIMITS):
         program.call("prlimit", nr.prlimit64, 0, which, 0, limits + which * _LIMIT.size)
     program.call("prctl child subreaper", nr.prctl, prctl.GET_CHILD_SUBREAPER, words, 0, 0, 0)
@@ -69,18 +72,21 @@ def ask(program: Program) -> Asked:
     switches = {name: program.call(f"prctl {name}", nr.prctl, code, 0, 0, 0, 0, flags=1) for name, code in PRCTLS}
     membarrier = program.call("membarrier", nr.membarrier, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, flags=1)
     brk = program.call("brk", nr.brk, 0)
-    return Asked(limits, words, switches, membarrier, brk)
+    cpuid = program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_CPUID, 0, flags=1)
+    program.call("arch_prctl", nr.arch_prctl, prctl.ARCH_GET_XCOMP_PERM, words + 16, flags=1)
+    return Asked(limits, words, switches, membarrier, brk, cpuid)
 
 
 class Answers:
     """What the task said about itself. A switch that the kernel does not know is 0."""
 
-    __slots__ = ("brk", "limits", "membarrier", "subreaper", "switches", "tsc")
+    __slots__ = ("brk", "components", "limits", "membarrier", "no_cpuid", "subreaper", "switches", "tsc")
 
     def __init__(self, program: Program, asked: Asked) -> None:
         raw = program.read(asked.limits, LIMITS * _LIMIT.size)
         self.limits = [{"cur": cur, "max": hard} for cur, hard in _LIMIT.iter_unpack(raw)]
-        self.subreaper, self.tsc = struct.unpack("<i4xi4x", program.read(asked.words, 16))
+        self.subreaper, self.tsc, self.components = struct.unpack("<i4xi4xQ", program.read(asked.words, 24))
+        self.no_cpuid = program.results[asked.cpuid] == 0
         self.switches = {name: max(program.results[call], 0) for name, call in asked.switches.items()}
         self.membarrier = max(program.results[asked.membarrier], 0)
         self.brk = program.results[asked.brk]
@@ -91,6 +97,14 @@ def _proc_number(pid: int, name: str, base: int = 10) -> int | None:
         return int(procfs.read(f"/proc/{pid}/{name}") or b"0", base)
     except (OSError, ValueError):
         return None
+
+
+def session_nice(pid: int) -> int:
+    """The nice value of the whole session of *pid* (/proc/PID/autogroup, sched(7)); 0 where there is no such thing."""
+    try:
+        return int(procfs.read(f"/proc/{pid}/autogroup").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
@@ -122,6 +136,10 @@ def save(pid: int, stat: procfs.Stat, answers: Answers) -> dict[str, Any]:
         own["thp_flags"] = answers.switches["thp_disable"] & ~1
     if answers.tsc > 1:
         own["tsc"] = answers.tsc
+    if answers.no_cpuid:
+        own["no_cpuid"] = True
+    if answers.components >> prctl.XFEATURE_XTILEDATA & 1:
+        own["amx"] = True
     entry["firn"] = own
     return entry
 
@@ -137,6 +155,9 @@ def plan_early(program: Program, tc: dict[str, Any], umask: int) -> None:
     program.call("umask", nr.umask, umask)
     if tc.get("child_subreaper"):
         program.call("prctl child subreaper", nr.prctl, prctl.SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if own.get("amx"):
+        # Where the processor has none, this is said when registers are looked at.
+        program.call("arch_prctl AMX", nr.arch_prctl, prctl.ARCH_REQ_XCOMP_PERM, prctl.XFEATURE_XTILEDATA, flags=1)
     if own.get("io_flusher"):
         program.call("prctl io flusher", nr.prctl, prctl.SET_IO_FLUSHER, 1, 0, 0, 0)
     if own.get("ksm_merge"):
@@ -181,6 +202,8 @@ def plan_late(program: Program, tc: dict[str, Any], mm: dict[str, Any]) -> None:
         program.call("prctl dumpable", nr.prctl, prctl.SET_DUMPABLE, mm.get("dumpable", 1), 0, 0, 0)
     if own.get("tsc"):
         program.call("prctl TSC", nr.prctl, prctl.SET_TSC, own["tsc"], 0, 0, 0)
+    if own.get("no_cpuid"):
+        program.call("arch_prctl CPUID", nr.arch_prctl, prctl.ARCH_SET_CPUID, 0)
     if own.get("mdwe"):
         program.call("prctl MDWE", nr.prctl, prctl.SET_MDWE, own["mdwe"], 0, 0, 0)
 
@@ -201,7 +224,8 @@ def set_core_filter(pid: int, value: int) -> None:
 def set_outside(pid: int, tc: dict[str, Any], log: Log) -> None:
     """What is written to /proc/PID by the controller. A kernel that refuses is reported; the task can live with it."""
     own = tc.get("firn", {})
-    wanted = [("oom_score_adj", tc.get("oom_score_adj"), 10), ("coredump_filter", own.get("coredump_filter"), 16)]
+    wanted = [("oom_score_adj", tc.get("oom_score_adj"), 10), ("coredump_filter", own.get("coredump_filter"), 16),
+              ("autogroup", own.get("session_nice"), 10)]  # fmt: skip
     for name, value, base in wanted:
         if value is None or _proc_number(pid, name, base) == value:
             continue

@@ -27,6 +27,7 @@ from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.host import procfs
 from firn.tracee import memory, ptrace
+from firn.tracee.program import check_fault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -276,11 +277,13 @@ def prime(runner: Runner, program: Program, site: int, regs: tuple[int, ...], en
     )
     ptrace.set_regs(runner.tid, runner.registers(**changes))
     ptrace.request("system call", pt.SYSCALL, runner.tid)
-    while ptrace.wait_stop(runner.tid).signal != sig.SIGTRAP | 0x80:
+    while (stop := ptrace.wait_stop(runner.tid)).signal != sig.SIGTRAP | 0x80:
+        check_fault(runner.tid, stop)
         ptrace.request("system call", pt.SYSCALL, runner.tid)
     ptrace.request("interrupt", pt.INTERRUPT, runner.tid)
     ptrace.request("continue", pt.CONT, runner.tid)
-    while ptrace.wait_stop(runner.tid).event != pt.EVENT_STOP:
+    while (stop := ptrace.wait_stop(runner.tid)).event != pt.EVENT_STOP:
+        check_fault(runner.tid, stop)
         ptrace.request("continue", pt.CONT, runner.tid)
     result = ptrace.get_regs(runner.tid)[cpu.AX]
     final = list(regs)

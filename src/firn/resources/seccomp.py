@@ -4,6 +4,10 @@ State owned: the mode of each thread and its chain of filters. Kernel: PTRACE_SE
 (index 0 is the oldest filter). It comes back by seccomp(2) in the thread itself, oldest filter first, while the tracer
 suspends filtering (PTRACE_O_SUSPEND_SECCOMP), because the restore's own calls would not pass. Chains with equal
 contents are stored once.
+
+What goes wrong: a filter that asks a listener (SECCOMP_RET_USER_NOTIF). In the tree that is refused as an open
+descriptor; and if such a filter is there, and any process outside has a listener, then that may be this filter's: the
+kernel tells nobody which one it is. A listener that nobody has any more is no loss: without one, the calls fail alike.
 """
 
 from __future__ import annotations
@@ -31,6 +35,10 @@ class Filters:
         self.entries: list[dict[str, Any]] = []
         self._chains: dict[tuple[tuple[bytes, int], ...], int] = {}
 
+    def asks(self) -> bool:
+        """Whether any of the filters may ask a listener."""
+        return any(_may_ask(entry["filter"]) for entry in self.entries)
+
     def collect(self, tid: int, mode: int) -> dict[str, Any]:
         """The seccomp fields of a thread's thread_core_entry."""
         if mode == DISABLED:
@@ -50,6 +58,18 @@ class Filters:
                 self.entries.append(entry)
             self._chains[key] = len(self.entries) - 1
         return {"seccomp_mode": FILTER, "seccomp_filter": self._chains[key]}
+
+
+_RETURN, _RETURN_A = 0x06, 0x16
+_USER_NOTIF = 0x7FC00000
+
+
+def _may_ask(code: bytes) -> bool:
+    """Whether a BPF filter may return SECCOMP_RET_USER_NOTIF: it does so, or returns what it computes."""
+    return any(
+        operation == _RETURN_A or (operation == _RETURN and value & 0xFFFF0000 == _USER_NOTIF)
+        for operation, _, _, value in struct.iter_unpack("<HBBI", code)
+    )
 
 
 def chain(filters: list[dict[str, Any]], index: int) -> list[dict[str, Any]]:

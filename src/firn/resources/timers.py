@@ -12,7 +12,7 @@ import struct
 
 from firn.abi import nr, prctl
 from firn.abi import signal as sig
-from firn.errors import RestoreError
+from firn.errors import ImageError, RestoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def plan(program: Program, entry: dict[str, Any], exact_ids: bool) -> None:
     for which, name in enumerate(ITIMERS):
         timer = entry[name]
         if timer["isec"] or timer["iusec"] or timer["vsec"] or timer["vusec"]:
-            at = program.data(_SPEC.pack(timer["isec"], timer["iusec"], timer["vsec"], timer["vusec"]))
+            at = program.data(_spec(timer["isec"], timer["iusec"], timer["vsec"], timer["vusec"]))
             program.call(f"setitimer {name}", nr.setitimer, which, at, 0)
     posix = sorted(entry.get("posix", []), key=lambda item: int(item["it_id"]))
     if posix and exact_ids:
@@ -94,8 +94,17 @@ def plan(program: Program, entry: dict[str, Any], exact_ids: bool) -> None:
         program.call("prctl restore timer ids", nr.prctl, prctl.TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0)
 
 
+def _spec(*words: int) -> bytes:
+    """Interval and time left, each in seconds and a fraction."""
+    if any(word >> 63 for word in words):
+        raise ImageError(f"core image: a timer with the impossible times {words}")
+    return _SPEC.pack(*words)
+
+
 def _plan_one(program: Program, item: dict[str, Any], exact_ids: bool) -> None:
     number, clock = item["it_id"], item["clock_id"]
+    if number >> 31 or item["si_signo"] > sig.LAST or item["it_sigev_notify"] >> 31:
+        raise ImageError(f"core image: POSIX timer {number} has an impossible id, signal or kind")
     clock -= (clock >> 31) << 32
     event = sig.SIGEVENT.pack(
         item["sival_ptr"], item["si_signo"], item["it_sigev_notify"], item.get("notify_thread_id", 0), 0
@@ -107,10 +116,10 @@ def _plan_one(program: Program, item: dict[str, Any], exact_ids: bool) -> None:
     else:
         _reach(program, number, clock, event)
     if item["vsec"] or item["vnsec"]:
-        spec = program.data(_SPEC.pack(item["isec"], item["insec"], item["vsec"], item["vnsec"]))
+        spec = program.data(_spec(item["isec"], item["insec"], item["vsec"], item["vnsec"]))
         program.call(f"timer_settime {number}", nr.timer_settime, number, 0, spec, 0)
     elif item["isec"] or item["insec"]:
-        spec = program.data(_SPEC.pack(item["isec"], item["insec"], item["isec"], item["insec"]))
+        spec = program.data(_spec(item["isec"], item["insec"], item["isec"], item["insec"]))
         program.call(f"timer_settime {number}", nr.timer_settime, number, 0, spec, 0)
 
 

@@ -21,7 +21,8 @@ from firn.abi import signal as sig
 from firn.abi.libc import address_of, forking_syscall
 from firn.errors import KernelError, RestoreError
 from firn.host import procfs
-from firn.tracee import ptrace
+from firn.tracee import memory, ptrace
+from firn.tracee.program import Runner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -158,6 +159,25 @@ def _clone(pid: int, sibling: bool, memfd: int, wait: int, go: int) -> None:
             os.write(2, f"firn: stub: {error}\n".encode())
         finally:
             os._exit(127)
+
+
+def stand_in(pid: int, threads: list[int]) -> None:
+    """Make a stub with *pid* and further *threads* that does nothing: what is in /proc of them can be opened."""
+    spawn(pid, False)
+    if not threads:
+        return
+    runner = Runner(pid, pid, ptrace.get_regs(pid))
+    ptrace.set_sigmask(pid, runner.mask())
+    flags = sched.CLONE_VM | sched.CLONE_SIGHAND | sched.CLONE_THREAD
+    for tid in threads:
+        # Behind the code there is the rest of its page, which nobody uses.
+        wanted, args = SYSCALL_SITE + 64, SYSCALL_SITE + 72
+        packed = sched.CLONE_ARGS.pack(flags, 0, 0, 0, 0, 0, 0, 0, wanted, 1, 0)
+        memory.force_write(pid, wanted, tid.to_bytes(8, "little") + packed)
+        try:
+            runner.single(SYSCALL_SITE, nr.clone3, args, len(packed))
+        except OSError as error:
+            raise taken(tid) if error.errno == errno.EEXIST else error from None
 
 
 def strike(pids: Iterable[int], tracer: int) -> None:

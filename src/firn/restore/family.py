@@ -18,7 +18,7 @@ from firn.abi import x86_64 as cpu
 from firn.errors import RestoreError
 from firn.host import procfs
 from firn.images.pages import PagesFiles
-from firn.resources import births, signals
+from firn.resources import births, keyrings, signals, stops
 from firn.resources.memory import areas, layout
 from firn.resources.memory.vdso import Own
 from firn.resources.process import set_core_filter
@@ -92,6 +92,14 @@ class Family:
                 if not self.opener.is_late(*key[:2]):
                     self.opener.open(*key)
 
+    def dead_processes(self) -> set[int]:
+        """The pids of dead processes in whose folders of /proc there are processes of the checkpoint. Who stands in for
+        them must be there until those have entered: it is asked for permission (proc_pid_permission)."""
+        found = {self.opener.dead_process(*place) for task in self.tasks for place in (task.cwd, task.root)} - {0}
+        for pid in found.intersection([*self.checkpoint.tids(), *self.checkpoint.helpers()]):
+            raise RestoreError(f"a process was in /proc/{pid} of a dead one, whose pid another one has now")
+        return found
+
     def pages(self) -> int:
         """How many pages the images hold."""
         return sum(each.pages for each in self._memories.values())
@@ -106,6 +114,7 @@ class Family:
         """Rebuild the root's memory, have it clone whom it has to clone, and so on."""
         plan = self.checkpoint.plan
         self._adopt_root(self.checkpoint.root)
+        keyrings.plan(self.stubs[self.checkpoint.root.pid].program, self.checkpoint.session_keyring())
         own = Own()
         for pid in plan.order():
             stub, task = self.stubs[pid], self.by_pid.get(pid)
@@ -280,6 +289,14 @@ class Family:
                 task.stop()
                 if task.process.parent is not None:
                     stopped.setdefault(task.process.parent.pid, []).append(task)
+
+    def report_continued(self) -> None:
+        """Those whose parents have not taken notice yet that they go on after a stop."""
+        for task in self.tasks:
+            parent = task.process.parent
+            if task.tc.get("firn", {}).get("continued") and parent is not None:
+                stops.stop_and_continue(task.pid)
+                self.by_pid[parent.pid].bereaved = True
 
     def end_zombies(self, log: Log) -> None:
         """Those who ended before the dump end again."""

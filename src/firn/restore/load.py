@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from firn.abi import mman
 from firn.abi import signal as sig
 from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.images.store import ImageDir, read_files
@@ -10,6 +11,7 @@ from firn.resources.base import MEMFD
 from firn.resources.memory import areas, attach
 from firn.resources.process import ALIVE, DEAD, STOPPED
 from firn.resources.threads import exited
+from firn.restore import older
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 VERSIONS = (1, 2)
 _NAMESPACE_NAMES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup")
 _PID_LIMIT = 1 << 30
+_OF_SOMETHING = (
+    areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.SYSVIPC | areas.SOCKET | areas.AIORING | areas.VSYSCALL
+    | areas.VDSO | areas.VVAR
+)  # fmt: skip
 _OLD_SHARED = 1 << 32
 """Added to an inode number, it is an id that no file has."""
 
@@ -45,13 +51,17 @@ class Process:
         self.cores = [leader] + [images.read_one("CORE", tid) for tid in self.tids[1:]]
         if self.zombie:
             return
+        older.complete_cores(images, self.pid, self.tids, self.cores)
         self._check_cores()
-        self.ids = images.read_one("IDS", self.pid)
+        self.ids = older.read_ids(images, self.pid, leader)
         self._check_objects(inventory["root_ids"])
-        self.mm = images.read_one("MM", self.pid)
+        self.mm = older.read_mm(images, self.pid)
         self.fs = images.read_one("FS", self.pid)
         self.fdinfo = sorted(images.read_all("FDINFO", self.ids["files_id"]), key=lambda entry: int(entry["fd"]))
         self._check_vmas()
+        numbers = [entry["fd"] for entry in self.fdinfo]
+        if len(set(numbers)) != len(numbers):
+            raise ImageError(f"fdinfo-{self.ids['files_id']}.img: a descriptor is there twice")
 
     def member(self) -> births.Member:
         """The process as the plan of births wants it."""
@@ -77,10 +87,14 @@ class Process:
             for part in ("thread_core", "thread_info"):
                 if part not in core:
                     raise ImageError(f"core-{tid}.img has no {part}")
-            if "creds" not in core["thread_core"]:
+            creds = core["thread_core"].get("creds")
+            if creds is None:
                 raise ImageError(f"core-{tid}.img has no credentials")
-        if "timers" not in self.tc or not self.tc.get("sigactions"):
-            raise ImageError(f"core-{self.pid}.img has no timers or no signal actions")
+            label = creds.get("lsm_profile") or creds.get("lsm_sockcreate") or creds.get("apparmor_data")
+            if label:
+                raise NotBuilt(f"thread {tid} has the security label {label!r}, which cannot be given back yet")
+        if "timers" not in self.tc or "rlimits" not in self.tc or not self.tc.get("sigactions"):
+            raise ImageError(f"core-{self.pid}.img has no timers, no resource limits or no signal actions")
 
     def _check_objects(self, root: dict[str, Any]) -> None:
         for kind in _NAMESPACE_NAMES:
@@ -98,6 +112,11 @@ class Process:
                 raise ImageError(f"mm-{self.pid}.img: impossible mapping {start:#x}-{end:#x}")
             if vma["status"] & areas.GUARD:
                 continue
+            if vma["status"] & (areas.SHSTK | areas.UPROBES):
+                what = "a shadow stack" if vma["status"] & areas.SHSTK else "a trampoline of uprobes"
+                raise NotBuilt(f"process {self.pid} has {what} at {start:#x}, which is not supported yet")
+            if not vma["flags"] & mman.MAP_ANONYMOUS and not vma["status"] & _OF_SOMETHING:
+                raise ImageError(f"mm-{self.pid}.img: mapping {start:#x}-{end:#x} is neither anonymous nor of a file")
             if start < last:
                 raise ImageError(f"mm-{self.pid}.img: mappings overlap or are not ascending at {start:#x}")
             last = end
@@ -108,14 +127,13 @@ class Checkpoint:
 
     def __init__(self, images: ImageDir) -> None:
         self.images = images
-        if not images.exists("INVENTORY"):
-            raise ImageError(f"{images.path} is no checkpoint: it has no inventory.img")
-        self.inventory = images.read_one("INVENTORY")
+        self.inventory = images.read_inventory()
         _check_inventory(self.inventory)
         self.processes = [Process(images, item, self.inventory) for item in images.read_all("PSTREE")]
         self._link()
         self.plan = self._plan_births()
         self.files = read_files(images)
+        older.complete_files(images, self.files)
         self.remaps = {entry["orig_id"]: entry for entry in images.read_all("REMAP_FPATH")}
         self.memfds = {entry["inode_id"]: entry for entry in images.read_all("MEMFD_INODE")}
         self._take_old_shared_memory()
@@ -131,6 +149,11 @@ class Checkpoint:
     def knows_sharing(self) -> bool:
         """Whether pages that are stored apart were not shared when they were dumped."""
         return bool(self.inventory.get("firn", {}).get("cow_known"))
+
+    def session_keyring(self) -> dict[str, Any]:
+        """The firn_keyring of the tree; empty if it had none of its own."""
+        found: dict[str, Any] = self.inventory.get("firn", {}).get("session_keyring", {})
+        return found
 
     def tids(self) -> list[int]:
         """All ids that the restore will give out."""

@@ -20,6 +20,7 @@ import os
 import time
 
 from firn import faults
+from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.errors import FirnError, KernelError, RestoreError
 from firn.host import features
@@ -37,6 +38,9 @@ from firn.tracee.timelimit import DeathWatch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from typing import Any
+
     from firn.api import CpuinfoOptions, RestoreOptions
     from firn.log import Log
     from firn.resources.files.segments import RestoredSegments
@@ -128,8 +132,14 @@ class Restore:
             )
         mode = self.options.manage_cgroups
         self.moves = {
-            process.pid: cgroups.plan(self.images, process.cores[0]["thread_core"].get("cg_set", 0), mode)
+            process.pid: cgroups.plan(self.images, _cgroups_of(process.cores[0]), mode) for process in living
+        }
+        self.thread_moves = {
+            tid: cgroups.plan(
+                self.images, _cgroups_of(core, process.cores[0]), mode, _cgroups_of(process.cores[0])
+            )
             for process in living
+            for tid, core in zip(process.tids[1:], process.cores[1:], strict=True)
         }
 
     def open(self) -> None:
@@ -141,19 +151,25 @@ class Restore:
         self.opener = Opener(
             self.images, checkpoint.files, checkpoint.remaps, checkpoint.memfds,
             [process.pid for process in checkpoint.processes], self.options, self.log.warn,
-            lambda pid: birth.spawn(pid, False),
+            birth.stand_in,
         )  # fmt: skip
         self.family = Family(checkpoint, self.opener, self.options)
         try:
             self.family.open_files()
             self.opener.remove_temporary()
         finally:
-            birth.kill([[pid] for pid in self.opener.stand_ins])
+            self._end_stand_ins(self.family.dead_processes())
         if checkpoint.segments:
             from firn.resources.files.segments import RestoredSegments
 
             self.segments = RestoredSegments(self.images)
             self.segments.prepare(list(checkpoint.segments.values()))
+
+    def _end_stand_ins(self, kept: Collection[int] = ()) -> None:
+        """End those who stand in for dead processes, but those that are *kept*."""
+        assert self.opener is not None
+        ended = [self.opener.stand_ins.pop(pid) for pid in list(self.opener.stand_ins) if pid not in kept]
+        birth.kill(ended)
 
     def _lock(self) -> None:
         """Where the dump's lock is not, on another machine, peers must not learn either that the sockets are new."""
@@ -199,8 +215,10 @@ class Restore:
         family = self._family()
         family.join_groups()
         family.end_zombies(self.log)
+        family.report_continued()
         for task in family.tasks:
             task.enter(self.log)
+        self._end_stand_ins()
         for task in family.tasks:
             task.join()
 
@@ -208,6 +226,10 @@ class Restore:
         """All other threads; what needs them or all descriptors."""
         for task in self._family().tasks:
             task.make_threads()
+        for tid, moves in self.thread_moves.items():
+            cgroups.move(tid, moves, self.log, thread=True)
+        for task in self._family().tasks:
+            task.install_late()
         for task in self._family().tasks:
             task.finish_descriptors()
         assert self.opener is not None
@@ -345,6 +367,7 @@ class Restore:
         if self.family is not None:
             self.family.close()
         if self.opener is not None:
+            self._end_stand_ins()
             self.opener.close()
         if self.segments is not None:
             self.segments.close()
@@ -352,8 +375,17 @@ class Restore:
             self.lock.close()
 
 
-def restore(options: RestoreOptions, log: Log) -> Result:
-    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it."""
+def _cgroups_of(core: dict[str, Any], leader: dict[str, Any] | None = None) -> int:
+    """The number of the set of control groups that a thread is in: the *leader*'s, if the image does not tell."""
+    number: int = core["thread_core"].get("cg_set", 0)
+    return _cgroups_of(leader) if not number and leader is not None else max(number, cgroups.ROOT_SET)
+
+
+def restore(options: RestoreOptions, log: Log, done: Callable[[Result], None] | None = None) -> Result:
+    """Restore the checkpoint in ``options.images_dir``. Raises FirnError or OSError; then nothing is left of it.
+
+    *done* is called when the tree runs, before a restore that is not detached waits for it.
+    """
     started = time.monotonic_ns()
     work = Restore(options, log)
     try:
@@ -377,10 +409,15 @@ def restore(options: RestoreOptions, log: Log) -> Result:
     _scripts(work, "post-resume", pid)
     work.stats["restore_time"] = (time.monotonic_ns() - started) // 1000
     _save_stats(work)
-    status = None
+    result = Result(pid, None, work.stats)
+    if done is not None:
+        done(result)
     if not options.restore_detached and not options.exec_cmd:
-        status = wait(pid)
-    return Result(pid, status, work.stats)
+        if options.foreground_status:
+            result.exit_status = wait(pid)
+        else:
+            wait_for_all()
+    return result
 
 
 def _scripts(work: Restore, action: str, pid: int) -> None:
@@ -421,3 +458,15 @@ def wait(pid: int) -> int:
         _signal.signal(number, forward)
     _, status = os.waitpid(pid, 0)
     return 128 + (status & 0x7F) if status & 0x7F else status >> 8
+
+
+def wait_for_all() -> None:
+    """Wait as CRIU does: until no child is left, and whatever signals come; only SIGKILL ends it."""
+    import _signal
+
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals() - {sig.SIGCHLD})
+    while True:
+        try:
+            os.waitpid(-1, pt.WALL)
+        except ChildProcessError:
+            return

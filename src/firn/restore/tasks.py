@@ -17,7 +17,7 @@ from firn.resources.memory import rebuild
 from firn.resources.threads import xstate
 from firn.restore.memory import TaskMemory, take_files
 from firn.tracee import ptrace
-from firn.tracee.program import Program, Runner, Scratch
+from firn.tracee.program import Program, Runner, Scratch, check_fault
 from firn.tracee.seize import detach
 
 TYPE_CHECKING = False
@@ -127,18 +127,32 @@ class RestoredTask:
     def _has_late(self) -> bool:
         return any(self.opener.is_late(entry["type"], entry["id"]) for entry in self.descriptors)
 
+    def install_late(self) -> None:
+        """The descriptors of a table that had to wait, and was not installed by :meth:`join`."""
+        if self._has_late() and not self._shares_files():
+            self.install_descriptors()
+
     def install_descriptors(self) -> None:
-        """Every descriptor to its number. The task's table is known, so is the number that each copy gets first."""
+        """Every descriptor to its number. The task's table is known, so is the number that each copy gets first. Those
+        that show other descriptors are left for :meth:`finish_descriptors`."""
+        self._install([entry for entry in self.descriptors if not self._looks_at_others(entry)], set())
+
+    def _looks_at_others(self, entry: dict[str, Any]) -> bool:
+        return self.opener.looks_at_descriptors(entry["type"], entry["id"])
+
+    def _install(self, entries: list[dict[str, Any]], taken: set[int]) -> None:
+        """Install *entries*; the numbers in *taken* are in use."""
         program = self.leader.program
-        if not self.descriptors:
+        if not entries:
             return
         top = self.descriptors[-1]["fd"] + 1
-        program.call("pidfd_open of firn", nr.pidfd_open, os.getpid(), 0)
-        program.call("dup", nr.dup3, 0, top, fc.O_CLOEXEC)
-        program.call("close", nr.close, 0)
-        taken: set[int] = set()
         lowest = 0
-        for entry in self.descriptors:
+        while lowest in taken:
+            lowest += 1
+        program.call("pidfd_open of firn", nr.pidfd_open, os.getpid(), 0)
+        program.call("dup", nr.dup3, lowest, top, fc.O_CLOEXEC)
+        program.call("close", nr.close, lowest)
+        for entry in entries:
             fd, cloexec = entry["fd"], bool(entry["flags"] & 1)
             source = self.opener.open(entry["type"], entry["id"])
             while lowest in taken:
@@ -159,8 +173,8 @@ class RestoredTask:
         if self._shares_files():
             return
         program = self.leader.program
-        if self._has_late():
-            self.install_descriptors()
+        last = [entry for entry in self.descriptors if self._looks_at_others(entry)]
+        self._install(last, {entry["fd"] for entry in self.descriptors if entry not in last})
         for entry in self.descriptors:
             kind = entry["type"]
             if kind not in (MEMFD, REG):
@@ -248,6 +262,8 @@ class RestoredTask:
         comm = thread.core.get("comm", self.tc["comm"])
         threads.plan_own(program, thread.core, comm)
         policies.plan(program, thread.core)
+        if thread is not self.leader:
+            policies.plan_switches(program, thread.core, self.leader.core)
         program.call("set_tid_address", nr.set_tid_address, thread.info["clear_tid_addr"])
         signals.plan_queue(program, self.pid, thread.tid, False, thread.core.get("signals_p"))
 
@@ -337,6 +353,7 @@ class RestoredTask:
         syscall(f"tgkill {leader}", nr.tgkill, self.pid, leader, number)
         ptrace.request("continue", pt.CONT, leader)
         while (stop := ptrace.wait_stop(leader)).event or stop.signal != number:
+            check_fault(leader, stop)
             ptrace.request("continue", pt.CONT, leader)
         # Whatever the signal does, the task stops before it is back in its own code.
         ptrace.request("interrupt", pt.INTERRUPT, leader)
@@ -345,7 +362,8 @@ class RestoredTask:
             return False
         for thread in self.threads[1:]:
             ptrace.request("continue", pt.CONT, thread.tid)
-            while ptrace.wait_stop(thread.tid).event != pt.EVENT_STOP:
+            while (stop := ptrace.wait_stop(thread.tid)).event != pt.EVENT_STOP:
+                check_fault(thread.tid, stop)
                 ptrace.request("continue", pt.CONT, thread.tid)
         return True
 
@@ -381,7 +399,8 @@ class RestoredTask:
         ptrace.set_regs(leader, regs)
         ptrace.request("interrupt", pt.INTERRUPT, leader)
         ptrace.request("continue", pt.CONT, leader)
-        while ptrace.wait_stop(leader).event != pt.EVENT_STOP:
+        while (stop := ptrace.wait_stop(leader)).event != pt.EVENT_STOP:
+            check_fault(leader, stop)
             ptrace.request("continue", pt.CONT, leader)
 
 

@@ -21,6 +21,10 @@ from firn.tracee import memory, ptrace
 
 _MASK = (1 << 64) - 1
 STOP_SIGNAL = sig.SIGWINCH
+_FORCED = (4, 7, 8, 11, 31)
+"""SIGILL, SIGBUS, SIGFPE, SIGSEGV, SIGSYS."""
+_SI_CODE = slice(8, 12)
+"""Of a siginfo_t; positive if the kernel sent it (siginfo.h)."""
 _PATIENCE = 5.0
 """Seconds after which a task that does not stop by itself is interrupted, and again as long until it is given up."""
 
@@ -164,10 +168,24 @@ class Runner:
             ptrace.request("system call", pt.SYSCALL, self.tid)
 
     def _foreign(self, stop: ptrace.Stop) -> None:
+        if self.own_mask is None:
+            check_fault(self.tid, stop)
         if not stop.event:
             info = bytearray(sig.SIGINFO_SIZE)
             ptrace.request("signal information", pt.GETSIGINFO, self.tid, 0, address_of(info))
             self.seen.append(bytes(info))
+
+
+def check_fault(tid: int, stop: ptrace.Stop) -> None:
+    """Raise :class:`TargetError` if *stop* is for a signal that the kernel forces on a restored task, though all are
+    blocked: it cannot run, and would fault again and again. An rseq area (rseq(2)) that cannot be written does that.
+    """
+    if stop.event or stop.signal not in _FORCED:
+        return
+    info = bytearray(sig.SIGINFO_SIZE)
+    ptrace.request("signal information", pt.GETSIGINFO, tid, 0, address_of(info))
+    if int.from_bytes(info[_SI_CODE], "little", signed=True) > 0:
+        raise TargetError(f"task {tid} cannot run: signal {stop.signal} at once (its memory is not what it needs)")
 
 
 def await_stopped(pid: int, tid: int, patience: float = _PATIENCE) -> bool:

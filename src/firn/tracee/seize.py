@@ -379,6 +379,8 @@ def ask_to_stop(pid: int, tid: int) -> bool:
             return False
         if tracer != "0":
             raise TargetError(f"process {pid} is traced by process {tracer}", "end the debugger first") from None
+        if procfs.stat(pid, tid).flags & procfs.PF_IO_WORKER:
+            raise TargetError(f"process {pid} has a worker of an io_uring ({tid})", "close its rings first") from None
         raise TargetError(f"process {pid} may not be traced: {os.strerror(error.errno or 0)}") from None
     return True
 

@@ -1,8 +1,8 @@
 """firn's own additions to the images: what it saves and CRIU has no field for.
 
 They sit in field numbers from 1000 of CRIU's messages, which CRIU skips as unknown, so an image stays readable by both.
-Nothing outside this module is firn's own. The syntax is described in :mod:`firn.images.schema`; every field is optional
-or repeated, because images that CRIU wrote have none of them.
+Nothing outside this module is firn's own. The syntax is described in :mod:`firn.images.schema`; what is added to a
+message of CRIU's is optional, because images that CRIU wrote have none of it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,23 @@ EXTENSIONS = {
 MESSAGES = {
     "firn_inventory": """
         1 cow_known bool?
+        2 images str*
+        3 session_keyring firn_keyring?
+    """,
+    "firn_keyring": """
+        1 name str
+        2 number i32?
+        3 uid u32?
+        4 gid u32?
+        5 rights u32?
+        6 keys firn_key*
+    """,
+    "firn_key": """
+        1 name str
+        2 uid u32?
+        3 gid u32?
+        4 rights u32?
+        5 payload bytes?
     """,
     "firn_thread": """
         1 affinity bytes?
@@ -52,10 +69,11 @@ MESSAGES = {
         12 speculation u32*
         13 util_min u32?
         14 util_max u32?
+        15 switches u32?
     """,
     "firn_restart": """
-        1 nr u32?
-        2 remaining_ns u64?
+        1 nr u32
+        2 remaining_ns u64
         3 exact bool?
     """,
     "firn_task": """
@@ -71,6 +89,10 @@ MESSAGES = {
         21 stop_told bool?
         22 leader_exited bool?
         23 leader_mask u64? hex
+        24 continued bool?
+        25 amx bool?
+        26 no_cpuid bool?
+        27 session_nice i32?
     """,
     "firn_mm": """
         1 lock_future u32? hex
@@ -90,8 +112,8 @@ MESSAGES = {
         3 xattrs firn_xattr*
     """,
     "firn_xattr": """
-        1 name str?
-        2 value bytes?
+        1 name str
+        2 value bytes
     """,
     "firn_segment": """
         1 boot str?
@@ -104,9 +126,9 @@ MESSAGES = {
         1 params bytes?
     """,
     "firn_target": """
-        1 type u32?
-        2 file u32?
-        3 number u32?
+        1 type u32
+        2 file u32
+        3 number u32
     """,
     "firn_inet": """
         1 options firn_option*
@@ -123,8 +145,8 @@ MESSAGES = {
         2 devices firn_device*
     """,
     "firn_device": """
-        1 index u32?
-        2 name str?
+        1 index u32
+        2 name str
     """,
     "firn_sk_opts": """
         1 options firn_option*
@@ -140,9 +162,9 @@ MESSAGES = {
         2 connector firn_identity?
     """,
     "firn_identity": """
-        1 pid u32?
-        2 uid u32?
-        3 gid u32?
+        1 pid u32
+        2 uid u32
+        3 gid u32
         4 groups bytes?
     """,
     "firn_pipe": """
@@ -178,9 +200,9 @@ MESSAGES = {
         1 stopped u32?
     """,
     "firn_option": """
-        1 level u32?
-        2 number u32?
-        3 value bytes?
+        1 level u32
+        2 number u32
+        3 value bytes
     """,
     "firn_group": """
         1 interface str?
@@ -189,10 +211,10 @@ MESSAGES = {
         4 sources bytes*
     """,
     "firn_datagram": """
-        1 source bytes?
-        2 port u32?
-        3 destination bytes?
-        4 data bytes?
+        1 source bytes
+        2 port u32
+        3 destination bytes
+        4 data bytes
     """,
 }
 

@@ -21,7 +21,8 @@ from firn.resources import base
 from firn.resources.files import locks
 from firn.resources.files.external import ExternalFiles
 from firn.resources.files.memfd import MemoryObjects
-from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder, process_of
+from firn.resources.files.paths import NO_OWNER, NO_SEEK, PathFinder
+from firn.resources.files.procfiles import process_of
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
@@ -217,6 +218,12 @@ class Collector:
         if link.startswith("/") and (plain or o_path):
             if not o_path:
                 message["fown"] = self._owner(open)
+                if stat.S_ISDIR(mode) and message["fown"] is not NO_OWNER:
+                    # F_NOTIFY makes who calls it the owner (fcntl_dirnotify in fs/notify/dnotify), and nothing else
+                    # shows that. Of no other use is an owner to a directory.
+                    reason = "is a directory with an owner for signals: it asked for notifications (F_NOTIFY), which"
+                    self.context.refuse(open, f"{reason} nobody can read", "close it, or use inotify")
+                    return None
             if stat.S_ISCHR(mode) and (os.major(open.stat.st_rdev), os.minor(open.stat.st_rdev)) in _STATELESS:
                 message["pos"] = NO_SEEK
             if device:

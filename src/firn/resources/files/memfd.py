@@ -177,7 +177,11 @@ def restore(entry: dict[str, Any], images: ImageDir) -> RestoredObject:
             flags |= mman.MFD_HUGETLB | entry["hugetlb_flag"]
         name = bytearray(os.fsencode(entry["name"]) + b"\0")
         fd = syscall(f"memfd_create {entry['name']}", nr.memfd_create, address_of(name), flags)
-        os.ftruncate(fd, size)
+        try:
+            os.ftruncate(fd, size)
+        except (OSError, OverflowError) as error:
+            os.close(fd)
+            raise RestoreError(f"memory object {entry['name']!r} cannot have {size} bytes: {error}") from None
         os.fchown(fd, entry["uid"], entry["gid"])
         if "mode" in entry:
             os.fchmod(fd, entry["mode"] & 0o7777)

@@ -5,7 +5,7 @@ State owned: the name under which a restore finds the file, and the contents of 
 the magic links /proc/PID/{fd,map_files,cwd,root,exe}; a name ends in `` (deleted)`` when its directory entry is gone,
 but a file may also be called so, so names are always checked by device and inode. What goes wrong: the name leads to
 another file (replaced), or the file lives on under another hard link only: then a link of our own is needed
-(``--link-remap``). A file of /proc whose process is dead is opened again while a helper has that process's pid.
+(``--link-remap``). A file of /proc whose process or thread is dead is opened again while a helper has their ids.
 Labels of security modules (extended attributes) are not kept of unlinked files; the modules give them.
 """
 
@@ -18,7 +18,9 @@ from firn.abi import fcntl as fc
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import Obstacle
+from firn.host import procfs
 from firn.resources.base import REG
+from firn.resources.files.procfiles import is_of_descriptor, process_of
 from firn.resources.files.table import FileTable
 
 TYPE_CHECKING = False
@@ -37,6 +39,7 @@ FS_IOC_GETFLAGS = 0x80086601
 _UNCHANGEABLE = 0x30
 """FS_IMMUTABLE_FL | FS_APPEND_FL (include/uapi/linux/fs.h)."""
 _MANY_LINKS = 1000
+MQUEUE_MAGIC = 0x19800202
 
 
 class Ghost:
@@ -97,9 +100,13 @@ class PathFinder:
         dead = process_of(name) if _is_procfs(st) else 0
         if not name.startswith("/"):
             self.obstacles.append(Obstacle(what, f"the path {name!r} leads out of its root"))
+        elif dead and is_of_descriptor(name):
+            self.obstacles.append(Obstacle(what, f"is {name}, of a descriptor that is closed", "close it too"))
         elif dead:
             # The descriptor keeps the file's place, so another one there is that of a later process.
             self.remaps.append({"orig_id": number, "remap_id": dead, "remap_type": PROCFS})
+        elif reason := _why_out_of_reach(link, st):
+            self.obstacles.append(Obstacle(what, f"{name} {reason}", "leave it, or close it before the dump"))
         elif stat.S_ISREG(st.st_mode) and st.st_nlink > 0:
             self._keep_link(what, link, name, st, number)
         elif stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or stat.S_ISFIFO(st.st_mode):
@@ -158,6 +165,10 @@ class PathFinder:
             self.links[key] = (path, remap_id)
         self.remaps.append({"orig_id": number, "remap_id": self.links[key][1], "remap_type": LINKED})
 
+    def dead_process(self, number: int) -> int:
+        """The pid of the dead process that file *number* in /proc belongs to; 0 if it belongs to none."""
+        return next((r["remap_id"] for r in self.remaps if (r["orig_id"], r["remap_type"]) == (number, PROCFS)), 0)
+
     def undo(self) -> None:
         """Take back the links that were made (a failed dump, or one that leaves the target running)."""
         while self.made_links:
@@ -181,6 +192,35 @@ class PathFinder:
             images.write_all("REMAP_FPATH", self.remaps)
         for ghost in self.ghosts.values():
             _save_ghost(images, ghost)
+
+
+def _why_out_of_reach(link: str, st: os.stat_result) -> str:
+    """Why the nameless file behind magic *link* cannot be kept as what it is; empty if it can.
+
+    Contents and names can only be kept of files on mounts that are mounted somewhere; a folder that is not marked as
+    deleted is there still, with all that is in it, but hidden.
+    """
+    fd = os.open(link, fc.O_PATH | fc.O_NOFOLLOW * stat.S_ISLNK(st.st_mode) | os.O_CLOEXEC)
+    try:
+        if statfs_type(fd) == MQUEUE_MAGIC:
+            return "is a POSIX message queue, which is not supported"
+        info = procfs.read(f"/proc/self/fdinfo/{fd}").decode()
+    finally:
+        os.close(fd)
+    mount = next((line[7:].strip() for line in info.splitlines() if line.startswith("mnt_id:")), "")
+    mounted = {line.split(b" ", 1)[0] for line in procfs.read("/proc/self/mountinfo").splitlines()}
+    if mount.encode() not in mounted:
+        return "is on a mount that is not mounted anywhere any more, or not yet"
+    if stat.S_ISDIR(st.st_mode) and not os.readlink(link).endswith(DELETED):
+        return "is hidden by what is mounted or put there now"
+    return ""
+
+
+def statfs_type(fd: int) -> int:
+    """The f_type of statfs(2) of a descriptor's file system (include/uapi/linux/magic.h)."""
+    buffer = bytearray(120)
+    syscall("fstatfs", nr.fstatfs, fd, address_of(buffer))
+    return int.from_bytes(buffer[:8], "little")
 
 
 NO_OWNER: dict[str, int] = {"uid": 0, "euid": 0, "signum": 0, "pid_type": 0, "pid": 0}
@@ -227,12 +267,6 @@ def _save_ghost(images: ImageDir, ghost: Ghost) -> None:
         for start, length in extents(ghost.fd, st.st_size):
             writer.add({"len": length, "off": start}, "ghost_chunk_entry")
             writer.payload((ghost.fd, start, length))
-
-
-def process_of(name: str) -> int:
-    """The process that the path *name* in /proc belongs to, 0 for none."""
-    words = name.split("/")
-    return int(words[2]) if words[:2] == ["", "proc"] and len(words) > 2 and words[2].isdecimal() else 0
 
 
 def _is_procfs(st: os.stat_result) -> bool:

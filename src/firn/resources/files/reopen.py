@@ -3,8 +3,8 @@
 Everything is opened by the controller before the first task exists, so that a file that is missing or was changed is
 one clear error and nothing has to be undone; only names below /proc/PID of a restored task must wait for that task.
 Unlinked files are made under their old name, opened, and unlinked again; those that never had a name (O_TMPFILE) are
-made without one, so that they can still be given one (linkat(2)); files of dead processes are opened while a
-helper stands in for the process; hard links that a dump left (link_remap) are
+made without one, so that they can still be given one (linkat(2)); files of dead processes and threads are opened while
+a helper stands in for them; hard links that a dump left (link_remap) are
 taken away when the restore has succeeded.
 """
 
@@ -20,7 +20,8 @@ from firn.resources import base
 from firn.resources.base import FIELD, MEMFD, REG
 from firn.resources.files import external, memfd
 from firn.resources.files.buildid import read_build_id, to_words
-from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS, process_of
+from firn.resources.files.paths import GHOST, LINKED, NO_SEEK, PROCFS
+from firn.resources.files.procfiles import is_of_descriptor, process_of, thread_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ if TYPE_CHECKING:
 TMPFILE_BIT = 0o20000000
 AS_RECORDED = -1
 _NOT_FOR_OPEN = fc.O_CREAT | fc.O_EXCL | fc.O_TRUNC | TMPFILE_BIT | fc.FASYNC
-_KIND_NAMES = {
-    2: "pipe", 3: "FIFO", 4: "internet socket", 5: "unix socket", 6: "eventfd", 7: "epoll instance",
-    8: "inotify instance", 9: "signalfd", 10: "packet socket", 11: "terminal", 12: "fanotify group",
-    13: "netlink socket", 14: "namespace file", 15: "tun device", 16: "external file", 17: "timerfd", 19: "BPF map",
-    20: "pidfd",
-}  # fmt: skip
+_KIND_NAMES = {16: "a file of a plugin of CRIU", 19: "a BPF map"}
 
 
 class Opener:
@@ -55,7 +51,7 @@ class Opener:
         pids: list[int],
         options: RestoreOptions,
         warn: Callable[[str], object],
-        stand_in: Callable[[int], object],
+        stand_in: Callable[[int, list[int]], object],
     ) -> None:
         self.images = images
         self.files = files
@@ -73,7 +69,8 @@ class Opener:
         self.objects: dict[int, memfd.RestoredObject] = {}
         self.remap_links: set[str] = set()
         self.stand_in = stand_in
-        self.stand_ins: set[int] = set()
+        self.stand_ins: dict[int, list[int]] = {}
+        """Pid -> all ids of who stands in for a dead process, its own first."""
         self._ghosts: dict[int, str] = {}
         self._temporary: list[tuple[str, bool]] = []
         self._nameless: dict[str, int] = {}
@@ -84,8 +81,8 @@ class Opener:
         if entry is None:
             raise ImageError(f"files image: file {number} (type {kind}) is not there")
         if not (kind in (REG, MEMFD) or base.is_built(kind)):
-            name = _KIND_NAMES.get(kind, f"file of type {kind}")
-            raise NotBuilt(f"the checkpoint holds a {name}, which is not supported yet")
+            name = _KIND_NAMES.get(kind, f"a file of type {kind}")
+            raise NotBuilt(f"the checkpoint holds {name}, which is not supported yet")
         if FIELD[kind] not in entry:
             raise ImageError(f"files image: file {number} of type {kind} has no {FIELD[kind]} part")
         message: dict[str, Any] = entry[FIELD[kind]]
@@ -237,9 +234,20 @@ class Opener:
         if kind != PROCFS or process_of(name) != target:
             raise ImageError(f"remap-fpath.img: {name} cannot be of process {target}")
         if target not in self.stand_ins:
-            self.stand_in(target)
-            self.stand_ins.add(target)
+            threads = {thread_of(self.message(REG, number)["name"]) for number, each in self.remaps.items()
+                       if (each.get("remap_type"), each["remap_id"]) == (PROCFS, target)}  # fmt: skip
+            self.stand_ins[target] = [target, *sorted(threads - {0, target})]
+            self.stand_in(target, self.stand_ins[target][1:])
         return False
+
+    def dead_process(self, kind: int, number: int) -> int:
+        """The pid of the dead process that the file in /proc belongs to; 0 if it belongs to none."""
+        remap = self.remaps.get(number, {}) if kind == REG else {}
+        return remap["remap_id"] if remap.get("remap_type") == PROCFS else 0
+
+    def looks_at_descriptors(self, kind: int, number: int) -> bool:
+        """Whether the file is one of /proc that shows another descriptor, and can only be opened after that."""
+        return kind == REG and self.is_late(kind, number) and is_of_descriptor(self.message(kind, number)["name"])
 
     def _make_parents(self, name: str) -> None:
         """Directories on the way that are gone too; taken away again with the file."""
@@ -262,6 +270,8 @@ class Opener:
         nameless = self._make_nameless(name, number)
         path = nameless or name if not os.path.lexists(name) else f"{name}.cr.{number:x}.ghost"
         entries = self.images.read_with_payload("GHOST_FILE", number)
+        if not entries:
+            raise ImageError(f"ghost-file-{number:x}.img: cut short: it has no entry")
         entry = entries[0][0]
         try:
             fill_ghost(self.images, path, entries)

@@ -89,6 +89,8 @@ class Tun(Kind):
         except OSError as error:
             if error.errno != errno.EINVAL:  # it is no tap device
                 raise
+        if links.number(name, "tun_flags") < 0:
+            return "which /sys/class/net does not show: mount the sysfs of this network namespace there"
         if links.master(name) and not links.bridge(name):
             return f"which belongs to {links.master(name)}, that is no bridge"
         return ""

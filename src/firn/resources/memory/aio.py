@@ -4,22 +4,30 @@ State owned: the ring of io_setup(2), which is a mapping whose address is the co
 it that nobody has fetched yet. Kernel: the ring's header (struct aio_ring, fs/aio.c) in the process's memory. It comes
 back by io_setup(2) and mremap(2) to the old address (the kernel follows the move); unfetched events are made by as many
 reads of /dev/null, which complete at once, and are then overwritten with the saved ones. The positions of head and tail
-in the ring need not be the old ones: libraries and io_getevents(2) read them from the header. What goes wrong: requests
-in flight at the dump are not visible in the ring; their events are lost, as with CRIU.
+in the ring need not be the old ones: libraries and io_getevents(2) read them from the header.
+
+What goes wrong: requests in flight. The ring does not show them, and no call tells; the kernel's own counters do
+(:class:`Watch`). Those of files end by themselves soon, and are waited for; those that wait for something to happen
+(IOCB_CMD_POLL) stand against the dump. Where nobody may look at the kernel, their events are lost, and the log says so.
 """
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 
 from firn.abi import mman, nr
-from firn.errors import ImageError
+from firn.errors import ImageError, Obstacle
+from firn.host import procfs
 from firn.tracee import memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from firn.host.kernelview import KernelView
     from firn.tracee.program import Program
 
 _HEADER = struct.Struct("<8I")
@@ -30,6 +38,81 @@ _IOCB = struct.Struct("<QIiHhIQQqQII")
 """struct iocb: data, key, rw_flags, opcode, reqprio, fildes, buf, nbytes, offset, reserved, flags, resfd (64 bytes)."""
 _PREAD = 0
 _BATCH = 256
+_PATIENCE_S, _POLL_S = 0.02, 0.001
+"""How long requests may take while the target stands still."""
+
+
+def is_used(pid: int) -> bool:
+    """Whether process *pid* has a context."""
+    return procfs.read("/proc/sys/fs/aio-nr").strip() != b"0" and b" /[aio]" in procfs.read(f"/proc/{pid}/maps")
+
+
+class Watch:
+    """Sees requests in flight: those of the slots of a context that are neither free, nor kept for a processor, nor
+    taken by an event that nobody has fetched (struct kioctx in fs/aio.c)."""
+
+    def __init__(self, view: KernelView) -> None:
+        self._view = view
+        self._processors = view.percpu()
+
+    @classmethod
+    def make(cls, warn: Callable[[str], object]) -> Watch | None:
+        """A watch, or None where nobody may look at the kernel; then the log is told."""
+        from firn.host.kernelview import KernelView
+
+        view = None
+        try:
+            view = KernelView(("mm_struct", "kioctx_table", "kioctx", "kioctx_cpu", "bpf_array"))
+            return cls(view)
+        except OSError as error:
+            if view is not None:
+                view.close()
+            warn(f"requests in flight of AIO contexts cannot be seen here, and would be lost: {error.strerror}")
+            return None
+
+    def close(self) -> None:
+        """Let go of the view."""
+        self._view.close()
+
+    def check(self, pid: int, voice: int, obstacles: list[Obstacle]) -> None:
+        """Give the requests of frozen process *pid* a moment to end, and note those that do not."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while flying := [each for each in self.in_flight(voice) if each[1]]:
+            waiting = any(waits for _, _, waits in flying)
+            if waiting or time.monotonic() > deadline:
+                ring, count, _ = flying[0]
+                reason = f"the AIO context {ring:#x} has requests in flight: {count}"
+                reason += ", which wait for something to happen (IOCB_CMD_POLL)" if waiting else ""
+                obstacles.append(Obstacle(f"process {pid}", reason, "cancel them, or try again later", passing=True))
+                return
+            time.sleep(_POLL_S)
+
+    def in_flight(self, pid: int) -> list[tuple[int, int, bool]]:
+        """(ring, requests, whether some of them may wait for ever) of each context of the memory of *pid*."""
+        view, found = self._view, []
+        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            table = view.follow(view.of_descriptor(fd), "mm_struct", "ioctx_table")
+        finally:
+            os.close(fd)
+        count = view.read32(table + view.offset("kioctx_table", "nr")) if table else 0
+        for index in range(count):
+            context = view.read(table + view.offset("kioctx_table", "table") + 8 * index)
+            if context:
+                found.append(self._look_at(context))
+        return found
+
+    def _look_at(self, context: int) -> tuple[int, int, bool]:
+        view = self._view
+
+        def number(member: str) -> int:
+            return view.read32(context + view.offset("kioctx", member))
+
+        parts, free = view.follow(context, "kioctx", "cpu"), view.offset("kioctx_cpu", "reqs_available")
+        kept = sum(view.read32((parts + each + free) & (1 << 64) - 1) for each in self._processors.values())
+        flying = number("nr_events") - 1 - number("reqs_available") - kept - number("completed_events")
+        waiting = context + view.offset("kioctx", "active_reqs")
+        return view.follow(context, "kioctx", "user_id"), flying, view.read(waiting) != waiting
 
 
 def save(pid: int, start: int, end: int) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class Area:
         return f"/proc/{pid}/map_files/{self.map.start:x}-{self.map.end:x}"
 
 
+_UFFD = {"um", "uw", "ui"}
+"""VmFlags: missing pages, write protection, minor faults (Documentation/filesystems/proc.rst)."""
 _WITH_OBJECT = ("file", "shmem", "sysv")
 SPECIAL = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar", "[vsyscall]": "vsyscall", "[heap]": "heap"}
 
@@ -87,6 +89,11 @@ def _kind(pid: int, m: Map, obstacles: list[Obstacle]) -> str | None:
     flags = m.flags or frozenset()
     if name in SPECIAL:
         return SPECIAL[name]
+    if flags & _UFFD:
+        # In the tree or outside: also if no descriptor of it is here any more.
+        reason = "has its faults served by a userfaultfd, which images cannot hold"
+        obstacles.append(_obstacle(pid, m, reason, "have its holder close it"))
+        return None
     if "ss" in flags:
         obstacles.append(_obstacle(pid, m, "is a shadow stack", "run the program without shadow stacks"))
         return None
@@ -133,7 +140,8 @@ def find_backing(pid: int, areas: list[Area], obstacles: list[Obstacle]) -> None
             if key not in seen:
                 seen[key] = os.stat(link)
         except OSError as error:
-            obstacles.append(_obstacle(pid, m, f"its file cannot be reached: {os.strerror(error.errno or 0)}"))
+            reason = f"its file cannot be reached: {os.strerror(error.errno or 0)}"
+            obstacles.append(_obstacle(pid, m, reason))
             continue
         area.stat = seen[key]
 

@@ -28,6 +28,7 @@ _IOVEC = struct.Struct("<QQ")
 _POPULATE = 64 << 10
 """Bytes from which on it pays to make a run's pages before they are read."""
 _STEP = 1 << 20
+_READ_WRITE, _AS_RECORDED = 2, -1
 _KEEP_FLAGS = (
     mman.MAP_SHARED | mman.MAP_PRIVATE | mman.MAP_DROPPABLE | mman.MAP_ANONYMOUS | mman.MAP_GROWSDOWN
     | mman.MAP_NORESERVE | mman.MAP_HUGETLB | 0x3F << mman.MAP_HUGE_SHIFT
@@ -55,8 +56,10 @@ def is_special(vma: dict[str, Any]) -> bool:
 
 
 def file_key(vma: dict[str, Any]) -> tuple[int, int]:
-    """(file id, access mode) of what a mapping is of: the mode is the mapping's own where it has one."""
-    return vma["shmid"], vma.get("fdflags", -1)
+    """(file id, access mode) of what a mapping is of: the mode is the mapping's own where it has one. In an old image
+    it has none, and the file's own may be less than it needs."""
+    needed = _READ_WRITE if vma["flags"] & mman.MAP_SHARED and vma["prot"] & mman.PROT_WRITE else _AS_RECORDED
+    return vma["shmid"], vma.get("fdflags", needed)
 
 
 def with_pages(vmas: list[dict[str, Any]], runs: list[Run]) -> set[int]:
