@@ -173,7 +173,7 @@ def test_a_dump_is_killed_while_it_reads_connections(served: Served) -> None:
     assert not status and calls > 15 * CONNECTIONS
     for at in moments(calls, 30):
         status, _ = cut_off(served.inside(job), at, kill, "/tcp.py")
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)  # empty queues need fewer calls
         served.assert_well(f"call {at} of {calls}")
     reap_orphans(served.program.target.pid)
 
@@ -211,7 +211,7 @@ def test_a_restore_is_killed_before_any_call(served: Served, sockets: tuple[str,
     images = served.program.dump()
     for at in moments(calls, 10):
         status, _ = cut_off(served.inside(job), at, kill, *sockets)
-        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)  # there may be fewer calls than at first
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)  # as above
         if served.is_back(f"call {at} of {calls}"):
             images = served.program.dump()
     served.program.restore(images)
