@@ -24,7 +24,8 @@ from images.rules import complaints
 from workloads.likeness import Portrait, differences, lasting_differences, portrait, speaker
 from workloads.table import Workload
 
-__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "lasting_differences",
+__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "descendants", "differences", "firn_command",
+           "lasting_differences",
            "low_numbers_in_use", "open_descriptors", "portrait"]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "workloads"
@@ -37,6 +38,8 @@ PATIENCE = 20.0
 COMMAND_PATIENCE = 60.0
 LOG_TAIL = 40
 BUSY_TERMINALS = 12
+TIME_LIMIT = int(os.environ.get("FIRN_TEST_SECONDS", "90"))
+"""Seconds that a test may take."""
 
 
 def become_subreaper() -> None:
@@ -220,7 +223,7 @@ class Runner:
     def kill(self, target: Target) -> None:
         """Ends the process and the descendants that it has now; orphans become ours and are reaped."""
         if target.status is None:
-            below = [Target(pid, None) for pid in _descendants(target.pid)]
+            below = [Target(pid, None) for pid in descendants(target.pid)]
             for process in (target, *below):
                 os.kill(process.pid, signal.SIGKILL)
             for process in (target, *below):
@@ -230,7 +233,7 @@ class Runner:
 
     def interrupt(self, seconds: float, number: signal.Signals, *words: str) -> None:
         """Runs firn and sends it a signal after *seconds* (unless it has ended by then)."""
-        process = self.spawn([_firn(), *words])
+        process = self.spawn([*self.within, _firn(), *words])
         time.sleep(seconds)
         if not process.ended():
             os.kill(process.pid, number)
@@ -307,6 +310,7 @@ class Runner:
 
     def close(self) -> list[str]:
         """Ends what is left (only our own children), puts settings back; answers what should not have been left."""
+        _reap_guards()
         left = []
         for pid in children():
             left.append(f"{pid} {Path(f'/proc/{pid}/comm').read_text().strip()}")
@@ -355,10 +359,18 @@ def children(pid: int | str = "self") -> list[int]:
     return found
 
 
-def _descendants(pid: int) -> list[int]:
+def _reap_guards() -> None:
+    """A killed firn leaves its guard (firn.tracee.guard), which ends at once: orphans are ours to reap."""
+    for pid in children():
+        if Path(f"/proc/{pid}/comm").read_text() == "net-guard\n":
+            wait_until("the guard ends", Target(pid, None).ended)
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of *pid*, and theirs, and so on."""
     found = []
     for child in children(pid):
-        found += [child, *_descendants(child)]
+        found += [child, *descendants(child)]
     return found
 
 

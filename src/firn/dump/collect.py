@@ -84,6 +84,7 @@ def collect(dump: Dump) -> Collected:
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
     got.collector.context.backlogs = dump.backlogs
+    got.collector.context.guard = dump.guard
     got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)
