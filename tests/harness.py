@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from images.rules import complaints
 from workloads.likeness import Portrait, differences, lasting_differences, portrait, speaker
 from workloads.table import Workload
@@ -186,14 +187,14 @@ class Runner:
         return Target(process.pid, beat)
 
     def start(self, workload: Workload, broken: bool = False) -> Target:
-        """Starts a workload and waits until it is ready. Raises :class:`CannotRun` if this machine cannot run it."""
+        """Starts a workload and waits until it is ready. Skips the test if this machine cannot run it."""
         program = build(workload.program, workload.dynamic)
         beat = Beat(self.folder / "beat")
         target = self.spawn([program, beat.path, workload.mode, *(["--break"] if broken else [])], beat)
         wait_until(f"{workload.name} gets ready", lambda: bool(beat.get("ready")) or target.ended())
         if beat.get("ready") == Beat.CANNOT_RUN:
             wait_until("it ends", target.ended)
-            raise CannotRun(beat.text)
+            pytest.skip(f"{workload.name}: {beat.text}")
         assert beat.get("ready") == Beat.READY, f"{workload.name}: setup failed ({target.fate()}): {beat.text}"
         assert not target.ended(), f"{workload.name} {target.fate()}"
         return target
@@ -341,10 +342,6 @@ def low_numbers_in_use() -> Iterator[None]:
         for pair in taken:
             os.close(pair[0])
             os.close(pair[1])
-
-
-class CannotRun(Exception):
-    """This machine lacks what a workload needs."""
 
 
 def children(pid: int | str = "self") -> list[int]:
