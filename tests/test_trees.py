@@ -131,7 +131,7 @@ def test_generations_of_images(runner: Runner, tmp_path: Path) -> None:
     (made / "parent").symlink_to(second)
     with ImageDir.open(str(made), create_files=True) as images:
         inventory = images.read_one("INVENTORY")
-        assert inventory.pop("firn") == {"cow_known": True}
+        assert inventory.pop("firn")["cow_known"]
         images.commit(inventory)
     back = runner.restore(made, target)
     after = proportional_size(back.pid)
