@@ -61,6 +61,8 @@ class PacketSockets(Kind):
         self._seen: dict[int, PacketSocket] | None = None
         self._ringed: dict[int, _Ringed | None] = {}
         """By inode, those that have rings; None: it was refused."""
+        self._places: list[rings.Places | None] = []
+        """What tells the kernel's places, or that nobody does; none as long as nobody asked."""
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The packet_sock_entry."""
@@ -106,14 +108,26 @@ class PacketSockets(Kind):
             obstacles.append(Obstacle(what, "is a part of a packet ring, which can only be mapped whole", "unmap it"))
             return 0
         try:
-            ringed.save()
+            ringed.save(self._find_places())
         except (KernelError, OSError) as error:
             obstacles.append(Obstacle(what, f"is a packet ring that cannot be saved: {error}"))
         number: int = ringed.message["id"]
         return number
 
+    def _find_places(self) -> rings.Places | None:
+        if not self._places:
+            try:
+                self._places.append(rings.Places())
+            except KernelError:
+                self._places.append(None)
+        return self._places[0]
+
     def close(self) -> None:
         """Let go of sockets with rings."""
+        while self._places:
+            places = self._places.pop()
+            if places is not None:
+                places.close()
         for ringed in self._ringed.values():
             if ringed is not None:
                 os.close(ringed.fd)
@@ -129,11 +143,11 @@ class PacketSockets(Kind):
             sock = _socket.socket(AF_PACKET, message["type"] | _socket.SOCK_CLOEXEC, 0)
         except OSError as error:
             raise RestoreError(f"{name} cannot be made: {error.strerror}") from None
-        if {"rx_ring", "tx_ring"} & message.keys() and "firn" not in message:
-            context.warn(f"{name} has a ring whose contents the images do not tell: it is empty, and begins anew")
         try:
             _set_up(sock, message)
             common.set_flags(sock.fileno(), message)
+            if {"rx_ring", "tx_ring"} & message.keys() and "firn" not in message:
+                context.warn(f"{name} has a ring whose contents the images do not tell: it is empty, and begins anew")
             return sock.detach()
         except OSError as error:
             raise RestoreError(f"{name} cannot come back: {error}") from None
@@ -152,20 +166,11 @@ class _Ringed:
         self.rings = rings.rings(seen.version, seen.rx_ring, seen.tx_ring)
         self._saved = False
 
-    def save(self) -> None:
+    def save(self, places: rings.Places | None) -> None:
         """Put the contents of the rings into the message, once. Raises :class:`KernelError`, :class:`OSError`."""
-        if self._saved:
-            return
-        try:
-            places = rings.Places()
-        except KernelError:
-            places = None
-        try:
+        if not self._saved:
             self.message.setdefault("firn", {}).update(rings.collect(self.fd, self.rings, places))
-        finally:
-            if places is not None:
-                places.close()
-        self._saved = True
+            self._saved = True
 
 
 def _obstacles(copy: _socket.socket, seen: PacketSocket) -> list[tuple[str, str]]:

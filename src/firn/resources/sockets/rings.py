@@ -33,6 +33,7 @@ from firn.resources.sockets import options
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Callable
     from typing import Any
 
 SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR, PACKET_VNET_HDR_SZ = 263, 6, 15, 24
@@ -45,13 +46,15 @@ _TX_HEADERS = (32, 32, 48)
 """By version: bytes of a frame's header; what is sent follows."""
 _LENGTHS, _OFFSETS, _TX_STATUS = (8, 4, 16), (16, 12, 24), (0, 0, 20)
 """... where tp_len, tp_mac (and tp_net behind it), and tp_status are in it."""
-_BLOCK_STATUS, _COUNT, _FIRST, _SEQUENCE, _LAST_TIME = 8, 12, 16, 24, 40
-"""Where struct tpacket_block_desc has its status, number of packets, the first's place, number, the last one's time."""
+_BLOCK_STATUS, _COUNT, _FIRST, _SEQUENCE, _LAST_TIME, _HEADER = 8, 12, 16, 24, 40, 48
+"""Where struct tpacket_block_desc has its status, number of packets, the first's place, number, the last one's time;
+its size."""
 _ETHERTYPE = 0x88B5
 _LOOPBACK = 1
 _SOCKADDR_LL = struct.Struct("<HHiHBB8x")
 _TAIL = 8
-"""Frames that processors may still be filling when the kernel's place is behind them."""
+_FILLING_S = 0.001
+"""Frames that processors may still be filling when the kernel's place is behind them, and longer than that takes."""
 _TRIES = 1000
 _AT_ONCE = 64
 _PATIENCE_S = 5.0
@@ -135,8 +138,9 @@ class Places:
 
         self._memory = KernelMemory()
 
-    def of(self, fd: int, ring: Ring) -> int:
-        """The number of the frame or block. Raises :class:`KernelError` or :class:`OSError` if it cannot be seen."""
+    def watch(self, fd: int, ring: Ring) -> Callable[[], int]:
+        """What tells the number of the frame or block each time, with OSError if it cannot be seen. Raises
+        :class:`KernelError` or :class:`OSError` if it never can."""
         look = self._memory
         buffer = look.field(look.file(fd), "file", "private_data>socket", "sk")
         buffer += look.layouts.offset("packet_sock", "tx_ring" if ring.sends else "rx_ring")
@@ -144,11 +148,10 @@ class Places:
         if ring.by_block:
             core = buffer + look.layouts.offset("packet_ring_buffer", "prb_bdqc")
             at, size = core + look.layouts.offset("tpacket_kbdq_core", "kactive_blk_num"), 2
-        found = look.number(at, size)
         blocks = look.field(buffer, "packet_ring_buffer", "pg_vec_len", size=4)
-        if blocks != ring.blocks or found >= ring.units:
+        if blocks != ring.blocks or look.number(at, size) >= ring.units:
             raise KernelError("the kernel's memory is in an order that is not known")
-        return found
+        return lambda: look.number(at, size)
 
     def close(self) -> None:
         """Let go of the kernel's memory."""
@@ -168,7 +171,10 @@ def collect(fd: int, found: list[Ring], places: Places | None) -> dict[str, Any]
             name = "tx_place" if ring.sends else "rx_place"
             fields[name] = 0
             if places is not None:
-                fields[name] = _copy(fd, ring, places, stretches)
+                look = places.watch(fd, ring)
+                copy = _copy_sent if ring.sends else _copy_blocks if ring.by_block else _copy_frames
+                fields[name], pieces = copy(ring, look)
+                _join(stretches, pieces)
             elif not ring.is_new():
                 raise KernelError("where the kernel goes on in it cannot be seen", "CAP_BPF and CAP_PERFMON")
         return fields | {"stretches": stretches}
@@ -176,48 +182,69 @@ def collect(fd: int, found: list[Ring], places: Places | None) -> dict[str, Any]
         view.close()
 
 
-def _copy(fd: int, ring: Ring, places: Places, stretches: list[dict[str, Any]]) -> int:
-    """Take a ring's contents at a moment when the kernel is between two frames; returns its place."""
-    if ring.sends:
-        stretches += _sent(ring)
-        return places.of(fd, ring)
-    start = places.of(fd, ring)
-    copies = {unit: _unit(ring, unit, start) for unit in range(ring.units)}
+def _copy_frames(ring: Ring, look: Callable[[], int]) -> tuple[int, list[tuple[int, bytes]]]:
+    """The place, and received frames that are not free. The kernel first moves on and then fills the frame, so those
+    that it takes in the meantime are waited for, and those that it had taken just before are looked at once more."""
+    start = look()
+    copies = [_used(ring, unit) for unit in range(ring.units)]
+    now = look()
+    came = [unit % ring.units for unit in range(start, now if now >= start else now + ring.units)]
+    limit = time.monotonic() + _PATIENCE_S
+    for unit in came:
+        while not ring.word(unit, ring.status) & _USER:
+            if time.monotonic() > limit:
+                raise KernelError("a frame in it is never filled", "try again")
+    if now == start and ring.word(start, ring.status) & _USER:
+        # It is full. Whether it was before, or the kernel came around in the meantime, nobody can tell.
+        time.sleep(_FILLING_S)
+        came = list(range(ring.units))
+    for unit in [*came, *(unit % ring.units for unit in range(start - min(_TAIL, ring.units - len(came)), start))]:
+        copies[unit] = _used(ring, unit)
+    return now, [(ring.place(unit), data) for unit, data in enumerate(copies)]
+
+
+def _copy_blocks(ring: Ring, look: Callable[[], int]) -> tuple[int, list[tuple[int, bytes]]]:
+    """The place, and received blocks that are not free. That which the kernel still fills is closed in the copy."""
+    start = look()
+    copies = [_used(ring, unit) for unit in range(ring.units)]
     for _ in range(_TRIES):
-        now = places.of(fd, ring)
-        moved = (now - start) % ring.units + min(_TAIL, ring.units - 1)
-        again = {(now - back) % ring.units for back in range(min(moved, ring.units - 1) + 1)}
-        fresh = {unit: _unit(ring, unit, now) for unit in again}
-        still = all(copies[unit] == data for unit, data in fresh.items()) and places.of(fd, ring) == now
-        copies |= fresh
+        now = look()
+        for unit in range(start, now if now >= start else now + ring.units):
+            copies[unit % ring.units] = _used(ring, unit % ring.units)
         start = now
-        if still:
+        head, is_open, is_full = _bytes(ring, now)[:_HEADER], _is_open(ring, now), bool(_used(ring, now))
+        # The packets that it counts are all there a moment later.
+        time.sleep(_FILLING_S)
+        block = head + _bytes(ring, now)[_HEADER:]
+        if look() == now and bool(_used(ring, now)) == is_full:
             break
     else:
         raise KernelError("packets come into it too quickly", "try again")
-    if ring.by_block and copies[start] and not _U32.unpack_from(copies[start], _BLOCK_STATUS)[0] & _USER:
-        copies[start] = _closed(copies[start])
-        start = (start + 1) % ring.units
-    _join(stretches, [(ring.place(unit), copies[unit]) for unit in range(ring.units)])
-    return start
+    if is_full:
+        # The kernel waits. Whether it came around in the meantime nobody can tell.
+        copies = [_used(ring, unit) for unit in range(ring.units)]
+    elif is_open and _U32.unpack_from(head, _COUNT)[0]:
+        copies[now] = _closed(block)
+        now = (now + 1) % ring.units
+    return now, [(ring.place(unit), data) for unit, data in enumerate(copies)]
 
 
-def _unit(ring: Ring, unit: int, place: int) -> bytes:
-    """A received frame or block that is not free; of the block that is being filled at *place*, what is in it."""
-    used = ring.word(unit, ring.status)
-    if ring.by_block and not used & _USER:
-        # One that is free still tells how many packets it had.
-        used = ring.word(unit, _COUNT) if unit == place and _is_open(ring, unit) else 0
+def _bytes(ring: Ring, unit: int) -> bytes:
     start = ring.place(unit)
-    return ring.view[start : start + ring.unit_size] if used else b""
+    return ring.view[start : start + ring.unit_size]
+
+
+def _used(ring: Ring, unit: int) -> bytes:
+    """A frame or block that the program has; empty if the kernel has it."""
+    return _bytes(ring, unit) if ring.word(unit, ring.status) & _USER else b""
 
 
 def _is_open(ring: Ring, unit: int) -> bool:
-    """Whether the kernel has opened a block again, which then has the highest number: it may still wait to do so."""
+    """Whether the kernel fills a block, which then has the highest number. It may not have opened it again yet."""
     numbers: list[int] = [
         struct.unpack_from("<Q", ring.view, ring.place(each) + _SEQUENCE)[0] for each in range(ring.units)
     ]
-    return numbers[unit] == max(numbers)
+    return numbers[unit] == max(numbers) and not ring.word(unit, _BLOCK_STATUS) & _USER
 
 
 def _closed(block: bytes) -> bytes:
@@ -232,19 +259,17 @@ def _closed(block: bytes) -> bytes:
     return bytes(made)
 
 
-def _sent(ring: Ring) -> list[dict[str, Any]]:
-    """What is in a ring for sending: programs prepare frames long before. What is on its way counts as sent."""
-    end = ring.at + ring.size
-    made = bytearray(ring.view[ring.at : end])
+def _copy_sent(ring: Ring, look: Callable[[], int]) -> tuple[int, list[tuple[int, bytes]]]:
+    """The place, and all that is in a ring for sending: programs prepare frames long before. What is on its way counts
+    as sent."""
+    made = bytearray(ring.view[ring.at : ring.at + ring.size])
     for unit in range(ring.units):
         where = ring.place(unit) - ring.at + ring.status
         (status,) = _U32.unpack_from(made, where)
         if status & _SENDING:
             _U32.pack_into(made, where, status & ~_SENDING)
-    found: list[dict[str, Any]] = []
     pages = ((at, bytes(made[at : at + _PAGE])) for at in range(0, len(made), _PAGE))
-    _join(found, [(ring.at + at, page) for at, page in pages if any(page)])
-    return found
+    return look(), [(ring.at + at, page) for at, page in pages if any(page)]
 
 
 def _join(stretches: list[dict[str, Any]], pieces: list[tuple[int, bytes]]) -> None:
