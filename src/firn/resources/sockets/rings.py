@@ -52,9 +52,8 @@ its size."""
 _ETHERTYPE = 0x88B5
 _LOOPBACK = 1
 _SOCKADDR_LL = struct.Struct("<HHiHBB8x")
-_TAIL = 8
 _FILLING_S = 0.001
-"""Frames that processors may still be filling when the kernel's place is behind them, and longer than that takes."""
+"""Longer than a processor takes to fill a frame."""
 _TRIES = 1000
 _AT_ONCE = 64
 _PATIENCE_S = 5.0
@@ -183,23 +182,23 @@ def collect(fd: int, found: list[Ring], places: Places | None) -> dict[str, Any]
 
 
 def _copy_frames(ring: Ring, look: Callable[[], int]) -> tuple[int, list[tuple[int, bytes]]]:
-    """The place, and received frames that are not free. The kernel first moves on and then fills the frame, so those
-    that it takes in the meantime are waited for, and those that it had taken just before are looked at once more."""
+    """The place, and received frames that are not free. The kernel first moves on and then fills the frame: those that
+    it had just taken are given a moment, and those that it takes in the meantime are waited for."""
     start = look()
+    time.sleep(_FILLING_S)
     copies = [_used(ring, unit) for unit in range(ring.units)]
     now = look()
-    came = [unit % ring.units for unit in range(start, now if now >= start else now + ring.units)]
     limit = time.monotonic() + _PATIENCE_S
-    for unit in came:
+    for each in range(start, now if now >= start else now + ring.units):
+        unit = each % ring.units
         while not ring.word(unit, ring.status) & _USER:
             if time.monotonic() > limit:
                 raise KernelError("a frame in it is never filled", "try again")
-    if now == start and ring.word(start, ring.status) & _USER:
+        copies[unit] = _used(ring, unit)
+    if now == start and ring.word(now, ring.status) & _USER and look() == now:
         # It is full. Whether it was before, or the kernel came around in the meantime, nobody can tell.
         time.sleep(_FILLING_S)
-        came = list(range(ring.units))
-    for unit in [*came, *(unit % ring.units for unit in range(start - min(_TAIL, ring.units - len(came)), start))]:
-        copies[unit] = _used(ring, unit)
+        copies = [_used(ring, unit) for unit in range(ring.units)]
     return now, [(ring.place(unit), data) for unit, data in enumerate(copies)]
 
 
