@@ -151,6 +151,7 @@ class Runner:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.started: list[int] = []
         # What firn is run by: a command that takes it and its arguments.
         self.within: list[str] = []
         self.environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
@@ -180,6 +181,7 @@ class Runner:
                 handle.close()
         # Reaped by Target, whichever incarnation of the pid it is.
         process.returncode = 0
+        self.started.append(process.pid)
         return Target(process.pid, beat)
 
     def start(self, workload: Workload, broken: bool = False) -> Target:
