@@ -10,10 +10,16 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from harness import Runner, machine_state
+from harness import TIME_LIMIT, Runner, machine_state
 
-TIME_LIMIT = int(os.environ.get("FIRN_TEST_SECONDS", "90"))
+from firn.host import nftables
+from firn.resources.network import lock
+
 FAILED = pytest.StashKey[bool]()
+# In the background, or under nohup, they are ignored, and all programs of the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 AT_START = machine_state()
 
 
@@ -46,6 +52,29 @@ def _lasting_changes(before: set[str]) -> list[str]:
     return sorted(changed)
 
 
+def _remove_locks(folder: Path) -> list[str]:
+    """Remove what is left in our network namespace of locks of connections whose images are below *folder*, so of no
+    other test; their names. (A namespace that a test has made goes with it.)"""
+    try:
+        channel = nftables.open_channel()
+    except OSError:
+        return []
+    try:
+        notes = {table.name: lock.Note.read(table.comment) for table in nftables.tables(channel) if not table.owned}
+        left = [name for name, note in notes.items() if note is not None and _is_below(note.directory, folder)]
+        lock.remove_tables(channel, left)
+    except OSError:
+        return []  # not root, or somebody else was quicker
+    finally:
+        channel.close()
+    return left
+
+
+def _is_below(noted: str, folder: Path) -> bool:
+    """A long path is noted without its beginning."""
+    return noted.startswith(f"{folder}/") or (noted.startswith("...") and f"/{folder.name}/" in noted)
+
+
 @pytest.fixture
 def runner(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Runner]:
     old = signal.signal(signal.SIGALRM, _too_long)
@@ -58,7 +87,9 @@ def runner(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Runner]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
         left = made.close()
+        locks = _remove_locks(tmp_path)
     changed = _lasting_changes(before)
     # A test that has failed leaves its processes to the runner, which has just ended them.
     assert not left or FAILED in request.node.stash, f"processes are left: {left}"
+    assert not locks or FAILED in request.node.stash, f"locks of connections are left: {locks}"
     assert not changed, "mounts or cgroups have changed:\n" + "\n".join(changed)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import _socket
 import os
 import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from mmap import mmap
 from pathlib import Path
+from types import FrameType
 
 from harness import CACHE, wait_until
 
 import firn.abi.libc as libc
 from firn import api
-from firn.dump import orchestrator
+from firn.dump import orchestrator as dump
 from firn.log import Log
+from firn.restore import orchestrator as restore
 
 SOURCE = r"""
 #define _GNU_SOURCE
@@ -279,30 +283,44 @@ def reap_orphans(target: int) -> None:
 
 
 def dump_cut_off(pid: int, images: Path, at: int, cut: Callable[[], None], options: dict[str, bool]) -> tuple[int, int]:
-    """A dump in a child of ours that calls *cut* before its system call number *at* (from 1 on).
-
-    Counted is what reaches other tasks: everything through firn.abi.libc, waitpid(2) and pwrite(2). Answers the child's
-    wait status and, if it came through, the number of calls.
-    """
+    """A dump in a child of ours that calls *cut* before its call number *at*: see :func:`cut_off`."""
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir()
-    result = images.with_suffix(".count")
+    chosen = api.DumpOptions(tree=pid, images_dir=str(images), leave_running=True, **options)
+    return cut_off(lambda: dump.dump(chosen, Log(0)), at, cut)
+
+
+def restore_cut_off(images: Path, at: int, cut: Callable[[], None], **options: bool) -> tuple[int, int]:
+    """A restore in a child of ours that calls *cut* before its call number *at*: see :func:`cut_off`."""
+    chosen = api.RestoreOptions(images_dir=str(images), restore_detached=True, **options)
+    return cut_off(lambda: restore.restore(chosen, Log(0)), at, cut)
+
+
+def cut_off(job: Callable[[], object], at: int, cut: Callable[[], None], *sockets: str) -> tuple[int, int]:
+    """Do *job* in a child of ours that calls *cut* before its call number *at* (from 1 on).
+
+    Counted is what reaches other tasks: everything through firn.abi.libc, waitpid(2) and pwrite(2); or only calls of
+    methods of sockets, in the modules *sockets* (names of files); what copies of the child do is not. Answers its wait
+    status and, if it came through, the number of calls.
+    """
+    count, counted = os.pipe()
     child = os.fork()
     if not child:
         code = 1
         try:
-            calls = _count_calls(at, cut)
+            calls = _count_socket_calls(at, cut, sockets) if sockets else _count_calls(at, cut)
             signal.signal(signal.SIGTERM, _interrupt)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(10)
-            chosen = api.DumpOptions(tree=pid, images_dir=str(images), leave_running=True, **options)
-            orchestrator.dump(chosen, Log(0))
-            result.write_text(str(calls[0]))
+            job()
+            os.write(counted, str(calls[0]).encode())
             code = 0
         finally:
             os._exit(code)
+    os.close(counted)
     _, status = os.waitpid(child, 0)
-    return status, int(result.read_text()) if not status else 0
+    with open(count, "rb") as file:
+        return status, int(file.read() if not status else 0)
 
 
 def _interrupt(number: int, _frame: object) -> None:
@@ -310,13 +328,28 @@ def _interrupt(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _count_socket_calls(at: int, cut: Callable[[], None], modules: tuple[str, ...]) -> list[int]:
+    calls, mine = [0], os.getpid()
+
+    def look(frame: FrameType, event: str, function: object) -> None:
+        if event != "c_call" or not isinstance(getattr(function, "__self__", None), _socket.socket):
+            return
+        if frame.f_code.co_filename.endswith(modules):
+            calls[0] += 1
+            if calls[0] == at and os.getpid() == mine:
+                cut()
+
+    sys.setprofile(look)
+    return calls
+
+
 def _count_calls(at: int, cut: Callable[[], None]) -> list[int]:
-    calls = [0]
+    calls, mine = [0], os.getpid()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object) -> object:
             calls[0] += 1
-            if calls[0] == at:
+            if calls[0] == at and os.getpid() == mine:
                 cut()
             return function(*arguments)
 

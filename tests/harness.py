@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from images.rules import complaints
-from workloads.likeness import Portrait, differences, portrait, speaker
+from workloads.likeness import Portrait, differences, lasting_differences, portrait, speaker
 from workloads.table import Workload
 
-__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "differences", "firn_command", "low_numbers_in_use",
-           "open_descriptors", "portrait"]  # fmt: skip
+__all__ = ["Beat", "Portrait", "Runner", "Target", "build", "descendants", "differences", "firn_command",
+           "lasting_differences",
+           "low_numbers_in_use", "open_descriptors", "portrait"]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "workloads"
 CACHE = Path(os.environ.get("FIRN_TEST_CACHE", SOURCES.parent.parent / "build" / "workloads"))
@@ -37,6 +39,8 @@ PATIENCE = 20.0
 COMMAND_PATIENCE = 60.0
 LOG_TAIL = 40
 BUSY_TERMINALS = 12
+TIME_LIMIT = int(os.environ.get("FIRN_TEST_SECONDS", "90"))
+"""Seconds that a test may take."""
 
 
 def become_subreaper() -> None:
@@ -151,7 +155,6 @@ class Runner:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.started: list[int] = []
         # What firn is run by: a command that takes it and its arguments.
         self.within: list[str] = []
         self.environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
@@ -181,18 +184,17 @@ class Runner:
                 handle.close()
         # Reaped by Target, whichever incarnation of the pid it is.
         process.returncode = 0
-        self.started.append(process.pid)
         return Target(process.pid, beat)
 
     def start(self, workload: Workload, broken: bool = False) -> Target:
-        """Starts a workload and waits until it is ready. Raises :class:`CannotRun` if this machine cannot run it."""
+        """Starts a workload and waits until it is ready. Skips the test if this machine cannot run it."""
         program = build(workload.program, workload.dynamic)
         beat = Beat(self.folder / "beat")
         target = self.spawn([program, beat.path, workload.mode, *(["--break"] if broken else [])], beat)
         wait_until(f"{workload.name} gets ready", lambda: bool(beat.get("ready")) or target.ended())
         if beat.get("ready") == Beat.CANNOT_RUN:
             wait_until("it ends", target.ended)
-            raise CannotRun(beat.text)
+            pytest.skip(f"{workload.name}: {beat.text}")
         assert beat.get("ready") == Beat.READY, f"{workload.name}: setup failed ({target.fate()}): {beat.text}"
         assert not target.ended(), f"{workload.name} {target.fate()}"
         return target
@@ -222,7 +224,7 @@ class Runner:
     def kill(self, target: Target) -> None:
         """Ends the process and the descendants that it has now; orphans become ours and are reaped."""
         if target.status is None:
-            below = [Target(pid, None) for pid in _descendants(target.pid)]
+            below = [Target(pid, None) for pid in descendants(target.pid)]
             for process in (target, *below):
                 os.kill(process.pid, signal.SIGKILL)
             for process in (target, *below):
@@ -232,7 +234,7 @@ class Runner:
 
     def interrupt(self, seconds: float, number: signal.Signals, *words: str) -> None:
         """Runs firn and sends it a signal after *seconds* (unless it has ended by then)."""
-        process = self.spawn([_firn(), *words])
+        process = self.spawn([*self.within, _firn(), *words])
         time.sleep(seconds)
         if not process.ended():
             os.kill(process.pid, number)
@@ -309,6 +311,7 @@ class Runner:
 
     def close(self) -> list[str]:
         """Ends what is left (only our own children), puts settings back; answers what should not have been left."""
+        _reap_guards()
         left = []
         for pid in children():
             left.append(f"{pid} {Path(f'/proc/{pid}/comm').read_text().strip()}")
@@ -341,10 +344,6 @@ def low_numbers_in_use() -> Iterator[None]:
             os.close(pair[1])
 
 
-class CannotRun(Exception):
-    """This machine lacks what a workload needs."""
-
-
 def children(pid: int | str = "self") -> list[int]:
     """The children (ours by default), zombies among them, whichever thread started them."""
     found = []
@@ -357,10 +356,18 @@ def children(pid: int | str = "self") -> list[int]:
     return found
 
 
-def _descendants(pid: int) -> list[int]:
+def _reap_guards() -> None:
+    """A killed firn leaves its guard (firn.tracee.guard), which ends at once: orphans are ours to reap."""
+    for pid in children():
+        if Path(f"/proc/{pid}/comm").read_text() == "net-guard\n":
+            wait_until("the guard ends", Target(pid, None).ended)
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of *pid*, and theirs, and so on."""
     found = []
     for child in children(pid):
-        found += [child, *_descendants(child)]
+        found += [child, *descendants(child)]
     return found
 
 

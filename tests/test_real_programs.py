@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import Runner, Target, differences, firn_command, portrait, wait_until
+from harness import Runner, Target, firn_command, lasting_differences, portrait, wait_until
 from programs import PATIENCE, finish, grows, program
 
 # What a program that works changes by itself between two looks at it.
@@ -43,7 +44,7 @@ def _there_and_back(
         assert not target.ended(), f"it {target.fate()} before the dump: the test has too little work for it"
         before = portrait(target.pid)
         target = runner.restore(runner.dump(target, *options), target, *options)
-        changed = differences(before, portrait(target.pid), WORKING)
+        changed = lasting_differences(before, partial(portrait, target.pid), WORKING)
         assert not changed, "the restored program differs:\n" + "\n".join(changed)
     return target
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import CACHE, Runner, Target, differences, firn_command, portrait
+from harness import CACHE, Runner, Target, firn_command, lasting_differences, portrait
 from test_workloads import test_workload as run_workload
 from workloads.forest import children, descendants, descriptors
 from workloads.table import PLAIN_WAYS, Workload
@@ -94,7 +95,7 @@ def test_no_trace_is_left(runner: Runner, mode: str) -> None:
     _snapshot(runner, target)
     assert _tree(target) == [pid for pid, _, _ in before], "processes came or went"
     for pid, look, files in before:
-        changed = differences(look, portrait(pid), RESTLESS)
+        changed = lasting_differences(look, partial(portrait, pid), RESTLESS)
         assert not changed, f"process {pid}:\n" + "\n".join(changed)
         assert descriptors(pid) == files
     assert not _strangers(set(_tree(target)))
@@ -111,7 +112,7 @@ def test_a_limit_on_processes_is_named(runner: Runner) -> None:
     assert re.search(r"clone.*Resource temporarily unavailable|RLIMIT_NPROC", text), text[-3000:]
     assert not (images / "inventory.img").exists()
     assert target.state() not in "tT"
-    changed = differences(before, portrait(target.pid), RESTLESS)
+    changed = lasting_differences(before, lambda: portrait(target.pid), RESTLESS)
     assert not changed, "\n".join(changed)
     assert not children(target.pid)
     runner.assert_right(target, "after the failed dump")

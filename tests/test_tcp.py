@@ -272,7 +272,7 @@ class Clients:
 
     def _run(self) -> None:
         try:
-            while not self.last or any(stream.received < stream.sent for stream in self.streams):
+            while not self.trouble and (not self.last or any(stream.received < stream.sent for stream in self.streams)):
                 for stream in self.streams:
                     stream.work(not self.last)
                 time.sleep(0.002)
@@ -289,6 +289,13 @@ class Clients:
             60,
         )
         assert not self.trouble, self.trouble
+
+    def stop(self) -> None:
+        """Whatever has become of the server: the thread ends."""
+        self.trouble = self.trouble or AssertionError("stopped")
+        self.thread.join(60)
+        for stream in self.streams:
+            stream.sock.close()
 
     def finish(self) -> int:
         self.last = True
@@ -473,7 +480,7 @@ def test_what_a_killed_dump_leaves_is_mended(runner: Runner, monkeypatch: pytest
     program = Program(runner, PATIENT)
     with socket.create_connection(("127.0.0.1", int(program.wait_for("port"))), 20) as peer:
         number = int(program.wait_for("connected"))
-        monkeypatch.setenv("FIRN_FAULT", "kill:dump.end.locked")
+        monkeypatch.setenv("FIRN_FAULT", "kill-all:dump.end.locked")
         code, _, images = runner.try_dump(program.target, *OPTION)
         monkeypatch.delenv("FIRN_FAULT")
         assert code == -signal.SIGKILL

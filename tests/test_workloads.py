@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import CannotRun, Runner, Target, differences, firn_command, portrait, wait_until
+from harness import Runner, Target, differences, firn_command, lasting_differences, portrait, wait_until
 from workloads.table import AGAIN_WAY, PLAIN_WAYS, REFUSED_WAY, TABLE, Workload
 
 MACHINE_WIDE = pytest.mark.xdist_group("machine-wide settings")
@@ -21,13 +21,6 @@ def _cases() -> list[object]:
         for workload in TABLE
         for way in workload.ways
     ]
-
-
-def _start(runner: Runner, workload: Workload, broken: bool = False) -> Target:
-    try:
-        return runner.start(workload, broken)
-    except CannotRun as reason:
-        pytest.skip(str(reason))
 
 
 def _stop(workload: Workload, target: Target) -> None:
@@ -54,7 +47,7 @@ def _huge_pages(runner: Runner, count: int) -> None:
 
 
 def _plain(runner: Runner, workload: Workload) -> None:
-    target = _start(runner, workload)
+    target = runner.start(workload)
     first = portrait(target.pid)
     runner.wait_beats(target)
     changed = differences(first, portrait(target.pid), workload.unlike)
@@ -69,7 +62,7 @@ def _plain(runner: Runner, workload: Workload) -> None:
 
 
 def _broken(runner: Runner, workload: Workload) -> None:
-    target = _start(runner, workload, broken=True)
+    target = runner.start(workload, broken=True)
     _stop(workload, target)
     _continue(workload, target)
     verdict = runner.ask(target)
@@ -86,7 +79,7 @@ def _bring_back(runner: Runner, workload: Workload, target: Target, *options: st
         runner.assert_right(target, "the original, left running")
         runner.kill(target)
     back = runner.restore(images, target, *workload.restore)
-    changed = differences(before, portrait(back.pid), workload.unlike)
+    changed = lasting_differences(before, lambda: portrait(back.pid), workload.unlike)
     assert not changed, "the restored process differs:\n" + "\n".join(changed)
     return back
 
@@ -108,7 +101,7 @@ def test_workload(workload: Workload, way: str, runner: Runner) -> None:
         return _plain(runner, workload)
     if way == "break":
         return _broken(runner, workload)
-    target = _start(runner, workload)
+    target = runner.start(workload)
     _stop(workload, target)
     if way == REFUSED_WAY:
         return _refused(runner, workload, target)
@@ -132,7 +125,7 @@ def _refused(runner: Runner, workload: Workload, target: Target, patterns: tuple
     assert not missing, f"not named in the refusal: {missing}\n{text[-3000:]}"
     assert "Traceback" not in text, text[-3000:]
     assert not (images / "inventory.img").exists(), "a refused dump left a checkpoint"
-    changed = differences(before, portrait(target.pid), workload.unlike)
+    changed = lasting_differences(before, lambda: portrait(target.pid), workload.unlike)
     assert not changed, "the refused dump changed its target:\n" + "\n".join(changed)
     runner.assert_right(target, "after the refused dump")
     runner.kill(target)
@@ -148,7 +141,7 @@ def _workload(name: str) -> Workload:
 def test_a_changed_file_is_noticed(runner: Runner) -> None:
     """A file that has grown since the dump: the restore names it and leaves nothing behind; undone, it works."""
     _need_firn()
-    target = _start(runner, _workload("files-positions"))
+    target = runner.start(_workload("files-positions"))
     images = runner.dump(target)
     changed = runner.folder / "data"
     size = changed.stat().st_size
@@ -165,7 +158,7 @@ def test_a_changed_file_is_noticed(runner: Runner) -> None:
 
 def test_a_missing_file_is_named(runner: Runner) -> None:
     _need_firn()
-    target = _start(runner, _workload("files-positions"))
+    target = runner.start(_workload("files-positions"))
     images = runner.dump(target)
     gone = runner.folder / "data"
     gone.rename(runner.folder / "elsewhere")
@@ -177,13 +170,13 @@ def test_a_missing_file_is_named(runner: Runner) -> None:
 def test_a_taken_pid_is_refused(runner: Runner) -> None:
     """The original still runs: the restore must fail, name the pid, and not touch it."""
     _need_firn()
-    target = _start(runner, _workload("memory_basic-anon"))
+    target = runner.start(_workload("memory_basic-anon"))
     images = runner.dump(target, "--leave-running")
     before = portrait(target.pid)
     code, text = runner.try_restore(images)
     assert code != 0
     assert str(target.pid) in text and "Traceback" not in text, text[-3000:]
-    changed = differences(before, portrait(target.pid))
+    changed = lasting_differences(before, lambda: portrait(target.pid))
     assert not changed, "\n".join(changed)
     runner.assert_right(target, "after the failed restore")
     runner.kill(target)
@@ -193,7 +186,7 @@ def test_a_taken_pid_is_refused(runner: Runner) -> None:
 def test_a_missing_image_is_named(missing: str, runner: Runner) -> None:
     """Nothing is left of a restore that fails."""
     _need_firn()
-    target = _start(runner, _workload("memory_basic-anon"))
+    target = runner.start(_workload("memory_basic-anon"))
     images = runner.dump(target)
     name = missing.format(pid=target.pid)
     (images / name).unlink()
@@ -205,7 +198,7 @@ def test_a_missing_image_is_named(missing: str, runner: Runner) -> None:
 def test_left_stopped(runner: Runner) -> None:
     """``--leave-stopped``: the task is stopped after the dump, goes on with SIGCONT, and its images restore."""
     _need_firn()
-    target = _start(runner, _workload("memory_basic-anon"))
+    target = runner.start(_workload("memory_basic-anon"))
     images = runner.dump(target, "--leave-stopped")
     wait_until("it is stopped", lambda: target.state() == "T")
     os.kill(target.pid, signal.SIGCONT)
@@ -219,7 +212,7 @@ def test_left_stopped(runner: Runner) -> None:
 def test_restored_stopped(runner: Runner) -> None:
     """``restore --leave-stopped``: the restored task waits for SIGCONT."""
     _need_firn()
-    target = _start(runner, _workload("memory_basic-anon"))
+    target = runner.start(_workload("memory_basic-anon"))
     back = runner.restore(runner.dump(target), target, "--leave-stopped")
     wait_until("it is stopped", lambda: back.state() == "T")
     os.kill(back.pid, signal.SIGCONT)
@@ -236,7 +229,7 @@ def test_a_killed_dump_harms_nothing(workload: str, name: str, runner: Runner) -
     """
     traces = (r"mapping\..*", r".*status\.(Vm(Size|Data)|SigBlk)") if name == "SIGKILL" else ()
     _need_firn()
-    target = _start(runner, _workload(workload))
+    target = runner.start(_workload(workload))
     before = portrait(target.pid)
     for milliseconds in range(10, 100, 6):
         images = runner.folder / f"cut-{milliseconds}"
@@ -247,7 +240,7 @@ def test_a_killed_dump_harms_nothing(workload: str, name: str, runner: Runner) -
             *("dump", "-t", str(target.pid), "-D", str(images), "--leave-running", "-v4", "-o", "dump.log"),
         )
         runner.wait_beats(target)
-        changed = differences(before, portrait(target.pid), traces)
+        changed = lasting_differences(before, lambda: portrait(target.pid), traces)
         assert not changed, f"killed after {milliseconds} ms:\n" + "\n".join(changed)
     runner.assert_right(target, "in the end")
     runner.kill(target)

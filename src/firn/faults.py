@@ -1,8 +1,9 @@
 """Faults on purpose, for the tests of what happens when something goes wrong at a certain point.
 
 The environment variable FIRN_FAULT names one: ``fail:POINT`` makes the point raise an OSError, ``kill:POINT`` makes
-firn kill itself there with SIGKILL. Points are called ``dump.PHASE`` and ``restore.STAGE``, and with ``.done`` behind
-it at the phase's end; the phases are those of the orchestrators.
+firn kill itself there with SIGKILL, ``kill-all:POINT`` its children first (its guard, :mod:`firn.tracee.guard`).
+Points are called ``dump.PHASE`` and ``restore.STAGE``, and with ``.done`` behind it at the phase's end; the phases are
+those of the orchestrators.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ def point(name: str) -> None:
     """A place where a fault can be asked for."""
     if name != _wanted:
         return
-    if _kind == "kill":
+    if _kind == "kill-all":
+        with open("/proc/thread-self/children") as file:
+            for pid in file.read().split():
+                os.kill(int(pid), sig.SIGKILL)
+    if _kind in ("kill", "kill-all"):
         os.kill(os.getpid(), sig.SIGKILL)
     if _kind == "fail":
         raise OSError(errno.EIO, f"fault at {name}, asked for by FIRN_FAULT")

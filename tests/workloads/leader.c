@@ -44,8 +44,18 @@ static void *outlive(void *argument)
 	return NULL;
 }
 
+/* Without them nobody gets at the descriptors of a process whose leader is dead. */
+static void need_thread_pidfds(void)
+{
+	int fd = syscall(SYS_pidfd_open, thread_id(), O_EXCL /* PIDFD_THREAD */);
+	if (fd < 0)
+		cannot_run("the kernel has no pidfds of threads");
+	close(fd);
+}
+
 static void leader_set(void)
 {
+	need_thread_pidfds();
 	area = map_anon(16);
 	fill(area, 16 * PAGE, 1);
 	leader = thread_id();
@@ -194,6 +204,7 @@ static void *outlive_in_slot(void *argument)
 
 static void child_set(void)
 {
+	need_thread_pidfds();
 	area = map_anon(16);
 	fill(area, 16 * PAGE, 1);
 	child = fork();

@@ -10,9 +10,13 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 Portrait = dict[str, str]
+
+PATIENCE = 3.0  # seconds
 
 # Field of a portrait (a regular expression, matched in full) -> why a restored process may differ there.
 EXCEPTIONS: dict[str, str] = {
@@ -152,6 +156,15 @@ def portrait(pid: int) -> Portrait:
         except ProcessLookupError as error:
             result[f"thread.{tid}.scheduling"] = f"<{error.strerror}>"
     return result
+
+
+def lasting_differences(before: Portrait, look: Callable[[], Portrait], also: tuple[str, ...] = ()) -> list[str]:
+    """:func:`differences` to what *look* answers, once there are none or they stay: a thread whose call was interrupted
+    makes it again in a moment, and shows another mask in sigtimedwait(2), say, than before it."""
+    end = time.monotonic() + PATIENCE
+    while (found := differences(before, look(), also)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
 
 
 def differences(before: Portrait, after: Portrait, also: tuple[str, ...] = ()) -> list[str]:

@@ -86,6 +86,7 @@ def collect(dump: Dump) -> Collected:
     got = Collected(tree, dump.options, dump.obstacles, dump.log)
     got.collector.context.lock = dump.lock
     got.collector.context.backlogs = dump.backlogs
+    got.collector.context.guard = dump.guard
     got.undo_lists = dump.undo_lists
     got.thread_groups = dump.thread_groups
     try:

@@ -52,12 +52,15 @@ if TYPE_CHECKING:
     from firn.resources.network.lock import Lock
     from firn.resources.sockets.backlog import Backlogs
     from firn.tracee.freezer import Freezer
+    from firn.tracee.guard import Guard
 
 
 _PAGES = "pages-{}.img"
 _MOST_EARLY_FILES = 256
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_END = b"end"
+"""What the guard is told when the tree is about to end."""
 _VFORK_PATIENCE = 3.0
 """Seconds that a process gets to execute a program after vfork(2)."""
 _MOMENTS = (0.002, 0.01, 0.03, 0.1, 0.2, 0.0)
@@ -100,6 +103,7 @@ class Dump:
         self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
         self.backlogs: Backlogs | None = None
+        self.guard: Guard | None = None
         self.doomed = False
         """The tree is being killed: there is no way back."""
 
@@ -202,10 +206,11 @@ class Dump:
             self._look_for_shared()
             await_vforks(self.pid, min(self.options.timeout or _VFORK_PATIENCE, _VFORK_PATIENCE))
         speakers = []
+        kinds: set[int] = set()
         for pid in tree:
             try:
                 speaker = procfs.speaker(pid)
-                base.preload(speaker)
+                kinds |= base.preload(speaker)
                 self.waiting |= restart.observe(pid)
                 self.thread_groups |= cgroups.observe(pid)
                 self.partners.of(procfs.status(speaker))
@@ -217,6 +222,27 @@ class Dump:
             except (FileNotFoundError, ProcessLookupError):
                 continue
         self.early_sharing = look_at_sharing(speakers)
+        if base.INETSK in kinds and self.lock is not None and self.guard is None:
+            self._set_guard()
+
+    def _set_guard(self) -> None:
+        from firn.tracee.guard import Guard
+
+        self.guard = Guard(self._stand_in)
+        if not self.guard.start():
+            self.log.warn("nobody can guard us: killed while it reads a connection, firn would leave that dumb")
+
+    def _stand_in(self, text: bytes, pidfd: int) -> None:
+        """The duty of the guard: we were killed. The tree runs on as it was, unless its end was decided."""
+        if text.startswith(_END):
+            return
+        from firn.resources.sockets.repair import mend
+
+        try:
+            mend(text, pidfd)
+        finally:
+            assert self.lock is not None
+            self.lock.forget()
 
     def _look_for_shared(self) -> None:
         from firn.resources.memory import frames, shared
@@ -370,8 +396,7 @@ class Dump:
             self.release()
             return
         if self.lock is not None:
-            self.lock.keep()
-            faults.point("dump.end.locked")
+            self._keep_lock(self.lock)
         if self.options.leave_stopped:
             self._leave_stopped()
             return
@@ -398,6 +423,14 @@ class Dump:
             except (OSError, FirnError) as error:
                 self.log.warn(f"the checkpoint is complete, but at the end of the tree: {error}")
         self._thawed()
+
+    def _keep_lock(self, lock: Lock) -> None:
+        """What is locked stays so. Killed before the tree is, we would leave one that nobody hears, but for the guard,
+        who is told last."""
+        lock.keep()
+        faults.point("dump.end.locked")
+        if self.guard is not None:
+            self.guard.note(_END)
 
     def _leave_stopped(self) -> None:
         """The connections stay locked, as CRIU's do: else their peers would get on with what is in no image."""
@@ -428,6 +461,8 @@ class Dump:
 
     def close(self) -> None:
         """Let go of what the dump held open."""
+        if self.guard is not None:
+            self.guard.end()
         self.watch.stop()
         self.partners.close()
         for view in self.requests, self.undo_lists:

@@ -88,6 +88,10 @@ class Channel:
         """Close the socket; what the kernel keeps only as long as it is open is gone then."""
         self._socket.close()
 
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
+
     def change(self, what: str, requests: list[bytes]) -> None:
         """Send *requests* together. The last one asks for an acknowledgement (NLM_F_ACK) and has the number 0.
 
@@ -102,7 +106,7 @@ class Channel:
                 if kind == nf.NLMSG_ERROR:
                     problem = problem or _code(payload)
                     done = done or number == 0 or bool(problem)
-        self._drain()
+        self.drain()
         if problem:
             raise OSError(problem, f"{what}: {os.strerror(problem)}")
 
@@ -132,8 +136,9 @@ class Channel:
         except BlockingIOError:
             raise KernelError(f"{what}: no answer from the kernel") from None
 
-    def _drain(self) -> None:
-        """Throw away what is still there: further errors of the same change."""
+    def drain(self) -> None:
+        """Throw away what is still there: further errors of the same change, or the answers to a process that had this
+        socket too, and died."""
         try:
             while True:
                 self._socket.recv(_RECEIVE)

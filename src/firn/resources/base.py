@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from firn.resources.files.external import Inherited
     from firn.resources.network.lock import Lock
     from firn.resources.sockets.backlog import Backlogs
+    from firn.tracee.guard import Guard
     from firn.tracee.program import Program
 
 REG, PIPE, FIFO, INETSK, UNIXSK, EVENTFD, EVENTPOLL, INOTIFY, SIGNALFD, PACKETSK, TTY = range(1, 12)
@@ -133,9 +134,9 @@ class DumpContext:
     magic link, stat, message); ``add_open`` stores any description and returns (id, type) or None if it was refused;
     ``owner`` gives the fown_entry of a description; ``warn`` tells the log what a checkpoint does not hold. ``lock``
     keeps connections quiet, and ``backlogs`` has those that nobody has accepted; None unless they are to be saved
-    (``--tcp-established``)."""
+    (``--tcp-established``). ``guard`` is the dump's, or None."""
 
-    __slots__ = ("add_open", "add_path", "backlogs", "lock", "obstacles", "options", "owner", "pids", "warn")
+    __slots__ = ("add_open", "add_path", "backlogs", "guard", "lock", "obstacles", "options", "owner", "pids", "warn")
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class DumpContext:
         self.add_open = add_open
         self.lock: Lock | None = None
         self.backlogs: Backlogs | None = None
+        self.guard: Guard | None = None
         self.warn = warn
 
     def refuse(self, open: Open, reason: str, help: str = "", passing: bool = False) -> None:
@@ -228,8 +230,13 @@ class Kind:
     def complete(self) -> None:
         """All restored tasks have all their descriptors."""
 
-    def resume(self) -> None:
-        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice."""
+    def quiet(self) -> list[int]:
+        """The descriptors that :meth:`resume` needs; none if it has nothing to do."""
+        return []
+
+    def resume(self, again: bool = False) -> None:
+        """The restored tasks run in a moment, and nothing else can fail: let happen what others would notice. *again*:
+        somebody who had the same descriptors has begun with that, and has died."""
 
     def close(self) -> None:
         """Let go of what was held open; also called after a failure."""
@@ -272,12 +279,13 @@ def load(kind: int) -> type[Kind]:
     return found
 
 
-def preload(pid: int) -> None:
-    """Import, before the freeze, the kinds that the running process *pid* seems to need."""
+def preload(pid: int) -> set[int]:
+    """Import, before the freeze, the kinds that the running process *pid* seems to need; which these are."""
+    found: set[int] = set()
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:
-        return
+        return found
     for name in names:
         path = f"/proc/{pid}/fd/{name}"
         try:
@@ -286,8 +294,10 @@ def preload(pid: int) -> None:
             continue
         if kind == SOCKET:
             kind = _PROTOCOL_NAMES.get(_protocol_name(path), INETSK)
-        if kind is not None and is_built(kind):
+        if kind is not None and is_built(kind) and kind not in found:
             load(kind)
+            found.add(kind)
+    return found
 
 
 def _protocol_name(path: str) -> bytes:

@@ -2,13 +2,14 @@
 
 The stub is a static executable of a few bytes that waits in pause(2). It is born of us by clone3(2) with set_tid, so
 its pid is the wanted one and nobody else ever had it in between; the clone is a plain fork that does nothing but
-execute the stub from a memfd. It is seized with PTRACE_O_EXITKILL: if we die before the end, so does everything that
-we made.
+execute the stub from a memfd. Before that it is seized with PTRACE_O_EXITKILL: if we die before the end, so does
+everything that we made. It waits for that at a pipe, which tells it if we die even before.
 """
 
 from __future__ import annotations
 
 import _signal
+import _thread
 import errno
 import os
 import struct
@@ -22,6 +23,10 @@ from firn.errors import KernelError, RestoreError
 from firn.host import procfs
 from firn.tracee import memory, ptrace
 from firn.tracee.program import Runner
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _BASE = 0x10000
 _REAPING_TRIES = 50
@@ -102,32 +107,34 @@ def spawn(pid: int, sibling: bool, orphan: bool = False) -> None:
     whoever adopts the orphans here."""
     memfd = os.memfd_create("stub", os.MFD_CLOEXEC)
     alive, child_end = os.pipe2(os.O_CLOEXEC)
+    wait, go = os.pipe2(os.O_CLOEXEC)
     old_mask = _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
     try:
         os.write(memfd, stub_image())
         if orphan:
-            _clone_orphan(pid, memfd)
+            _clone_orphan(pid, memfd, wait, go)
         else:
-            _clone(pid, sibling, memfd)
+            _clone(pid, sibling, memfd, wait, go)
+        options = pt.O_TRACESYSGOOD | pt.O_TRACECLONE | pt.O_TRACEFORK | pt.O_EXITKILL
+        ptrace.request("seize", pt.SEIZE, pid, 0, options)
         os.close(child_end)
         child_end = -1
+        os.write(go, b"+")
         # The pipe closes at the execve(2); what comes before is an errno.
         failure = os.read(alive, 4)
         if failure:
             raise RestoreError(f"the stub cannot be executed: {os.strerror(int.from_bytes(failure, 'little'))}")
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, old_mask)
-        for fd in (memfd, alive, child_end):
+        for fd in (memfd, alive, child_end, wait, go):
             if fd >= 0:
                 os.close(fd)
-    options = pt.O_TRACESYSGOOD | pt.O_TRACECLONE | pt.O_TRACEFORK | pt.O_EXITKILL
-    ptrace.request("seize", pt.SEIZE, pid, 0, options)
     ptrace.request("interrupt", pt.INTERRUPT, pid)
     while ptrace.wait_stop(pid).event != pt.EVENT_STOP:
         ptrace.request("continue", pt.CONT, pid)
 
 
-def _clone_orphan(pid: int, memfd: int) -> None:
+def _clone_orphan(pid: int, memfd: int, wait: int, go: int) -> None:
     """The same by a child of ours that ends at once."""
     for _ in range(_REAPING_TRIES):
         args = bytearray(sched.CLONE_ARGS.pack(0, 0, 0, 0, sig.SIGCHLD, 0, 0, 0, 0, 0, 0))
@@ -136,7 +143,7 @@ def _clone_orphan(pid: int, memfd: int) -> None:
             failed = True
             try:
                 if os.getpid() != pid:
-                    _clone(pid, False, memfd)
+                    _clone(pid, False, memfd, wait, go)
                     failed = False
             finally:
                 os._exit(failed)
@@ -148,12 +155,12 @@ def _clone_orphan(pid: int, memfd: int) -> None:
         return
 
 
-def _clone(pid: int, sibling: bool, memfd: int) -> None:
-    """clone3 with set_tid; the child executes *memfd* and never returns from here."""
+def _clone(pid: int, sibling: bool, memfd: int, wait: int, go: int) -> None:
+    """clone3 with set_tid; the child executes *memfd*, when it is told to, and never returns from here."""
     wanted = bytearray(struct.pack("<i", pid))
     flags, signal = (sched.CLONE_PARENT, 0) if sibling else (0, sig.SIGCHLD)
     args = bytearray(sched.CLONE_ARGS.pack(flags, 0, 0, 0, signal, 0, 0, 0, address_of(wanted), 1, 0))
-    arguments, environment = ["firn"], dict[str, str]()
+    arguments, environment, word = ["firn"], dict[str, str](), bytearray(1)
     try:
         child = forking_syscall(f"clone3 with pid {pid}", nr.clone3, address_of(args), len(args))
     except OSError as error:
@@ -168,6 +175,10 @@ def _clone(pid: int, sibling: bool, memfd: int) -> None:
         raise
     if child == 0:
         try:
+            os.close(go)
+            # Not os.read, which gives the interpreter's lock away, perhaps to a thread that is not here.
+            if forking_syscall("read", nr.read, wait, address_of(word), 1) != 1:
+                os._exit(1)
             os.execve(memfd, arguments, environment)
         except OSError as error:
             os.write(2, f"firn: stub: {error}\n".encode())
@@ -194,16 +205,22 @@ def stand_in(pid: int, threads: list[int]) -> None:
             raise taken(tid) if error.errno == errno.EEXIST else error from None
 
 
+def strike(pids: Iterable[int], tracer: int) -> None:
+    """Kill those of the processes that thread *tracer* traces: of the others, somebody else may have the pid."""
+    for pid in pids:
+        try:
+            if procfs.status(procfs.speaker(pid))["TracerPid"] == str(tracer):
+                os.kill(pid, sig.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
 def kill(families: list[list[int]]) -> None:
     """End the processes whose thread ids are *families* (leaders first), as far as they exist, and see them dead.
 
     As their tracer we are told of every thread's end, a leader's after those of its other threads.
     """
-    for tids in families:
-        try:
-            os.kill(tids[0], sig.SIGKILL)
-        except ProcessLookupError:
-            continue
+    strike((tids[0] for tids in families), _thread.get_native_id())
     for tids in families:
         for tid in [*tids[1:], tids[0]]:
             try:

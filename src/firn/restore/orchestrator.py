@@ -15,6 +15,7 @@ Until the end of *state* one failure block kills what was made; afterwards nothi
 
 from __future__ import annotations
 
+import _thread
 import os
 import time
 
@@ -33,6 +34,7 @@ from firn.restore.clocks import TimeNamespace
 from firn.restore.family import Family
 from firn.restore.load import Checkpoint
 from firn.scripts import run_scripts, write_pidfile
+from firn.tracee.timelimit import DeathWatch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,10 +46,14 @@ if TYPE_CHECKING:
     from firn.resources.files.segments import RestoredSegments
     from firn.resources.network.lock import Lock
     from firn.restore.tasks import RestoredTask
+    from firn.tracee.guard import Guard
 
 
 _CPU_IMAGE = 8
 """The bit of --cpu-cap that asks for cpuinfo.img."""
+_DYING_S = 0.2
+_FINISH = b"finish"
+"""What a guard is told when it is decided that the tree shall live."""
 
 
 class Result:
@@ -71,7 +77,12 @@ class Restore:
         self.family: Family | None = None
         self.segments: RestoredSegments | None = None
         self.born = False
+        self.first = 0
         self.lock: Lock | None = None
+        self.guard: Guard | None = None
+        self.watch = DeathWatch(self._followers, self._missed)
+        self.frail = False
+        """The tree needs every process of it to come back."""
         self.stats = {"pages_compared": 0, "pages_skipped_cow": 0}
 
     def stage(self, name: str) -> None:
@@ -80,6 +91,10 @@ class Restore:
             faults.point(f"restore.{name}")
             getattr(self, name)()
             faults.point(f"restore.{name}.done")
+
+    def _followers(self) -> list[int]:
+        """The ids of all threads that are no leaders."""
+        return [tid for process in self.checkpoint.processes for tid in process.tids[1:]]
 
     def _family(self) -> Family:
         assert self.family is not None
@@ -182,8 +197,10 @@ class Restore:
         """Make the root task."""
         started = time.monotonic_ns()
         with TimeNamespace(self.checkpoint.clocks(), self.log):
-            self.born = True
+            self.born = self.frail = True
+            self.watch.start()
             birth.spawn(self.checkpoint.root.pid, self.options.restore_sibling, self._must_be_orphan())
+        self.first = self.checkpoint.root.pid
         self.stats["forking_time"] = (time.monotonic_ns() - started) // 1000
 
     def _must_be_orphan(self) -> bool:
@@ -263,19 +280,85 @@ class Restore:
         """Let the tree go, children first: a parent that runs finds all of them."""
         tasks = self._family().tasks
         self._family().make_ready()
+        self.frail = False
+        self._set_guard()
+        faults.point("restore.resume.ready")
+        for task in tasks:
+            task.outlive_us()
+        faults.point("restore.resume.outlived")
+        if self.guard is not None:
+            self.guard.note(_FINISH)
+        faults.point("restore.resume.decided")
         if self.lock is not None:
             self.lock.open()
+        faults.point("restore.resume.unlocked")
         if self.segments is not None:
             self.segments.succeeded()
             self.segments.close()
-        # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         assert self.opener is not None
         self.opener.resume()
+        faults.point("restore.resume.living")
+        self._dismiss_guard()
+        # Ours go first: else a task could miss that the other end of a pipe or socket is closed.
         self.opener.close()
         self.opener.inherited.done()
         for task in reversed(tasks):
             task.let_go(self.options.leave_stopped)
         self.born = False
+
+    def _set_guard(self) -> None:
+        """From here on connections begin to live: if we are killed before all do and the tree has them, a guard sees to
+        that; or until this is decided, that nothing is left of the tree."""
+        assert self.opener is not None
+        quiet = self.opener.quiet()
+        if not quiet:
+            return
+        from firn.tracee.guard import Guard
+
+        tracer = _thread.get_native_id()
+        keep = [*quiet, *(self.lock.descriptors() if self.lock is not None else ())]
+        self.guard = Guard(lambda text, _: self._stand_in(text, tracer), keep)
+        if not self.guard.start():
+            self.log.warn("nobody can guard us: killed in the next moment, firn would lose the connections")
+
+    def _stand_in(self, text: bytes, tracer: int) -> None:
+        """The duty of a guard: *tracer* was killed; finish, or undo, what it has begun. The tree was made ready to run
+        on by itself, which it does as soon as we return."""
+        if not text.startswith(_FINISH):
+            birth.strike((process.pid for process in self.checkpoint.processes), tracer)
+            return
+        if self.options.leave_stopped:
+            for task in self._family().tasks:
+                os.kill(task.pid, sig.SIGSTOP)
+        if self.lock is not None:
+            self.lock.open()
+        assert self.opener is not None
+        self.opener.resume(again=True)
+
+    def _dismiss_guard(self) -> None:
+        if self.guard is not None:
+            self.guard.end()
+            self.guard = None
+
+    def ended(self) -> int:
+        """A process that was born and has ended already; 0 if there is none. One that was killed takes a moment to end,
+        in which it is in no stop."""
+        limit = time.monotonic() + _DYING_S
+        while True:
+            states = self._states()
+            ended = [pid for pid, state in states.items() if state in "ZX"]
+            if ended or time.monotonic() > limit or all(state == "t" for state in states.values()):
+                return ended[0] if ended else 0
+            time.sleep(0.001)
+
+    def _missed(self) -> int:
+        return next((pid for pid, state in self._states().items() if state in "ZX"), 0) if self.frail else 0
+
+    def _states(self) -> dict[int, str]:
+        """The states (as in proc(5)) of all processes that were born and shall live."""
+        there = {self.first, *self.family.stubs} if self.family is not None else set()
+        tasks = self.family.tasks if self.family is not None else []
+        return {task.pid: task.process_state() for task in tasks if task.pid in there}
 
     def undo(self) -> None:
         """Kill what was made."""
@@ -285,6 +368,8 @@ class Restore:
 
     def close(self) -> None:
         """Close what was opened."""
+        self.watch.stop()
+        self._dismiss_guard()
         if self.family is not None:
             self.family.close()
         if self.opener is not None:
@@ -318,8 +403,12 @@ def restore(options: RestoreOptions, log: Log, done: Callable[[Result], None] | 
         work.stage("finish")
         _scripts(work, "pre-resume", pid)
         work.stage("resume")
-    except BaseException:
+    except BaseException as error:
+        work.frail = False
+        ended = work.ended()
         work.undo()
+        if ended and isinstance(error, FirnError | OSError):
+            raise RestoreError(f"process {ended} was killed by somebody else while it was being restored") from error
         raise
     finally:
         work.close()

@@ -10,7 +10,7 @@ from firn.abi import ptrace as pt
 from firn.abi import signal as sig
 from firn.abi import x86_64 as cpu
 from firn.abi.libc import syscall
-from firn.host import features
+from firn.host import features, procfs
 from firn.resources import creds, policies, process, restart, seccomp, signals, stops, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
@@ -18,6 +18,7 @@ from firn.resources.threads import xstate
 from firn.restore.memory import TaskMemory, take_files
 from firn.tracee import ptrace
 from firn.tracee.program import Program, Runner, Scratch, check_fault
+from firn.tracee.seize import detach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -371,12 +372,24 @@ class RestoredTask:
                 ptrace.request("continue", pt.CONT, thread.tid)
         return True
 
+    def process_state(self) -> str:
+        """The letter of proc(5): t in a stop under our trace, Z or X if it has ended."""
+        try:
+            return str(procfs.stat(self.pid, self.leader.tid).state)
+        except (FileNotFoundError, ProcessLookupError):
+            return "X"
+
+    def outlive_us(self) -> None:
+        """The task is ready: from now on it runs if we die. Until now it would have died with us."""
+        for thread in self.threads:
+            ptrace.request("no longer end with us", pt.SETOPTIONS, thread.tid, 0, pt.O_TRACESYSGOOD)
+
     def let_go(self, stop: bool) -> None:
         """Detach; the task runs, or stops if it was stopped or is to be."""
         if stop and not self.is_stopped():
             os.kill(self.pid, sig.SIGSTOP)
         for thread in [*self.threads[1:], self.leader]:
-            ptrace.request("detach", pt.DETACH, thread.tid)
+            detach(thread.tid)
 
     def _stop_signal(self) -> int:
         """The signal that a stopped task was stopped by."""

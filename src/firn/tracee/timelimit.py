@@ -1,5 +1,5 @@
 """What keeps a wait for another process from lasting for ever, by SIGALRM: a limit (``--timeout``), and a watch for
-frozen threads that somebody else has killed."""
+traced threads that somebody else has killed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _SIGALRM = 14
 _ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 _EVERY = 1.0
 """Seconds."""
+_PATIENCE = 5
+"""How often something is missed before it is an error."""
 
 
 class TimeLimit:
@@ -43,15 +45,19 @@ class TimeLimit:
 
 
 class DeathWatch:
-    """Takes, every now and then, the ends of threads that were frozen and got killed by somebody (the OOM killer, say).
+    """Takes, every now and then, the ends of threads that we trace and somebody has killed (the OOM killer, say).
 
     The kernel tells a tracer of a leader's end only after it was told of those of all other threads (ptrace(2)), so a
     wait for a leader would never return. Nothing is watched outside of the main thread, which alone gets signals.
     """
 
-    def __init__(self, others: Callable[[], Iterable[int]]) -> None:
-        """*others*: the ids of the frozen threads that are not leaders, now."""
+    def __init__(self, others: Callable[[], Iterable[int]], missed: Callable[[], int] = lambda: 0) -> None:
+        """*others*: the ids of the traced threads that are not leaders, now. *missed*: a process without which nothing
+        can go on (0: none); if it is told of several times, the wait, whatever it is, ends with :class:`TargetError`.
+        """
         self._others = others
+        self._missed = missed
+        self._patience = _PATIENCE
         self._old: object = None
         self._on = False
 
@@ -74,6 +80,11 @@ class DeathWatch:
                     os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | pt.WALL)
             except ChildProcessError:
                 continue
+        pid = self._missed()
+        if pid:
+            self._patience -= 1
+        if pid and not self._patience:
+            raise TargetError(f"process {pid} ended meanwhile")
 
     def stop(self) -> None:
         """No longer."""

@@ -329,10 +329,14 @@ class Opener:
             except FileNotFoundError:
                 pass
 
-    def resume(self) -> None:
-        """The tasks run in a moment."""
+    def quiet(self) -> list[int]:
+        """The descriptors that :meth:`resume` needs; none if it has nothing to do."""
+        return [fd for kind in self.kinds.values() for fd in kind.quiet()]
+
+    def resume(self, again: bool = False) -> None:
+        """The tasks run in a moment. *again*: who had begun with this is dead."""
         for kind in self.kinds.values():
-            kind.resume()
+            kind.resume(again)
 
     # -- memory objects ------------------------------------------------------------------------------------------------
 

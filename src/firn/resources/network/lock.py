@@ -7,12 +7,14 @@ that is in no image, or answer with a reset once the socket is gone; and none fr
 ===================  ===========================  =======================================================
 when                 tables                       if firn is killed now
 ===================  ===========================  =======================================================
-dump, frozen         ``firn-ID`` locks, and       ``firn-ID`` goes with firn: the connections work again.
-                     ``CRIU-ID`` says whose it    ``CRIU-ID``, which does nothing, stays: ``firn unlock``
-                     is, and locks nothing yet    finds by it sockets that are left in repair mode
+dump, frozen         ``firn-ID`` locks, and       ``firn-ID`` goes with firn, ``CRIU-ID`` is removed by the
+                     ``CRIU-ID`` says whose it    guard: the connections work again. Without a guard it
+                     is, and locks nothing yet    stays, and does nothing: ``firn unlock`` finds by it
+                                                  sockets that are left in repair mode
+dump, about to kill  ``CRIU-ID`` locks too        the same; without a guard, the tree is left locked
 dump, tree killed    ``CRIU-ID`` locks            it shall stay: the lock waits for the restore
 restore              ``CRIU-ID`` if the dump was  ``firn-ID`` goes with firn; ``CRIU-ID`` stays for the
-                     here, and ``firn-ID`` lock   next try
+                     here, and ``firn-ID`` lock   next try, unless the guard finishes the restore
 restored             none
 ===================  ===========================  =======================================================
 
@@ -144,8 +146,16 @@ class Lock:
     def keep(self) -> None:
         """From now on the lock stays when firn ends, for the restore. Raises :class:`OSError`."""
 
+    def forget(self) -> None:
+        """What is to stay goes after all; for a copy of this process, of which that was killed. Raises
+        :class:`OSError`."""
+
     def open(self) -> None:
         """Unlock all that is locked, also by the dump whose images are restored. Raises :class:`OSError`."""
+
+    def descriptors(self) -> list[int]:
+        """What a copy of this process needs for :meth:`open`."""
+        return []
 
     def close(self) -> None:
         """The work is done, or has failed: what was not kept goes. What an earlier dump has kept stays."""
@@ -218,14 +228,27 @@ class NftLock(Lock):
             self._kept = True
             nftables.close_doors(self._open_channel(), self._held, self._doors, nftables.RESET_OUT)
 
+    def forget(self) -> None:
+        """Remove the table that stays; the other one has gone, or goes, with its maker."""
+        channel = nftables.open_channel()
+        try:
+            remove_tables(channel, (self._held,))
+        finally:
+            channel.close()
+
     def open(self) -> None:
         """Remove all tables of this dump."""
         if self._channel is None:
             return
         if self._rules and iptables.available():
             iptables.remove(self._connections)
+        self._channel.drain()
         remove_tables(self._channel, (self._held, self._own))
         self._kept = False
+
+    def descriptors(self) -> list[int]:
+        """The channel: a table that vanishes with it obeys no other."""
+        return [] if self._channel is None else [self._channel.fileno()]
 
     def close(self) -> None:
         """Remove the tables that were not kept."""

@@ -125,7 +125,7 @@ class _Taken:
             entry |= {"state": TCP_CLOSE, "data": urgent + (tcp.peek(sock, unread) if unread else b"")}
         else:
             sock.getsockopt(options.SOL_SOCKET, _SO_ERROR)  # Of the way to the peer: nobody has asked for it.
-            reasons = self.connection.read()
+            reasons = self.connection.read(None)  # Nobody else has it.
             stream = self.connection.stream
             entry |= {"state": message["state"], "stream": stream, "data": urgent + self.connection.data}
             stream["inq_len"] = len(entry["data"])

@@ -238,7 +238,7 @@ class InetSockets(Kind):
         if context.backlogs is not None and not context.options.skip_in_flight:
             context.backlogs.finish(self._listeners, context, _stays(context))
         for connection in self._connections:
-            for reason in connection.read():
+            for reason in connection.read(context.guard):
                 context.obstacles.append(Obstacle(connection.what, reason, _CLOSE_IT))
             if connection.message["state"] == CLOSE:
                 _forget_connection(connection.message)
@@ -281,10 +281,14 @@ class InetSockets(Kind):
         if self._rebuild is not None:
             self._rebuild.complete()
 
-    def resume(self) -> None:
+    def quiet(self) -> list[int]:
+        """The sockets of connections."""
+        return self._rebuild.quiet() if self._rebuild is not None else []
+
+    def resume(self, again: bool = False) -> None:
         """Connections begin to live."""
         if self._rebuild is not None:
-            self._rebuild.resume()
+            self._rebuild.resume(again)
 
     def close(self) -> None:
         """Close what was rebuilt and not taken, and our copies of sockets."""

@@ -170,11 +170,22 @@ class InetRebuild:
                     for client in made.clients:
                         self._admission.admit(made.get(), client)
 
-    def resume(self) -> None:
-        """Connections live."""
+    def quiet(self) -> list[int]:
+        """Our descriptors of connections, which do not live yet."""
+        return [made.get().fileno() for made in self.made.values() if made.stream is not None]
+
+    def resume(self, again: bool) -> None:
+        """Connections live. *again*: some may do so already; and one that does not is no reason not to see to others.
+
+        Raises :class:`RestoreError`, if not *again*.
+        """
         for made in self.made.values():
-            if made.stream is not None:
-                made.stream.resume(made.address("dst"))
+            try:
+                if made.stream is not None:
+                    made.stream.resume(made.address("dst"), again)
+            except RestoreError:
+                if not again:
+                    raise
 
     def take(self, number: int) -> int:
         """Socket *number*, to be closed by the caller."""

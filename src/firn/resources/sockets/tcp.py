@@ -6,9 +6,10 @@ linux/tcp.h, needs CAP_NET_ADMIN), in which getsockopt(2) tells all that, and a 
 
 Repair mode silences the socket calls of the program (EPERM, EINVAL), and lets a socket that is closed vanish without a
 word to its peer. A program that runs on must not meet the former, also if firn is killed in the middle: so a socket is
-in it only while it is read, and again when the tree is dead and only our copies are left. Between, the locked network
-keeps segments away, which would be taken and answered. Repair mode loses SO_REUSEADDR (it reads 2 meanwhile, and 0
-afterwards: do_tcp_setsockopt in net/ipv4/tcp.c), which is therefore set again.
+in it only while what needs it is read, and again when the tree is dead and only our copies are left; and a guard ends
+it if we are killed in between (:mod:`repair`). Between, the locked network keeps segments away, which would be taken
+and answered. Repair mode loses SO_REUSEADDR (it reads 2 meanwhile, and 0 afterwards: do_tcp_setsockopt in
+net/ipv4/tcp.c), which is therefore set again.
 
 What goes wrong: urgent data, of which repair mode knows nothing; signatures (TCP-MD5, TCP-AO), whose keys and counters
 it does not carry over; a Fast Open that is under way. Segments that arrived out of order are not saved: the peer has
@@ -54,7 +55,7 @@ from firn.abi.tcp import (
     WINDOW,
 )
 from firn.errors import TargetError
-from firn.resources.sockets import options
+from firn.resources.sockets import options, repair
 from firn.resources.sockets.inet_options import TCP
 
 TYPE_CHECKING = False
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from firn.images.store import ImageDir
+    from firn.tracee.guard import Guard
 
 STATES = {
     TCP_ESTABLISHED: "established", TCP_SYN_SENT: "SYN-SENT", TCP_FIN_WAIT1: "FIN-WAIT-1", TCP_FIN_WAIT2: "FIN-WAIT-2",
@@ -86,16 +88,31 @@ def count(sock: socket, number: int) -> int:
 
 
 def peek(sock: socket, size: int) -> bytes:
-    """*size* bytes of a queue, which stay there. SO_PEEK_OFF, which streams have since Linux 6.9, would show others,
-    and be moved on. Raises :class:`BlockingIOError` if the queue is empty."""
-    offset = options.value(sock, options.SOL_SOCKET, options.SO_PEEK_OFF)
-    if offset is None or offset == _NO_OFFSET:
-        return sock.recv(size, _MSG_PEEK | _MSG_DONTWAIT)
+    """*size* bytes that were received and not read, which stay there."""
+    offset = _peek_offset(sock)
+    if offset is None:
+        return _peek(sock, size)
     sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, _NO_OFFSET)
     try:
-        return sock.recv(size, _MSG_PEEK | _MSG_DONTWAIT)
+        return _peek(sock, size)
     finally:
         sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, offset)
+
+
+def _peek(sock: socket, size: int) -> bytes:
+    """Up to *size* bytes of a queue, where no SO_PEEK_OFF is in the way."""
+    try:
+        return sock.recv(size, _MSG_PEEK | _MSG_DONTWAIT) if size else b""
+    except BlockingIOError:
+        return b""
+
+
+def _peek_offset(sock: socket) -> int | None:
+    """The SO_PEEK_OFF of a stream, which has one since Linux 6.9, if it is in use: then one peeks only behind it, and
+    moves it on."""
+    raw = options.value(sock, options.SOL_SOCKET, options.SO_PEEK_OFF)
+    offset = -1 if raw is None else int.from_bytes(raw, "little", signed=True)
+    return offset if offset >= 0 else None
 
 
 def switch_off(sock: socket, reuse: bool, how: int = TCP_REPAIR_OFF_NO_WP) -> None:
@@ -119,28 +136,34 @@ class Connection:
         self.stream: dict[str, Any] = {}
         self.data = b""
 
-    def read(self) -> list[str]:
+    def read(self, guard: Guard | None) -> list[str]:
         """Read everything; reasons why it cannot be saved. The socket is as it was again, and nothing is sent."""
-        self.sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
-        try:
-            return self._read()
-        finally:
-            switch_off(self.sock, bool(self.message["opts"].get("reuseaddr")))
-
-    def _read(self) -> list[str]:
         state, agreed, scales, _, _ = INFO.unpack(self.sock.getsockopt(TCP, TCP_INFO, INFO.size))
         self.message["state"] = state
         reasons = self._obstacles(state)
         if reasons or state == TCP_CLOSE:
             return reasons
         self.stream = {"opt_mask": agreed & KNOWN_OPTIONS, "snd_wscale": scales & 15, "rcv_wscale": scales >> 4}
-        # In repair mode it is what the peer offered.
-        self.stream["mss_clamp"] = self.sock.getsockopt(TCP, TCP_MAXSEG)
         if agreed & TCPI_OPT_TIMESTAMPS:
             self.stream["timestamp"] = self.sock.getsockopt(TCP, TCP_TIMESTAMP) & 0xFFFFFFFF
-        window = WINDOW.unpack(self.sock.getsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.size))
-        self.stream |= dict(zip(WINDOW_FIELDS, window, strict=True))
-        return self._read_queues(state)
+        sizes = (count(self.sock, number) for number in (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD))
+        waiting, queued, unsent = (0, 0, 0) if state == TCP_SYN_SENT else sizes
+        fin = state in FIN_QUEUED
+        reuse = bool(self.message["opts"].get("reuseaddr"))
+        offset = _peek_offset(self.sock)
+        if guard is not None:
+            guard.note(repair.note(self.sock.fileno(), reuse, offset))
+        try:
+            if offset is not None:
+                self.sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, _NO_OFFSET)
+            reasons = self._read_queues(waiting, queued - fin, max(unsent - fin, 0))
+        finally:
+            switch_off(self.sock, reuse)
+            if offset is not None:
+                self.sock.setsockopt(options.SOL_SOCKET, options.SO_PEEK_OFF, offset)
+            if guard is not None:
+                guard.note(b"")
+        return reasons
 
     def _obstacles(self, state: int) -> list[str]:
         reasons = []
@@ -159,38 +182,36 @@ class Connection:
                 raise
         return reasons
 
-    def _read_queues(self, state: int) -> list[str]:
-        fin = state in FIN_QUEUED
-        waiting, queued, unsent = (count(self.sock, number) for number in (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD))
-        if state == TCP_SYN_SENT:
-            waiting = queued = unsent = 0
-        queued -= fin
-        inq_seq, received = self._queue(TCP_RECV_QUEUE, waiting, 0)
-        outq_seq, sent = self._queue(TCP_SEND_QUEUE, queued, _SLACK if queued or state == TCP_SYN_SENT else 0)
-        if state == TCP_SYN_SENT and sent:
+    def _read_queues(self, waiting: int, queued: int, unsent: int) -> list[str]:
+        """Read what *waiting* bytes from the peer, and *queued* ones for it, of which some are *unsent*, stand for; in
+        repair mode, which is left on."""
+        calling = self.message["state"] == TCP_SYN_SENT
+        received = _peek(self.sock, waiting)
+        self.sock.setsockopt(TCP, TCP_REPAIR, TCP_REPAIR_ON)
+        # In repair mode it is what the peer offered.
+        self.stream["mss_clamp"] = self.sock.getsockopt(TCP, TCP_MAXSEG)
+        window = WINDOW.unpack(self.sock.getsockopt(TCP, TCP_REPAIR_WINDOW, WINDOW.size))
+        inq_seq = self._sequence(TCP_RECV_QUEUE)
+        # Once the send queue is chosen, the kernel takes what it would send for sent: so it is the last thing.
+        outq_seq = self._sequence(TCP_SEND_QUEUE)
+        sent = _peek(self.sock, queued + _SLACK if queued or calling else 0)
+        self.sock.setsockopt(TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
+        if calling and sent:
             return ["is a TCP connection whose first data is on its way (TCP Fast Open)"]
         if len(received) != waiting or len(sent) < queued:
             raise TargetError(f"{self.what}: its queues changed while they were read")
         self.data = received + sent[len(sent) - queued :]
+        self.stream |= dict(zip(WINDOW_FIELDS, window, strict=True))
         self.stream |= {
             "inq_len": waiting, "inq_seq": inq_seq, "outq_len": queued, "outq_seq": outq_seq,
-            "unsq_len": min(max(unsent - fin, 0), queued),
+            "unsq_len": min(unsent, queued),
         }  # fmt: skip
         return []
 
-    def _queue(self, number: int, size: int, slack: int) -> tuple[int, bytes]:
-        """(sequence number at the end, contents) of a queue. It is chosen only for the moment: while the send queue is,
-        the kernel takes what it would send for sent."""
-        self.sock.setsockopt(TCP, TCP_REPAIR_QUEUE, number)
-        try:
-            sequence = self.sock.getsockopt(TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF
-            if not size + slack:
-                return sequence, b""
-            return sequence, peek(self.sock, size + slack)
-        except BlockingIOError:
-            return sequence, b""
-        finally:
-            self.sock.setsockopt(TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE)
+    def _sequence(self, queue: int) -> int:
+        """The sequence number at the end of a queue, which is chosen by that."""
+        self.sock.setsockopt(TCP, TCP_REPAIR_QUEUE, queue)
+        return self.sock.getsockopt(TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF
 
     def vanish(self) -> None:
         """Nobody else has the socket any more: it goes without a word."""

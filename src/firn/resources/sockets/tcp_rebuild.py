@@ -83,6 +83,8 @@ _PATIENCE_S = 5.0
 _OPEN_WINDOW = 0xFFFF
 _IP_OPTIONS_ROOM = 40
 _SND_WND, _MAX_WINDOW = WINDOW_FIELDS.index("snd_wnd"), WINDOW_FIELDS.index("max_window")
+_BYTES_ACKED = 120
+"""Where tcpi_bytes_acked is in struct tcp_info."""
 
 
 class Stream:
@@ -308,8 +310,8 @@ class Stream:
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
-    def resume(self, address: tuple[Any, ...]) -> None:
-        """The connection lives. Raises :class:`RestoreError`."""
+    def resume(self, address: tuple[Any, ...], again: bool = False) -> None:
+        """The connection lives. *again*: somebody has died in the middle of this. Raises :class:`RestoreError`."""
         try:
             reuse = bool(self.entry["opts"].get("reuseaddr"))
             if self.state == TCP_SYN_SENT:
@@ -317,7 +319,7 @@ class Stream:
                 self._call_again(address)
             else:
                 switch_off(self.sock, reuse, TCP_REPAIR_OFF)
-                rest = memoryview(self._data)
+                rest = memoryview(self._data)[self._given() if again else 0 :]
                 while rest:
                     rest = rest[self.sock.send(rest, _MSG_DONTWAIT) :]
                 self._close(late=True)
@@ -328,6 +330,19 @@ class Stream:
         except OSError as error:
             raise RestoreError(f"{self.name} cannot go on: {error.strerror}") from None
 
+    def _given(self) -> int:
+        """How much of what had not been sent the kernel was given by now: part of it may have arrived already."""
+        acknowledged = -1
+        while acknowledged != (now := self._acknowledged()):
+            acknowledged, queued = now, count(self.sock, SIOCOUTQ)
+        before = self._image["outq_len"] - self._image.get("unsq_len", 0)
+        return min(max(acknowledged + queued - int(before), 0), len(self._data))
+
+    def _acknowledged(self) -> int:
+        """The bytes that the peer has acknowledged since the restore."""
+        info: bytes = self.sock.getsockopt(TCP, TCP_INFO, _BYTES_ACKED + 8)
+        return int.from_bytes(info[_BYTES_ACKED:], "little")
+
     def _call_again(self, address: tuple[Any, ...]) -> None:
         """connect(2) once more, with the old sequence number: to the peer the same call, made again."""
         fd = self.sock.fileno()
@@ -335,7 +350,7 @@ class Stream:
         fcntl.fcntl(fd, fc.F_SETFL, flags | fc.O_NONBLOCK)
         code = self.sock.connect_ex(address)
         fcntl.fcntl(fd, fc.F_SETFL, flags)
-        if code not in (0, errno.EINPROGRESS):
+        if code not in (0, errno.EINPROGRESS, errno.EALREADY, errno.EISCONN):
             raise OSError(code, "connect")
 
 
