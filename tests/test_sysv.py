@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -263,6 +264,30 @@ def test_threads_have_their_tasks(sees: UndoLists) -> None:
             remove(number, "sem")
     with pytest.raises(OSError):
         sees.of(user.pid, counts)
+
+
+class _OldMemory:
+    """Of a kernel before Linux 6.7, whose undo entries have their amounts elsewhere: one set, and one that is gone."""
+
+    def __init__(self) -> None:
+        self.words = {100: 200, 200: 300, 300: 400, 400: 200, 308: 7, 408: 0xFFFFFFFF, 316: 500, 416: 0}
+
+    def task_of(self, tid: int) -> int:
+        return 100
+
+    def number(self, address: int, size: int = 8) -> int:
+        return self.words[address]
+
+    def read(self, address: int, count: int) -> bytes:
+        assert (address, count) == (500, 6)
+        return struct.pack("<3h", 0, -32768, 5)
+
+
+def test_amounts_behind_a_pointer(sees: UndoLists, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"_list": 0, "_head": 0, "_link": 0, "_set": 8, "_amounts": 16, "_apart": True}
+    for name, value in ({"_memory": _OldMemory()} | changes).items():
+        monkeypatch.setattr(sees, name, value)
+    assert sees.of(1, {7: 3}) == {7: [0, -32768, 5]}
 
 
 _GIVER = """

@@ -7,17 +7,17 @@ Kernel (ipc/sem.c): kcmp(2) tells whether two tasks share a list, and every proc
 (CLONE_SYSVSEM), mostly an empty one. No interface shows what it holds. It is read in the kernel's memory
 (:mod:`firn.host.undolists`), which touches nothing; but not every kernel lets us look.
 
-Where it does not, the task is asked, for semop(2) takes account of the list: an operation
-with SEM_UNDO that would bring the amount out of -32768..32767 fails with ERANGE. And it is all or nothing: operations
-of which the last one cannot succeed change neither values, amounts, times nor pids, and with IPC_NOWAIT nobody waits.
-So the frozen task itself asks (:func:`within`): it moves the amount by as much as it may be moved if it lies in a
-certain range, while operations without SEM_UNDO keep the value within a small stride, and then adds 1 and waits for
-zero. That fails in any case: with EAGAIN only if the amount lies in the range, whatever others do to the value.
+Where it does not, semop(2) has to tell, which takes account of the list: an operation with SEM_UNDO that would bring
+the amount out of -32768..32767 fails with ERANGE. And it is all or nothing: operations of which the last one cannot
+succeed change neither values, amounts, times nor pids, and with IPC_NOWAIT nobody waits. So the frozen task itself asks
+(:func:`within`): it moves the amount by as much as it may be moved if it lies in a certain range, while operations
+without SEM_UNDO keep the value within a small stride, and then adds 1 and waits for zero. That fails in any case: with
+EAGAIN only if the amount lies in the range, whatever others do to the value.
 
-What can go wrong: a value closer to its limit (32767) than the stride gives ERANGE as well; the stride is made smaller
-as far as the number of operations in one call allows. A set that the process may not use (any more) cannot be asked
-about. Left behind is an empty entry of the list for each set, until the process ends or the set goes; and the end of a
-process notes the time (sem_otime) in each set that it has an entry of. So only sets that have been used are asked
+What can go wrong then: a value closer to its limit (32767) than the stride gives ERANGE as well; the stride is made
+smaller as far as the number of operations in one call allows. A set that the process may not use (any more) cannot be
+asked about. Left behind is an empty entry of the list for each set, until the process ends or the set goes; and the end
+of a process notes the time (sem_otime) in each set that it has an entry of. So only sets that have been used are asked
 about: to some programs the time 0 means that a set is not ready yet.
 """
 

@@ -7,8 +7,9 @@ reads of /dev/null, which complete at once, and are then overwritten with the sa
 in the ring need not be the old ones: libraries and io_getevents(2) read them from the header.
 
 What goes wrong: requests in flight. The ring does not show them, and no call tells; the kernel's own counters do
-(:class:`Watch`). Those of files end by themselves soon, and are waited for; those that wait for something to happen
-(IOCB_CMD_POLL) stand against the dump. Where nobody may look at the kernel, their events are lost, and the log says so.
+(:mod:`firn.host.aiorequests`). Those of files end by themselves soon, and are waited for; those that wait for something
+to happen (IOCB_CMD_POLL) stand against the dump. Where nobody may look at the kernel, their events are lost, and the
+log says so.
 """
 
 from __future__ import annotations
