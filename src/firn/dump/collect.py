@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from firn.dump.orchestrator import Dump
     from firn.dump.tree import FrozenTree, Zombie
+    from firn.host.undolists import UndoLists
     from firn.log import Log
     from firn.resources.files.segments import DumpedSegments
 
@@ -57,7 +58,8 @@ class Collected:
         """Processes whose parents have not yet taken notice that they are stopped, or go on."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
-        self.semaphore_sets = semaphores.used_sets()
+        self.semaphore_sets = semaphores.all_sets()
+        self.undo_lists: UndoLists | None = None
         self.namespaces = Namespaces([(task.pid, task.voice) for task in tree.tasks], obstacles)
 
     def close(self) -> None:
@@ -85,6 +87,7 @@ def collect(dump: Dump) -> Collected:
     got.collector.context.lock = dump.lock
     got.collector.context.backlogs = dump.backlogs
     got.collector.context.guard = dump.guard
+    got.undo_lists = dump.undo_lists
     got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)

@@ -424,13 +424,19 @@ class Questions:
         mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
 
     def _find_undo(self, got: Collected) -> None:
-        if not got.semaphore_sets:
+        pid, used = self.mine.pid, [each for each in got.semaphore_sets if each.used]
+        if not used:
             return
         holders = semaphores.holders([thread.tid for thread, *_ in self.threads])
         for thread, program, *_ in self.threads:
-            if thread.tid in holders:
-                status = self.mine.statuses[thread.tid]
-                got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
+            if thread.tid not in holders:
+                continue
+            found = None
+            if got.undo_lists is not None:
+                found = semaphores.see_undo(got.undo_lists, thread.tid, pid, got.semaphore_sets)
+            if found is None:
+                found = semaphores.ask_undo(program, pid, self.mine.statuses[thread.tid], used)
+            got.obstacles += found
 
     def _find_keyrings(self, got: Collected) -> None:
         """The session keyrings: each is read by the first thread that has it, as is that there is none."""
