@@ -220,16 +220,31 @@ static void shared_harm(void)
 	places[4] = places[0];
 }
 
-/* ---- directories that a thread shares with a child, and not with its process ---- */
+/* ---- directories that a thread shares with a child, and with a single thread of another one; not with its process ---- */
+
+static void *wait_for_ever(void *argument)
+{
+	for (;;)
+		pause();
+	return argument;
+}
 
 static void bear_in_own(struct worker *self)
 {
 	go_elsewhere(self);
-	long child = syscall(SYS_clone, CLONE_FS | SIGCHLD, 0, 0, 0, 0);
-	NEED(child >= 0);
-	if (!child)
-		for (;;)
-			pause();
+	for (int i = 0; i < 2; i++) {
+		long child = syscall(SYS_clone, CLONE_FS | SIGCHLD, 0, 0, 0, 0);
+		NEED(child >= 0);
+		if (!child) {
+			if (i) {
+				start_thread(wait_for_ever, NULL);
+				NEED(!unshare(CLONE_FS));
+			}
+			__atomic_store_n(&beat->tokens[i], (uint64_t)getpid(), __ATOMIC_SEQ_CST);
+			wait_for_ever(NULL);
+		}
+		NEED(wait_for((int *)&beat->tokens[i], 5000));
+	}
 }
 
 static void family_set(void)

@@ -32,7 +32,7 @@ def number(own: dict[int, dict[str, Any]], homes: dict[int, int], obstacles: lis
     these may be to its process. What is shared with another process is added to *obstacles*.
     """
     for group in kcmp.groups(homes, fc.KCMP_FS) if own else ():
-        for tid in own.keys() & group:
+        for tid in sorted(own.keys() & group):
             own[tid]["number"] = min(group)
             others = {homes[each] for each in group} - {homes[tid]}
             if others:
