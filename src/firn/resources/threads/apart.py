@@ -4,7 +4,7 @@ State owned: these, and which threads have them in common (the kernel's fs_struc
 Kernel: kcmp(2) with KCMP_FS tells who shares them, /proc/TID what they are. Images: a field of firn's own in
 thread_core_entry, with an fs_entry and a number, the same in threads that share. They come back by birth: the first of
 those who share is cloned without CLONE_FS, goes there by itself, and clones the others. What goes wrong: directories
-that are also another process's are refused, as only the first thread of a process has children at a restore.
+that are also another process's are refused: a child would have to be born of that thread, but is before it exists.
 """
 
 from __future__ import annotations
