@@ -240,8 +240,9 @@ _REGISTERS = (
 )
 _OURS = "R15 R14 R13 R12 BP BX R11 R10 R9 R8 AX CX DX SI DI ORIG_AX IP CS FLAGS SP SS FS_BASE GS_BASE DS ES FS GS"
 X86_64 = Mirror(
-    headers=("sys/user.h", "asm/sigcontext.h", "stdint.h"),
+    headers=("sys/user.h", "asm/sigcontext.h", "asm/processor-flags.h", "stdint.h"),
     expressions={
+        "TRAP_FLAG": "X86_EFLAGS_TF",
         "XSAVE_HEADER": "sizeof(struct _fpstate)",
         "XSAVE_MIN": "offsetof(struct _xstate, ymmh)",
         "SW_RESERVED": "offsetof(struct _fpstate, sw_reserved)",
