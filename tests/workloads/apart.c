@@ -1,6 +1,7 @@
 /* What a single thread has for itself though usually a process has it, or a process for its children to come. */
 #include <sched.h>
 #include <signal.h>
+#include <sys/mount.h>
 #include <sys/wait.h>
 
 #include "workers.h"
@@ -268,19 +269,26 @@ static void family_harm(void)
 static void leave(struct worker *self)
 {
 	(void)self;
-	int flag = !strcmp(mode_name, "files") ? CLONE_FILES : CLONE_NEWUTS;
+	int flag = !strcmp(mode_name, "files") ? CLONE_FILES : !strcmp(mode_name, "mounts") ? CLONE_NEWNS : CLONE_NEWUTS;
 	if (unshare(flag))
 		cannot_run("no such unshare");
 	if (flag == CLONE_FILES)
 		NEED(dup2(0, 77) == 77);
+	if (flag == CLONE_NEWNS) {
+		/* On a mount that nobody else sees. */
+		NEED(!mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) && !mkdir("mounted", 0755));
+		NEED(!mount("none", "mounted", "tmpfs", 0, NULL) && !chdir("mounted"));
+	}
 }
 
 static int job_left(struct worker *self)
 {
 	char path[64], own[64] = "", theirs[64] = "";
+	const char *kind = !strcmp(mode_name, "mounts") ? "mnt" : "uts";
 	(void)self;
-	snprintf(path, sizeof path, "/proc/%d/ns/uts", getpid());
-	CHECK(readlink("/proc/thread-self/ns/uts", own, sizeof own - 1) > 0);
+	snprintf(path, sizeof path, "/proc/self/task/%d/ns/%s", thread_id(), kind);
+	CHECK(readlink(path, own, sizeof own - 1) > 0);
+	snprintf(path, sizeof path, "/proc/%d/ns/%s", getpid(), kind);
 	CHECK(readlink(path, theirs, sizeof theirs - 1) > 0);
 	CHECK(!strcmp(mode_name, "files") ? fcntl(77, F_GETFD) >= 0 : strcmp(own, theirs) != 0);
 	return 1;
@@ -335,6 +343,7 @@ WORKLOAD(
 	{"shared", shared_set, shared_check, shared_harm},
 	{"family", family_set, family_check, family_harm},
 	{"files", left_set, left_check, left_harm},
+	{"mounts", left_set, left_check, left_harm},
 	{"namespace", left_set, left_check, left_harm},
 	{"children", children_set, children_check, children_harm},
 )

@@ -150,6 +150,7 @@ TABLE: list[Workload] = [
     _refused("hidden", "asked", "is a seccomp notifier"),
     _refused("apart", "files", "thread .* has descriptors of its own"),
     _refused("apart", "family", r"thread .* shares its directories \(CLONE_FS\) with process .*, but not with its own"),
+    _refused("apart", "mounts", "thread .* is in another mnt namespace than its process"),
     _refused("apart", "namespace", "thread .* is in another uts namespace than its process"),
     _refused("apart", "children", "has its children born into another time namespace"),
     _obstacle("strange", "io_uring", "userfaultfd", "perf", "(?i)bpf"),
