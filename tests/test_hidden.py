@@ -8,12 +8,13 @@ import select
 import struct
 
 import pytest
-from harness import Runner, firn_command, open_descriptors
+from harness import Runner, Target, firn_command, open_descriptors
 from workloads.table import Workload
 
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
 from firn.errors import KernelError
+from firn.host import procfs
 from firn.host.aiorequests import AioRequests
 from firn.resources.memory.aio import Watch
 from firn.resources.seccomp import Filters
@@ -41,6 +42,25 @@ def test_a_listener_that_only_others_have(runner: Runner, outside: bool) -> None
         os.close(copy)
         assert code == 1 and f"asks a listener, which process {os.getpid()}" in text, text
     runner.assert_right(target, "afterwards")
+    runner.kill(target)
+
+
+def test_directories_that_a_thread_shares_with_others(runner: Runner) -> None:
+    """Seen from each side."""
+    target = runner.start(Workload("apart", "family"))
+    assert target.beat
+    pid, child, other = target.pid, target.beat.token(0), target.beat.token(1)
+    own, second = (
+        f"thread {max(procfs.threads(each))}: shares its directories (CLONE_FS) with process" for each in (pid, other)
+    )
+    for root, *refused in (
+        (pid, f"process {pid}: {own} {child}, but not with its own", f"process {other}: {second} {pid}, but not"),
+        (child, f"process {child}: shares its directories with its parent {pid}"),
+        (other, f"process {other}: {second} {pid}, but not with its own"),
+    ):
+        code, text, _ = runner.try_dump(Target(root, None))
+        assert code == 1 and all(each in text for each in refused), text
+        runner.assert_right(target, "after a dump that was refused")
     runner.kill(target)
 
 
