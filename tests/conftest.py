@@ -16,6 +16,10 @@ from firn.host import nftables
 from firn.resources.network import lock
 
 FAILED = pytest.StashKey[bool]()
+# In the background, or under nohup, they are ignored, and all programs of the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 AT_START = machine_state()
 
 

@@ -87,5 +87,6 @@ def test_dumped_as_by_criu(mode: str, place: Path, runner: Runner) -> None:
     if target.ended():
         pytest.skip(f"it {target.fate()}: the program was made on a processor with more instructions")
     images = runner.dump(target, *(["--tcp-established"] if mode == "tcp" else []))
+    runner.firn("unlock", "-D", str(images))
     found = unlike(place / "images" / mode, images)
     assert not found, "\n".join(found)

@@ -8,11 +8,14 @@ import select
 import struct
 
 import pytest
-from harness import Runner, firn_command, open_descriptors
+from harness import Runner, Target, firn_command, open_descriptors
 from workloads.table import Workload
 
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
+from firn.errors import KernelError
+from firn.host import procfs
+from firn.host.aiorequests import AioRequests
 from firn.resources.memory.aio import Watch
 from firn.resources.seccomp import Filters
 
@@ -42,6 +45,25 @@ def test_a_listener_that_only_others_have(runner: Runner, outside: bool) -> None
     runner.kill(target)
 
 
+def test_directories_that_a_thread_shares_with_others(runner: Runner) -> None:
+    """Seen from each side."""
+    target = runner.start(Workload("apart", "family"))
+    assert target.beat
+    pid, child, other = target.pid, target.beat.token(0), target.beat.token(1)
+    own, second = (
+        f"thread {max(procfs.threads(each))}: shares its directories (CLONE_FS) with process" for each in (pid, other)
+    )
+    for root, *refused in (
+        (pid, f"process {pid}: {own} {child}, but not with its own", f"process {other}: {second} {pid}, but not"),
+        (child, f"process {child}: shares its directories with its parent {pid}"),
+        (other, f"process {other}: {second} {pid}, but not with its own"),
+    ):
+        code, text, _ = runner.try_dump(Target(root, None))
+        assert code == 1 and all(each in text for each in refused), text
+        runner.assert_right(target, "after a dump that was refused")
+    runner.kill(target)
+
+
 @pytest.mark.parametrize(
     ("operation", "value", "asks"),
     [(0x06, 0x7FC00000, True), (0x06, 0x7FC01234, True), (0x06, 0x7FFF0000, False), (0x16, 0, True), (0x20, 0, False)],
@@ -63,16 +85,16 @@ def _submit_polls(context: int, fds: list[int]) -> list[bytearray]:
 
 def test_requests_in_flight_are_counted() -> None:
     """Exactly, whatever the processors keep for themselves and whether or not events have been fetched."""
-    told: list[str] = []
-    watch = Watch.make(told.append)
-    if watch is None:
-        pytest.skip(told[0])
+    try:
+        requests = AioRequests()
+    except (KernelError, OSError) as error:
+        pytest.skip(str(error))
     place = ctypes.c_uint64()
     syscall("io_setup", nr.io_setup, 50, ctypes.addressof(place))
     events, pipes = bytearray(32 * 64), [os.pipe() for _ in range(12)]
 
     def flying() -> list[tuple[int, bool]]:
-        return [(count, waits) for ring, count, waits in watch.in_flight(os.getpid()) if ring == place.value]
+        return [(count, waits) for ring, count, waits in requests.of(os.getpid()) if ring == place.value]
 
     try:
         assert flying() == [(0, False)]
@@ -96,11 +118,11 @@ def test_requests_in_flight_are_counted() -> None:
         for pair in pipes:
             os.close(pair[0])
             os.close(pair[1])
-        watch.close()
+        requests.close()
 
 
 def test_where_nobody_may_look_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("firn.host.kernelview._BTF", "/nonexistent")
+    monkeypatch.setattr("firn.host.btf._PATH", "/nonexistent")
     told: list[str] = []
     before = open_descriptors()
     assert Watch.make(told.append) is None

@@ -174,10 +174,10 @@ def test_the_kernels_memory_is_read_by_names() -> None:
     try:
         assert memory.field(memory.task, "task_struct", "pid", size=4) == threading.get_native_id()
         assert memory.file(0) == memory.file(twin) != memory.file(2)
-        assert memory.layouts.offset("sk_buff", "next") == 0  # in a member without a name
+        assert memory.types.offset("sk_buff", "next") == 0  # in a member without a name
         for name, member in (("task_struct", "no_such_member"), ("no_such_struct", "pid")):
             with pytest.raises(KernelError, match="no_such"):
-                memory.layouts.offset(name, member)
+                memory.types.offset(name, member)
         with pytest.raises(OSError, match="leads nowhere"):
             memory.read(8, 8)
     finally:

@@ -240,8 +240,9 @@ _REGISTERS = (
 )
 _OURS = "R15 R14 R13 R12 BP BX R11 R10 R9 R8 AX CX DX SI DI ORIG_AX IP CS FLAGS SP SS FS_BASE GS_BASE DS ES FS GS"
 X86_64 = Mirror(
-    headers=("sys/user.h", "asm/sigcontext.h", "stdint.h"),
+    headers=("sys/user.h", "asm/sigcontext.h", "asm/processor-flags.h", "stdint.h"),
     expressions={
+        "TRAP_FLAG": "X86_EFLAGS_TF",
         "XSAVE_HEADER": "sizeof(struct _fpstate)",
         "XSAVE_MIN": "offsetof(struct _xstate, ymmh)",
         "SW_RESERVED": "offsetof(struct _fpstate, sw_reserved)",
@@ -291,9 +292,9 @@ BPF = Mirror(
         "GET_CURRENT_TASK": "BPF_FUNC_get_current_task", "PROBE_READ_KERNEL": "BPF_FUNC_probe_read_kernel",
         "MAP_LOOKUP_PERCPU_ELEM": "BPF_FUNC_map_lookup_percpu_elem", "PSEUDO_MAP_FD": "BPF_PSEUDO_MAP_FD",
         "MOV": "BPF_ALU64 | BPF_MOV | BPF_X", "MOV_IMM": "BPF_ALU64 | BPF_MOV | BPF_K",
-        "ADD_IMM": "BPF_ALU64 | BPF_ADD | BPF_K", "SHIFT_RIGHT": "BPF_ALU64 | BPF_RSH | BPF_X",
+        "ADD_IMM": "BPF_ALU64 | BPF_ADD | BPF_K", "JUMP_GREATER_IMM": "BPF_JMP | BPF_JGT | BPF_K",
         "LOAD": "BPF_LDX | BPF_MEM | BPF_DW", "STORE": "BPF_STX | BPF_MEM | BPF_DW",
-        "STORE_IMM": "BPF_ST | BPF_MEM | BPF_DW", "STORE_IMM_32": "BPF_ST | BPF_MEM | BPF_W",
+        "STORE_IMM_32": "BPF_ST | BPF_MEM | BPF_W",
         "LOAD_32": "BPF_LDX | BPF_MEM | BPF_W", "STORE_32": "BPF_STX | BPF_MEM | BPF_W",
         "JUMP_EQUAL_IMM": "BPF_JMP | BPF_JEQ | BPF_K", "JUMP_UNEQUAL_IMM": "BPF_JMP | BPF_JNE | BPF_K",
         "JUMP_UNEQUAL": "BPF_JMP | BPF_JNE | BPF_X", "PSEUDO_MAP_VALUE": "BPF_PSEUDO_MAP_VALUE",
@@ -356,19 +357,8 @@ TCP = Mirror(
     own=frozenset({"INFO", "TCP_MAX_WSCALE"}),
 )
 
-BPF_RUN = Mirror(
-    headers=("linux/bpf.h",),
-    expressions={
-        "MOVE": "BPF_ALU64 | BPF_MOV | BPF_X", "SET": "BPF_ALU64 | BPF_MOV | BPF_K",
-        "LOAD": "BPF_LDX | BPF_MEM | BPF_DW", "STORE": "BPF_STX | BPF_MEM | BPF_DW",
-        "LOAD_WIDE": "BPF_LD | BPF_IMM | BPF_DW", "IF_NOT": "BPF_JMP | BPF_JNE | BPF_K",
-        "IF_GREATER": "BPF_JMP | BPF_JGT | BPF_K", "CALL": "BPF_JMP | BPF_CALL", "EXIT": "BPF_JMP | BPF_EXIT",
-    },
-    own=_names("ATTRIBUTE_SIZE"),
-)  # fmt: skip
-
 MIRRORS = {
-    "bpf": BPF, "bpf_run": BPF_RUN,
+    "bpf": BPF,
     "events": EVENTS, "fcntl": FCNTL, "ipc": IPC, "mman": MMAN, "nftables": NFTABLES, "policies": POLICIES,
     "poll": POLL, "prctl": PRCTL, "ptrace": PTRACE, "sched": SCHED, "signal": SIGNAL, "tcp": TCP, "tty": TTY,
     "tun": TUN, "wait": WAIT, "x86_64": X86_64,

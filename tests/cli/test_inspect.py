@@ -294,6 +294,18 @@ def test_what_firn_writes(runner: Runner) -> None:
     shutil.rmtree(images)
 
 
+@pytest.mark.skipif(not firn_command() or os.geteuid() != 0, reason="a dump needs firn and root")
+def test_threads_with_directories_of_their_own(runner: Runner) -> None:
+    target = runner.start(Workload("apart", "chroot"))
+    images = runner.dump(target)
+    found = describe(str(images))
+    first, *others = found["processes"][0]["threads"]
+    assert "cwd" not in first and [thread["umask"] for thread in others] == [0o1, 0o2]
+    place = f"{runner.folder}/own-0"
+    assert (others[0]["cwd"], others[0]["root"]) == (place, f"{place}/root")
+    assert any(line.endswith(f", in {place}, root {place}/root") for line in render(found))
+
+
 @given(st.text())
 def test_clean_text_is_printable(text: str) -> None:
     assert clean(text).isprintable() and (clean(text) == text) == text.isprintable()

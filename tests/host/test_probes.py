@@ -54,6 +54,8 @@ CONFIG = {
     "inotify_numbers": "INOTIFY_USER CHECKPOINT_RESTORE",
     "executable_memfd": "MEMFD_CREATE",
     "unix_queues": "BPF_SYSCALL DEBUG_INFO_BTF",
+    "kernel_view": "AIO BPF_SYSCALL DEBUG_INFO_BTF",
+    "undo_lists": "SYSVIPC BPF_SYSCALL DEBUG_INFO_BTF",
 }
 
 # The system calls without which an ability cannot be: each alone must turn the answer.
@@ -136,6 +138,7 @@ WITHOUT: dict[str, tuple[int, ...]] = {
     "inotify_numbers": (nr.inotify_init1, nr.ioctl),
     "unix_queues": (nr.bpf, nr.connect),
     "kernel_view": (nr.bpf, nr.openat),
+    "undo_lists": (nr.bpf, nr.openat),
 }
 # What is made by no system call of its own.
 _UNDENIABLE = {"overlayfs_maps", "apparmor_stacking", "has_ipt_legacy", "nftables", "external_net_ns"}

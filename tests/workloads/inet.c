@@ -1,12 +1,9 @@
 /* Internet sockets without connections: listening, bound and fresh ones, datagrams that wait, options, groups. */
-#include "workload.h"
+#include "inet.h"
 
 #include <arpa/inet.h>
 #include <net/if.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
-#include <sys/socket.h>
 
 #ifndef IPPROTO_UDPLITE
 #define IPPROTO_UDPLITE 136
@@ -65,18 +62,6 @@ static int is_at(int i, const char *text)
 	union address a, b;
 	socklen_t length = sizeof a, wanted = address_of(&b, text, ports[i]);
 	return !getsockname(fds[i], &a.any, &length) && length == wanted && !memcmp(&a, &b, length);
-}
-
-static int number(int fd, int level, int option)
-{
-	int value = -12345;
-	socklen_t length = sizeof value;
-	return getsockopt(fd, level, option, &value, &length) ? -54321 : value;
-}
-
-static void set_number(int fd, int level, int option, int value)
-{
-	NEED(!setsockopt(fd, level, option, &value, sizeof value));
 }
 
 /* A client gets through to listening socket `i`, and is accepted. */

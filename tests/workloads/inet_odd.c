@@ -3,16 +3,13 @@
  * bound devices and limits of the way that came after the data; what waits with its hops and kind; the device for
  * groups; segment sizes.
  */
-#include "workload.h"
+#include "inet.h"
 
 #include <arpa/inet.h>
 #include <linux/filter.h>
 #include <net/if.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/ioctl.h>
-#include <sys/socket.h>
 
 #ifndef IP_TRANSPARENT
 #define IP_TRANSPARENT 19
@@ -26,32 +23,6 @@ static int near[KINDS], far[KINDS], fds[4];
 static in_port_t ports[4];
 static int sizes[4];
 static char got[4096];
-
-static void set_number(int fd, int level, int option, int value)
-{
-	NEED(!setsockopt(fd, level, option, &value, sizeof value));
-}
-
-static int number(int fd, int level, int option)
-{
-	int value = -12345;
-	socklen_t length = sizeof value;
-	return getsockopt(fd, level, option, &value, &length) ? -54321 : value;
-}
-
-static int state(int fd)
-{
-	struct tcp_info info;
-	socklen_t length = sizeof info;
-	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) ? -1 : info.tcpi_state;
-}
-
-static int in_state(int fd, int wanted)
-{
-	for (int i = 0; i < 2000 && state(fd) != wanted; i++)
-		nap_ms(1);
-	return state(fd) == wanted;
-}
 
 static struct sockaddr_in at(in_port_t port)
 {

@@ -2,6 +2,7 @@
 #include "members.h"
 #include "workers.h"
 
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
@@ -92,6 +93,15 @@ static int worker_job(struct worker *self)
 	return 1;
 }
 
+/* Also some who are not where the process is. */
+static void worker_prepare(struct worker *self)
+{
+	if (self->index) {
+		NEED(!unshare(CLONE_FS) && !chdir("/"));
+		umask(0111);
+	}
+}
+
 static void child_prepare(void)
 {
 	NEED(!prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0));
@@ -140,6 +150,7 @@ static void whole_set(void)
 	sigaddset(&set, SIGUSR1);
 	sigaddset(&set, SIGUSR2);
 	NEED(!pthread_sigmask(SIG_BLOCK, &set, NULL));
+	prepare = worker_prepare;
 	job = worker_job;
 	start_workers(OTHERS);
 	do_last = be_another;

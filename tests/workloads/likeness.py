@@ -150,6 +150,8 @@ def portrait(pid: int) -> Portrait:
     for tid in sorted(map(int, os.listdir(proc / "task"))):
         thread = proc / "task" / str(tid)
         _status(_read(thread / "status"), f"thread.{tid}.", result)
+        for name in ("cwd", "root"):
+            result[f"thread.{tid}.{name}"] = _link(thread / name)
         for name in THREAD_FILES:
             # The slack is under /proc/TID only.
             result[f"thread.{tid}.{name}"] = _read(Path(f"/proc/{tid}") / name)

@@ -1,5 +1,5 @@
 /* Sockets of the other kinds: netlink, packet, raw and ping sockets. */
-#include "workload.h"
+#include "inet.h"
 
 #include <arpa/inet.h>
 #include <net/if.h>
@@ -10,9 +10,7 @@
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
 #include <netinet/icmp6.h>
-#include <netinet/in.h>
 #include <poll.h>
-#include <sys/socket.h>
 
 static int fds[8];
 static uint32_t port;
@@ -25,18 +23,6 @@ static int make(int i, int family, int type, int protocol)
 		cannot_run("no such sockets here");
 	NEED(fds[i] >= 0);
 	return fds[i];
-}
-
-static int number(int fd, int level, int option)
-{
-	int value = 0;
-	socklen_t length = sizeof value;
-	return getsockopt(fd, level, option, &value, &length) ? -54321 : value;
-}
-
-static void set_number(int fd, int level, int option, int value)
-{
-	NEED(!setsockopt(fd, level, option, &value, sizeof value));
 }
 
 /* ---- netlink ---- */

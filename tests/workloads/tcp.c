@@ -1,12 +1,9 @@
 /* TCP connections with both ends in the tree: queues, options, every state that an open descriptor can have. */
-#include "workload.h"
+#include "inet.h"
 
 #include <arpa/inet.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/ioctl.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 
 #define MEGA ((size_t)1 << 20)
@@ -26,32 +23,6 @@ struct pair {
 
 static struct pair pairs[8];
 static int listening[8];
-
-static void set_number(int fd, int level, int option, int value)
-{
-	NEED(!setsockopt(fd, level, option, &value, sizeof value));
-}
-
-static int number(int fd, int level, int option)
-{
-	int value = -12345;
-	socklen_t length = sizeof value;
-	return getsockopt(fd, level, option, &value, &length) ? -54321 : value;
-}
-
-static int state(int fd)
-{
-	struct tcp_info info;
-	socklen_t length = sizeof info;
-	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) ? -1 : info.tcpi_state;
-}
-
-static int in_state(int fd, int wanted)
-{
-	for (int i = 0; i < 2000 && state(fd) != wanted; i++)
-		nap_ms(1);
-	return state(fd) == wanted;
-}
 
 static int listen_at(const char *text, int family, int backlog)
 {

@@ -264,4 +264,6 @@ ABILITIES: tuple[Ability, ...] = (
           "sees what clients have sent to a unix socket before it accepted them", "a dump waits for it to accept them"),
     _base("kernel_view", memory.kernel_view, ALONE, USED,
           "sees AIO requests in flight", "they are lost, with a warning"),
+    _base("undo_lists", memory.undo_lists, ALONE, USED,
+          "sees what processes give back to semaphores", "all used sets are asked about, which tells less"),
 )  # fmt: skip

@@ -155,7 +155,7 @@ class _Details:
             "exe": [clean(process["exe"])],
             "cwd": [clean(process["cwd"])],
             "root": [clean(process["root"])],
-            "threads": [f"{thread['tid']} {clean(thread['comm'])}" for thread in process["threads"][1:]],
+            "threads": [_thread(thread) for thread in process["threads"][1:]],
             "memory": _memory(process["memory"]),
             "timers": [_timer(timer) for timer in process["timers"]],
             "locks": [_lock(lock) for lock in self.locks.get(process["pid"], [])],
@@ -193,6 +193,11 @@ class _Details:
             names = " ".join(f"{holder['pid']}:{ranges(holder['fds'])}" for holder in others)
             parts.append(f"shared with {names}" + (f" and {more} more" if more else ""))
         return ", ".join(part for part in parts if part)
+
+
+def _thread(thread: Entry) -> str:
+    elsewhere = f", in {clean(thread['cwd'])}, root {clean(thread['root'])}" if "cwd" in thread else ""
+    return f"{thread['tid']} {clean(thread['comm'])}{elsewhere}"
 
 
 def _memory(memory: Entry) -> list[str]:

@@ -17,6 +17,7 @@ from firn.resources.files.paths import PathFinder
 from firn.resources.files.table import FileTable
 from firn.resources.memory import areas
 from firn.resources.namespaces import Namespaces
+from firn.resources.threads import apart
 from firn.tracee.steps import alone, together
 
 TYPE_CHECKING = False
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 
     from firn.dump.orchestrator import Dump
     from firn.dump.tree import FrozenTree, Zombie
+    from firn.host.undolists import UndoLists
     from firn.log import Log
     from firn.resources.files.segments import DumpedSegments
 
 FIRST_KCMP_ID = 2
 """Ids of kernel objects: 1 is our own environment's, the first task gets 2."""
+_OF_THREADS = ("files_id", "fs_id")
+"""What single threads can have for themselves (unshare(2))."""
 _KCMP = {"vm_id": fc.KCMP_VM, "files_id": fc.KCMP_FILES, "fs_id": fc.KCMP_FS, "sighand_id": fc.KCMP_SIGHAND}
 
 
@@ -58,7 +62,8 @@ class Collected:
         """Processes whose parents have not yet taken notice that they are stopped, or go on."""
         self.pstree: list[dict[str, Any]] = []
         self.inventory: dict[str, Any] = {}
-        self.semaphore_sets = semaphores.used_sets()
+        self.semaphore_sets = semaphores.all_sets()
+        self.undo_lists: UndoLists | None = None
         self.namespaces = Namespaces([(task.pid, task.voice) for task in tree.tasks], obstacles)
 
     def close(self) -> None:
@@ -86,6 +91,7 @@ def collect(dump: Dump) -> Collected:
     got.collector.context.lock = dump.lock
     got.collector.context.backlogs = dump.backlogs
     got.collector.context.guard = dump.guard
+    got.undo_lists = dump.undo_lists
     got.thread_groups = dump.thread_groups
     try:
         _check_borders(got, dump.options.shell_job)
@@ -95,6 +101,7 @@ def collect(dump: Dump) -> Collected:
             one.look(got, mine, dump.early_maps.get(mine.pid), dump.options.fork_snapshot)
             if dump.requests is not None and any(area.kind == "aio" for area in mine.areas):
                 dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
+        _number_apart(got)
         _collect_descriptors(got)
         _collect_rings(got)
         _check_terminals(got, dump)
@@ -222,21 +229,34 @@ def _check_borders(got: Collected, shell_job: bool) -> None:
                 "use --shell-job (-j)",
             )
         )
-    parent = root.stat.ppid
-    if parent and parent != os.getpid():
-        for name in _shared_outside(root.task.voice, parent):
+    parent = _outer_parent(got)
+    for field, _, name in births.SHARED if parent else ():
+        if _shares_outside(root.task.voice, parent, field):
             got.obstacles.append(
                 Obstacle(f"process {root.pid}", f"shares its {name} with its parent {parent}", "dump both")
             )
 
 
-def _shared_outside(tid: int, other: int) -> list[str]:
-    """What task *tid* shares with process *other*, as far as we may know it."""
+def _outer_parent(got: Collected) -> int:
+    """The parent of the tree; 0 if that is nobody, or we."""
+    parent = got.tasks[0].stat.ppid
+    return parent if parent != os.getpid() else 0
+
+
+def _shares_outside(tid: int, other: int, field: str) -> bool:
+    """Whether task *tid* shares what *field* of its ids stands for with a thread of process *other*, as far as we may
+    know it."""
     try:
-        speaker = procfs.speaker(other)
-        return [name for field, _, name in births.SHARED if kcmp.same(tid, speaker, _KCMP[field])]
+        speakers = procfs.threads(other) if field in _OF_THREADS else [procfs.speaker(other)]
     except OSError:
-        return []
+        return False
+    for speaker in speakers:
+        try:
+            if kcmp.same(tid, speaker, _KCMP[field]):
+                return True
+        except OSError:
+            continue  # it has ended, or we may not ask
+    return False
 
 
 Sharing = dict[str, list[list[int]]]
@@ -271,6 +291,17 @@ def _number_objects(got: Collected, early: Sharing) -> None:
         if mine.ids["vm_id"] != number:
             mine.sharer = got.tasks[mine.ids["vm_id"] - FIRST_KCMP_ID]
             mine.task.shares_memory = mine.sharer.task.shares_memory = True
+
+
+def _number_apart(got: Collected) -> None:
+    """Number the directories that single threads have for themselves."""
+    own = {tid: entry for mine in got.tasks for tid, entry in mine.apart.items()}
+    homes = {tid: mine.pid for mine in got.tasks for tid in (mine.task.voice, *mine.apart)}
+    apart.number(own, homes, got.obstacles)
+    parent = _outer_parent(got)
+    for tid in own if parent else ():
+        if _shares_outside(tid, parent, "fs_id"):
+            apart.refuse(homes[tid], tid, parent, got.obstacles)
 
 
 def _check_births(tree: FrozenTree, got: Collected) -> None:

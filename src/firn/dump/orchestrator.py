@@ -32,7 +32,7 @@ from firn.dump.tree import FrozenTree, await_vforks, find_vforks, freeze, vfork_
 from firn.errors import FirnError, Obstacle, Refused, TargetError, UsageError
 from firn.host import features, procfs
 from firn.images.store import ImageDir
-from firn.resources import base, cgroups, cpu, keyrings, policies, process, restart
+from firn.resources import base, cgroups, cpu, keyrings, policies, process, restart, semaphores
 from firn.resources.memory import aio, areas
 from firn.resources.memory.pages import ProcessPages
 from firn.tracee import seize
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from firn.api import CpuinfoOptions, DumpOptions
     from firn.dump.snapshot import Snapshot
     from firn.dump.task import CollectedTask
+    from firn.host.undolists import UndoLists
     from firn.log import Log
     from firn.resources.memory.shared import SharedPages
     from firn.resources.network.lock import Lock
@@ -98,6 +99,7 @@ class Dump:
         self.run_id = _run_id()
         self.with_requests = False
         self.requests: aio.Watch | None = None
+        self.undo_lists: UndoLists | None = None
         self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
         self.backlogs: Backlogs | None = None
@@ -159,6 +161,7 @@ class Dump:
             if self.freezer.was_frozen and self.options.fork_snapshot:
                 raise UsageError("--fork-snapshot needs a control group that is not frozen: the copies are in it")
         features.pagemap_scan()
+        self.undo_lists = semaphores.sight()
         xsave_layout()
         self.images.clear_old()
         process.raise_own_limit()
@@ -462,8 +465,9 @@ class Dump:
             self.guard.end()
         self.watch.stop()
         self.partners.close()
-        if self.requests is not None:
-            self.requests.close()
+        for view in self.requests, self.undo_lists:
+            if view is not None:
+                view.close()
         if self.collected is not None:
             if self.options.leave_running:
                 self.collected.finder.undo()

@@ -68,6 +68,8 @@ class CollectedTask:
         self.areas: list[areas.Area] = []
         self.descriptors: list[Descriptor] = []
         self.fs: dict[str, Any] = {}
+        self.apart: dict[int, dict[str, Any]] = {}
+        """The firn_directories of threads that have their own, by thread id."""
         self.ids: dict[str, int] = {}
         self.cores: list[tuple[int, dict[str, Any]]] = []
         self.mm: dict[str, Any] = {}
@@ -98,15 +100,14 @@ def look(got: Collected, mine: CollectedTask, early: EarlyMaps | None, flags_fol
     _leave_critical_sections(mine)
     _check_label(mine, got.obstacles)
     policies.look(pid, mine.statuses, got.obstacles)
-    _check_threads(mine, got.obstacles)
+    _look_at_threads(got, mine)
     if maps is not None:
         mine.maps = maps
         mine.areas = areas.classify(pid, maps, got.obstacles)
         areas.find_backing(voice, mine.areas, got.obstacles, got.mapped_stats)
         _add_segments(got, mine)
-    cwd, root = _named_link(got, mine, "cwd"), _named_link(got, mine, "root")
-    mine.fs = {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[voice]["Umask"], 8)}
-    mine.exe_id = _named_link(got, mine, "exe")
+    mine.fs = _directories(got, mine, voice)
+    mine.exe_id = _named_link(got, mine, voice, "exe")
 
 
 _MANY_MAPS = 400
@@ -141,12 +142,9 @@ def _leave_critical_sections(mine: CollectedTask) -> None:
         thread.regs = thread.resume_regs = threads.leave_critical_section(mine.task.voice, thread)
 
 
-_TABLES = ((fc.KCMP_FILES, "descriptors"), (fc.KCMP_FS, "directories"))
-
-
-def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
+def _look_at_threads(got: Collected, mine: CollectedTask) -> None:
     """What a thread can have for itself though usually a process has it (unshare(2), setns(2))."""
-    voice, others = mine.task.voice, mine.task.threads[1:]
+    voice, others, obstacles = mine.task.voice, mine.task.threads[1:], got.obstacles
     known = namespaces.links(voice) if others else {}
     for thread in others:
         what = f"process {mine.pid}: thread {thread.tid}"
@@ -154,10 +152,11 @@ def _check_threads(mine: CollectedTask, obstacles: list[Obstacle]) -> None:
             reason = "is a worker of an io_uring, whose requests live in the kernel"
             obstacles.append(Obstacle(what, reason, "close its rings before the dump"))
         namespaces.check_thread(mine.pid, thread.tid, known, obstacles)
-        for table, name in _TABLES:
-            if not kcmp.same(voice, thread.tid, table):
-                reason = f"has {name} of its own (unshare), which images cannot hold"
-                obstacles.append(Obstacle(what, reason, "use a process for it"))
+        if not kcmp.same(voice, thread.tid, fc.KCMP_FILES):
+            reason = "has descriptors of its own (unshare), which images cannot hold"
+            obstacles.append(Obstacle(what, reason, "use a process for it"))
+        if not kcmp.same(voice, thread.tid, fc.KCMP_FS):
+            mine.apart[thread.tid] = {"fs": _directories(got, mine, thread.tid)}
 
 
 def _is_ring_worker(pid: int, tid: int) -> bool:
@@ -187,10 +186,16 @@ def _label(pid: int) -> str:
     return ""
 
 
-def _named_link(got: Collected, mine: CollectedTask, name: str) -> int:
-    """The file id of what /proc/PID/*name* leads to."""
-    link = f"/proc/{mine.task.voice}/{name}"
-    what = f"process {mine.pid}: {name}"
+def _directories(got: Collected, mine: CollectedTask, tid: int) -> dict[str, Any]:
+    """The fs_entry of thread *tid*."""
+    cwd, root = _named_link(got, mine, tid, "cwd"), _named_link(got, mine, tid, "root")
+    return {"cwd_id": cwd, "root_id": root, "umask": int(mine.statuses[tid]["Umask"], 8)}
+
+
+def _named_link(got: Collected, mine: CollectedTask, tid: int, name: str) -> int:
+    """The file id of what /proc/TID/*name* of thread *tid* leads to."""
+    link = f"/proc/{tid}/{name}"
+    what = f"process {mine.pid}: {name}" if tid == mine.task.voice else f"process {mine.pid}: thread {tid}: {name}"
     number = _plain_file(got, what, link, procfs.link_stat(link), 0)
     pids, target = got.collector.context.pids, os.readlink(link)
     thread = thread_of(target)
@@ -424,13 +429,19 @@ class Questions:
         mine.memory = ProcessPages(pid, mine.areas, features.pagemap_scan())
 
     def _find_undo(self, got: Collected) -> None:
-        if not got.semaphore_sets:
+        pid, used = self.mine.pid, [each for each in got.semaphore_sets if each.used]
+        if not used:
             return
         holders = semaphores.holders([thread.tid for thread, *_ in self.threads])
         for thread, program, *_ in self.threads:
-            if thread.tid in holders:
-                status = self.mine.statuses[thread.tid]
-                got.obstacles += semaphores.find_undo(program, self.mine.pid, status, got.semaphore_sets)
+            if thread.tid not in holders:
+                continue
+            found = None
+            if got.undo_lists is not None:
+                found = semaphores.see_undo(got.undo_lists, thread.tid, pid, got.semaphore_sets)
+            if found is None:
+                found = semaphores.ask_undo(program, pid, self.mine.statuses[thread.tid], used)
+            got.obstacles += found
 
     def _find_keyrings(self, got: Collected) -> None:
         """The session keyrings: each is read by the first thread that has it, as is that there is none."""
@@ -480,6 +491,8 @@ def _thread_core(
     thread.resume_regs = restart.resume_registers(thread.regs, deliverable)
     if interrupted.entry:
         core["firn"]["restart"] = interrupted.entry
+    if thread.tid in mine.apart:
+        core["firn"]["directories"] = mine.apart[thread.tid]
     core["cg_set"] = got.cgroup_sets.number(mine.cgroups.of_thread(thread.tid, got.thread_groups))
     return {
         "mtype": threads.X86_64,

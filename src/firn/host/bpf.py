@@ -1,6 +1,6 @@
-"""BPF programs without a compiler: loaded as instructions, attached to what a network device receives (bpf(2)).
+"""BPF programs without a compiler: loaded as instructions, run at once or attached to what a network device receives.
 
-Everything ends with the descriptors, so nothing is left if firn is killed.
+Everything ends with the descriptors, so nothing is left if firn is killed. Source: bpf(2).
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     Line = tuple[int, int, int, int | str, int] | str
 
 _LOG_SIZE = 1 << 14
-_BTF = "/sys/kernel/btf/vmlinux"
+LICENCE = b"GPL v2"
+"""What the kernel is told of every program: it lets only those that are (also) under the GPL call what they need.
+
+The tables of instructions that firn loads (:mod:`kernelmemory`, resources/sockets/admission.py) are its own work. They
+may be used under the licence of the rest or the GNU GPL: SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+"""
 
 
 def call(what: str, command: int, attr: bytes) -> tuple[int, bytearray]:
@@ -79,16 +84,16 @@ def assemble(lines: list[Line]) -> bytes:
     return code
 
 
-def load(code: bytes, licence: bytes, name: bytes) -> int:
-    """The descriptor of a program for packets that a device receives. Raises :class:`OSError`; if the kernel's
-    verifier does not accept it, with the end of what it says."""
-    instructions, text, log = bytearray(code), bytearray(licence + b"\0"), bytearray(_LOG_SIZE)
+def load(kind: int, code: bytes, name: bytes, attach_type: int = 0) -> int:
+    """The descriptor of a program of this *kind* (BPF_PROG_TYPE_*). Raises :class:`OSError`; if the kernel's verifier
+    does not accept it, with the end of what it says."""
+    instructions, text, log = bytearray(code), bytearray(LICENCE + b"\0"), bytearray(_LOG_SIZE)
     count = len(code) // bpf.INSTRUCTION.size
-    head = bpf.PROG_LOAD.pack(bpf.BPF_PROG_TYPE_SCHED_CLS, count, address_of(instructions), address_of(text))
+    head = bpf.PROG_LOAD.pack(kind, count, address_of(instructions), address_of(text))
 
     def attr(level: int) -> bytes:
         report = (level, len(log), address_of(log)) if level else (0, 0, 0)
-        return head + bpf.PROG_LOAD_REST.pack(*report, 0, 0, name, 0, bpf.BPF_TCX_INGRESS)
+        return head + bpf.PROG_LOAD_REST.pack(*report, 0, 0, name, 0, attach_type)
 
     try:
         return call("loading a program", bpf.BPF_PROG_LOAD, attr(0))[0]
@@ -103,36 +108,16 @@ def load(code: bytes, licence: bytes, name: bytes) -> int:
         raise OSError(refused.errno, f"{refused.strerror}: {' / '.join(said)}") from None
 
 
+def run(program: int, context: bytes) -> int:
+    """What *program* of BPF_PROG_TYPE_RAW_TRACEPOINT returns (32 bits) if it is run now. Raises :class:`OSError`."""
+    buffer = bytearray(context)
+    attr = bpf.TEST_RUN.pack(program, 0, 0, 0, 0, 0, 0, 0, len(buffer), 0, address_of(buffer))
+    returned: int = bpf.TEST_RUN.unpack_from(call("running a program", bpf.BPF_PROG_TEST_RUN, attr)[1])[1]
+    return returned
+
+
 def attach(program: int, device: int) -> int:
     """The descriptor of a link: *program* sees first what *device* (its index) receives, in our network namespace,
     until it is closed. Raises :class:`OSError` (EINVAL before Linux 6.6)."""
     attr = bpf.LINK_CREATE.pack(program, device, bpf.BPF_TCX_INGRESS, bpf.BPF_F_BEFORE, 0, 0)
     return call("attaching a program", bpf.BPF_LINK_CREATE, attr)[0]
-
-
-def function(name: bytes) -> int:
-    """The number by which a program calls the kernel's function *name*; 0 if the kernel does not tell of it.
-
-    Numbers count the types in the kernel's description of itself, so all of them are passed over: 25 ms.
-    """
-    try:
-        with open(_BTF, "rb") as file:
-            data = file.read()
-    except OSError:
-        return 0
-    magic, _, _, size, types, length, names, names_length = bpf.BTF_HEADER.unpack_from(data)
-    wanted = data.find(b"\0" + name + b"\0", size + names, size + names + names_length) + 1 - size - names
-    if magic != bpf.BTF_MAGIC or wanted <= 0:
-        return 0
-    words = memoryview(data)[size + types : size + types + length].cast("I")
-    plain = [(bpf.BTF_TYPE.size + bpf.BTF_EXTRA.get(kind, 0)) // 4 for kind in range(32)]
-    each = [bpf.BTF_EACH.get(kind, 0) // 4 for kind in range(32)]
-    at, number, end = 0, 1, len(words)
-    while at < end:
-        info = words[at + 1]
-        kind = info >> 24 & 31
-        if kind == bpf.BTF_KIND_FUNC and words[at] == wanted:
-            return number
-        at += plain[kind] + each[kind] * (info & 0xFFFF)
-        number += 1
-    return 0

@@ -14,7 +14,8 @@ from firn.abi import probe_consts as pc
 from firn.abi.libc import address_of, syscall
 from firn.errors import KernelError
 from firn.host import features, procfs
-from firn.host.kernelview import KernelView
+from firn.host.aiorequests import AioRequests
+from firn.host.undolists import UndoLists
 
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -217,11 +218,12 @@ def huge_pages() -> str | None:
 
 def kernel_view() -> None:
     """Reading the kernel's own structures by BPF, with type information of the kernel."""
-    view = KernelView(("mm_struct", "kioctx_table", "kioctx", "kioctx_cpu", "bpf_array"))
-    try:
-        view.percpu()
-    finally:
-        view.close()
+    AioRequests().close()
+
+
+def undo_lists() -> None:
+    """bpf(2) and BTF: what a process gives back to semaphores, in the kernel's memory."""
+    UndoLists().close()
 
 
 def executable_memfd() -> None:

@@ -15,6 +15,7 @@ from firn.abi import probe_consts as pc
 from firn.abi.libc import syscall
 from firn.errors import KernelError
 from firn.host import bpf
+from firn.host.btf import KernelTypes
 from firn.host.netlink import attribute, attributes, message
 from firn.host.probes_netlink import talk
 from firn.host.unixqueue import Queues
@@ -170,8 +171,7 @@ def tcp_half_closed() -> None:
 
 def tcp_backlog() -> None:
     """A BPF program can vouch for a handshake (bpf_sk_assign_tcp_reqsk, Linux 6.8), and look a socket up in a map."""
-    if not bpf.function(b"bpf_sk_assign_tcp_reqsk"):
-        raise KernelError("the kernel does not tell of bpf_sk_assign_tcp_reqsk")
+    KernelTypes().function("bpf_sk_assign_tcp_reqsk")
     bpf.Map(abi.BPF_MAP_TYPE_SOCKMAP, 8).close()
 
 

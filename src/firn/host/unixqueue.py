@@ -69,7 +69,7 @@ class Queues:
         try:
             ours = self._memory.field(self._memory.task, "task_struct", "thread_pid")
             self._level = self._memory.field(ours, "pid", "level", size=4)
-            self._numbers = self._memory.layouts.offset("pid", "numbers")
+            self._numbers = self._memory.types.offset("pid", "numbers")
             self._namespace = self._memory.number(ours + self._numbers + 16 * self._level + 8)
             self._try()
         except BaseException:
@@ -111,7 +111,7 @@ class Queues:
         return [self._client(skb) for skb in self._buffers(self._sock(fd))]
 
     def _at(self, structure: str, member: str) -> int:
-        return self._memory.layouts.offset(structure, member)
+        return self._memory.types.offset(structure, member)
 
     def _sock(self, fd: int) -> int:
         return self._memory.field(self._memory.file(fd), "file", "private_data>socket", "sk")
@@ -157,7 +157,7 @@ class Queues:
 
     def _messages(self, sock: int) -> list[Message]:
         urgent = 0
-        if self._memory.layouts.has("unix_sock", "oob_skb"):
+        if self._memory.types.has("unix_sock", "oob_skb"):
             urgent = self._memory.field(sock, "unix_sock", "oob_skb")
         return [self._message(skb, skb == urgent) for skb in self._buffers(sock)]
 

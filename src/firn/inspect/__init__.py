@@ -12,7 +12,7 @@
         pid ppid pgid sid comm state(running|stopped|zombie)
         zombies also    exit_code or exit_signal; they have nothing of what follows
         uid gid seccomp(disabled|strict|filter)
-        threads         [{tid, comm}]
+        threads         [{tid, comm}]; those with directories of their own also: cwd root umask
         exe cwd root    paths; umask
         memory          mappings, mapped_bytes, stored_bytes, parent_bytes, kinds: kind -> {mappings, bytes},
                         shared: inode ids of the shared memory that is mapped
@@ -163,15 +163,15 @@ class _Reading:
         creds = own.get("creds") or (self.images.read_one("CREDS", pid) if self.images.exists("CREDS", pid) else {})
         ids, fs = self._one("IDS", core.get("ids"), pid), self.images.read_one("FS", pid)
         mm = self.images.read_one("MM", pid)
-        threads = [{"tid": tid, "comm": self._thread_name(tid, pid, core)} for tid in tids]
+        threads = [self._thread(tid, pid, core) for tid in tids]
         seccomp = own.get("seccomp_mode", tc.get("old_seccomp_mode", 0))
         table = ids["files_id"]
         pending = [tc.get("signals_s", {}), own.get("signals_p", {})]
         return {
             "uid": creds.get("uid"), "gid": creds.get("gid"), "seccomp": _SECCOMP.get(seccomp, str(seccomp)),
             "threads": threads, "exe": self._path(mm["exe_file_id"], f"mm-{pid}.img"),
-            "cwd": self._path(fs["cwd_id"], f"fs-{pid}.img"), "root": self._path(fs["root_id"], f"fs-{pid}.img"),
-            "umask": fs.get("umask"), "memory": self._memory(pid, mm, ids["vm_id"]), "descriptor_table": table,
+            **self._directories(fs, f"fs-{pid}.img"),
+            "memory": self._memory(pid, mm, ids["vm_id"]), "descriptor_table": table,
             "descriptors": self._descriptors(pid, table), "timers": _timers(tc.get("timers", {})),
             "pending_signals": sum(len(queue.get("signals", ())) for queue in pending),
         }  # fmt: skip
@@ -180,9 +180,15 @@ class _Reading:
         """An image of its own, or what an older one has in the core."""
         return inside if inside and not self.images.exists(kind, index) else self.images.read_one(kind, index)
 
-    def _thread_name(self, tid: int, pid: int, core: Entry) -> str:
-        thread = core if tid == pid else self.images.read_one("CORE", tid)
-        return str(thread.get("thread_core", {}).get("comm", core["tc"]["comm"]))
+    def _thread(self, tid: int, pid: int, core: Entry) -> Entry:
+        own = (core if tid == pid else self.images.read_one("CORE", tid)).get("thread_core", {})
+        found = {"tid": tid, "comm": str(own.get("comm", core["tc"]["comm"]))}
+        directories = own.get("firn", {}).get("directories")
+        return found | (self._directories(directories["fs"], f"core-{tid}.img") if directories else {})
+
+    def _directories(self, fs: Entry, where: str) -> Entry:
+        cwd, root = self._path(fs["cwd_id"], where), self._path(fs["root_id"], where)
+        return {"cwd": cwd, "root": root, "umask": fs.get("umask")}
 
     def _path(self, number: int, where: str) -> str:
         found = self.tables["regular"].get(number)

@@ -159,8 +159,7 @@ def plan(program: Program, entry: dict[str, Any]) -> None:
             kind, label, payload = program.text("user"), program.text(key["name"]), program.data(key["payload"])
             made = program.call("add_key", nr.add_key, kind, label, payload, len(key["payload"]), session)
             for call, *values in _owned(key):
-                changed = program.next_call()
-                program.copy(program.result_address(made), program.argument_address(changed + 1, 1))
+                program.pass_on(made, 1)
                 program.call("keyctl", nr.keyctl, call, 0, *values)
         else:
             number = key["name"].removeprefix("_uid.")

@@ -196,9 +196,8 @@ def ask(program: Program, partner: int) -> Asked:
     landlock = -1
     if partner:
         own = program.call("gettid", nr.gettid)
-        landlock = program.next_call() + 1
-        program.copy(program.result_address(own), program.argument_address(landlock, 0))
-        program.call("kcmp", nr.kcmp, 0, partner, 1, 0, 0, flags=1)
+        program.pass_on(own, 0)
+        landlock = program.call("kcmp", nr.kcmp, 0, partner, 1, 0, 0, flags=1)
     ring = program.call("io_uring_enter", nr.io_uring_enter, 0, 0, 0, pol.IORING_ENTER_REGISTERED_RING, 0, 0, flags=1)
     program.call("prctl TSC", nr.prctl, prctl.GET_TSC, at + _MASK + 8, 0, 0, 0, flags=1)
     switches = (

@@ -279,11 +279,9 @@ def plan_loginuid(program: Program, tc: dict[str, Any]) -> None:
     text = str(value if value != _NO_LOGINUID else -1).encode()
     content = program.data(text)
     opened = program.call("open loginuid", nr.open, path, 1, flags=1)
-    written = program.next_call() + 1
-    program.copy(program.result_address(opened), program.argument_address(written, 0))
+    program.pass_on(opened, 0)
     program.call("write loginuid", nr.write, 0, content, len(text), flags=1)
-    closed = program.next_call() + 1
-    program.copy(program.result_address(opened), program.argument_address(closed, 0))
+    program.pass_on(opened, 0)
     program.call("close loginuid", nr.close, 0, flags=1)
 
 

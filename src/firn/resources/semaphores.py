@@ -4,17 +4,20 @@ State: what the kernel gives back to semaphores when the process ends: an amount
 value. It is refused: the end of the dumped tree gives it back, and somebody else may have taken it by the restore.
 
 Kernel (ipc/sem.c): kcmp(2) tells whether two tasks share a list, and every process that ever made a thread has one
-(CLONE_SYSVSEM), mostly an empty one. No interface shows what it holds, but semop(2) takes account of it: an operation
-with SEM_UNDO that would bring the amount out of -32768..32767 fails with ERANGE. And it is all or nothing: operations
-of which the last one cannot succeed change neither values, amounts, times nor pids, and with IPC_NOWAIT nobody waits.
-So the frozen task itself asks (:func:`within`): it moves the amount by as much as it may be moved if it lies in a
-certain range, while operations without SEM_UNDO keep the value within a small stride, and then adds 1 and waits for
-zero. That fails in any case: with EAGAIN only if the amount lies in the range, whatever others do to the value.
+(CLONE_SYSVSEM), mostly an empty one. No interface shows what it holds. It is read in the kernel's memory
+(:mod:`firn.host.undolists`), which touches nothing; but not every kernel lets us look.
 
-What can go wrong: a value closer to its limit (32767) than the stride gives ERANGE as well; the stride is made smaller
-as far as the number of operations in one call allows. A set that the process may not use (any more) cannot be asked
-about. Left behind is an empty entry of the list for each set, until the process ends or the set goes; and the end of a
-process notes the time (sem_otime) in each set that it has an entry of. So only sets that have been used are asked
+Where it does not, semop(2) has to tell, which takes account of the list: an operation with SEM_UNDO that would bring
+the amount out of -32768..32767 fails with ERANGE. And it is all or nothing: operations of which the last one cannot
+succeed change neither values, amounts, times nor pids, and with IPC_NOWAIT nobody waits. So the frozen task itself asks
+(:func:`within`): it moves the amount by as much as it may be moved if it lies in a certain range, while operations
+without SEM_UNDO keep the value within a small stride, and then adds 1 and waits for zero. That fails in any case: with
+EAGAIN only if the amount lies in the range, whatever others do to the value.
+
+What can go wrong then: a value closer to its limit (32767) than the stride gives ERANGE as well; the stride is made
+smaller as far as the number of operations in one call allows. A set that the process may not use (any more) cannot be
+asked about. Left behind is an empty entry of the list for each set, until the process ends or the set goes; and the end
+of a process notes the time (sem_otime) in each set that it has an entry of. So only sets that have been used are asked
 about: to some programs the time 0 means that a set is not ready yet.
 """
 
@@ -27,13 +30,14 @@ from firn.abi import fcntl as fc
 from firn.abi import ipc, nr
 from firn.abi import x86_64 as cpu
 from firn.abi.libc import syscall
-from firn.errors import Obstacle
+from firn.errors import KernelError, Obstacle
 from firn.host import kcmp, procfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from firn.host.undolists import UndoLists
     from firn.tracee.program import Program
 
 LOWEST, HIGHEST = -ipc.SEMAEM - 1, ipc.SEMAEM
@@ -80,13 +84,30 @@ class SemaphoreSet:
             return set()  # it was just removed, and with it what there was to give back
 
 
-def used_sets() -> list[SemaphoreSet]:
-    """The sets that somebody has used; of the others there is nothing to give back."""
+def all_sets() -> list[SemaphoreSet]:
+    """The sets of our IPC namespace."""
     try:
         lines = procfs.read("/proc/sysvipc/sem").decode().splitlines()[1:]
     except FileNotFoundError:  # a kernel without such semaphores
         return []
-    return [each for each in map(SemaphoreSet, lines) if each.used]
+    return [SemaphoreSet(line) for line in lines]
+
+
+def used_sets() -> list[SemaphoreSet]:
+    """The sets that somebody has used; of the others there is nothing to give back."""
+    return [each for each in all_sets() if each.used]
+
+
+def sight() -> UndoLists | None:
+    """What sees undo lists, if there is anything to see and the kernel lets us. Takes 20 ms."""
+    if not used_sets():
+        return None
+    from firn.host.undolists import UndoLists
+
+    try:
+        return UndoLists()
+    except (KernelError, OSError):
+        return None
 
 
 def holders(tids: list[int]) -> list[int]:
@@ -105,8 +126,22 @@ def holders(tids: list[int]) -> list[int]:
     return found
 
 
-def find_undo(program: Program, pid: int, status: dict[str, str], sets: list[SemaphoreSet]) -> list[Obstacle]:
-    """The obstacles that are in the undo list of the thread with *program* and *status*, of process *pid*."""
+def see_undo(lists: UndoLists, tid: int, pid: int, sets: list[SemaphoreSet]) -> list[Obstacle] | None:
+    """The obstacles that are in the undo list of thread *tid* of process *pid*, of all *sets*; None if that cannot be
+    seen."""
+    try:
+        seen = lists.of(tid, {each.id: each.count for each in sets})
+    except (KernelError, OSError):
+        return None
+    found = []
+    for number, amounts in seen.items():
+        named = _amounts({at: amount for at, amount in enumerate(amounts) if amount})
+        found.append(Obstacle(f"process {pid}", f"has to {_give(number)}: {named}", f"{_BEFORE}, or {_REMOVE}"))
+    return found
+
+
+def ask_undo(program: Program, pid: int, status: dict[str, str], sets: list[SemaphoreSet]) -> list[Obstacle]:
+    """As :func:`see_undo`, of the thread with *program* and *status* and the used *sets*, by asking it."""
     # SEMMSL, SEMMNS, SEMOPM, SEMMNI. And one call must fit into the program.
     limit = min(int(procfs.read("/proc/sys/kernel/sem").split()[2]), (program.size - 512) // ipc.SEMBUF.size)
     questions = [_Question(program, each, limit) for each in sets]
@@ -122,21 +157,39 @@ def find_undo(program: Program, pid: int, status: dict[str, str], sets: list[Sem
         each = question.of
         if question.error in _GONE:
             continue
-        given = f"semaphores of set {each.id} when it ends (SEM_UNDO), which cannot be saved"
-        remove = "remove the set (ipcrm -s)"
+        given = f"may have to {_give(each.id)}"
         if not question.error:
             if question.amounts:
                 sure = "has" if any(question.amounts.values()) else "may have"
-                found.append((f"{sure} to give back {given}: {question.text()}", f"have it do so before, or {remove}"))
+                named = _amounts(question.amounts, question.more)
+                found.append((f"{sure} to {_give(each.id)}: {named}", f"{_BEFORE}, or {_REMOVE}"))
         elif question.error == errno.E2BIG:
             few = "to find out takes more operations at once than kernel.sem allows"
-            found.append((f"may have to give back {given}: {few}", f"raise its third number to 32, or {remove}"))
+            found.append((f"{given}: {few}", f"raise its third number to 32, or {_REMOVE}"))
         elif question.error != errno.EACCES:
             why = os.strerror(question.error)
-            found.append((f"may have to give back {given}: asking about it failed ({why})", remove))
+            found.append((f"{given}: asking about it failed ({why})", _REMOVE))
         elif each.used >= began and (each.could_let(status) or pid in each.last_users()):
-            found.append((f"may have to give back {given}: it may not use the set now, so nothing can tell", remove))
+            found.append((f"{given}: it may not use the set now, so nothing can tell", _REMOVE))
     return [Obstacle(f"process {pid}", reason, help) for reason, help in found]
+
+
+_BEFORE, _REMOVE = "have it do so before", "remove the set (ipcrm -s)"
+
+
+def _give(number: int) -> str:
+    return f"give back semaphores of set {number} when it ends (SEM_UNDO), which cannot be saved"
+
+
+def _amounts(amounts: Mapping[int, int | None], more: bool = False) -> str:
+    """Text of what is given back to each semaphore; None: that cannot be told. *more*: there may be others."""
+    named = [
+        f"{amount:+d} to semaphore {number}"
+        if amount is not None
+        else f"perhaps something to semaphore {number}, whose value is too high to tell"
+        for number, amount in sorted(amounts.items())[:_NAMED]
+    ]
+    return ", ".join(named) + (", and others" if more or len(amounts) > _NAMED else "")
 
 
 _GONE = (errno.EINVAL, errno.EIDRM, errno.EFBIG)
@@ -195,16 +248,6 @@ class _Question:
                 self._narrow(group)
             else:
                 self.more = True
-
-    def text(self) -> str:
-        """The amounts."""
-        named = [
-            f"{amount:+d} to semaphore {number}"
-            if amount is not None
-            else f"perhaps something to semaphore {number}, whose value is too high to tell"
-            for number, amount in sorted(self.amounts.items())[:_NAMED]
-        ]
-        return ", ".join(named) + (", and others" if self.more or len(self.amounts) > _NAMED else "")
 
     def _fits(self, stride: int) -> bool:
         """Whether the longest question fits into a call: twice through the whole range with two operations for each

@@ -93,10 +93,14 @@ class Family:
                 if not self.opener.is_late(*key[:2]):
                     self.opener.open(*key)
 
-    def dead_processes(self) -> set[int]:
-        """The pids of dead processes in whose folders of /proc there are processes of the checkpoint. Who stands in for
-        them must be there until those have entered: it is asked for permission (proc_pid_permission)."""
-        found = {self.opener.dead_process(*place) for task in self.tasks for place in (task.cwd, task.root)} - {0}
+    def dead_processes(self, threads_only: bool = False) -> set[int]:
+        """The pids of dead processes in whose folders of /proc there are processes or single threads of the checkpoint.
+        Who stands in for them must be there until those have entered: it is asked for permission (proc_pid_permission).
+        """
+        places = [place for task in self.tasks for place in task.places()]
+        if not threads_only:
+            places += [place for task in self.tasks for place in (task.cwd, task.root)]
+        found = {self.opener.dead_process(*place) for place in places} - {0}
         for pid in found.intersection([*self.checkpoint.tids(), *self.checkpoint.helpers()]):
             raise RestoreError(f"a process was in /proc/{pid} of a dead one, whose pid another one has now")
         return found

@@ -224,7 +224,7 @@ class Restore:
         family.report_continued()
         for task in family.tasks:
             task.enter(self.log)
-        self._end_stand_ins()
+        self._end_stand_ins(family.dead_processes(threads_only=True))
         for task in family.tasks:
             task.join()
 
@@ -232,6 +232,7 @@ class Restore:
         """All other threads; what needs them or all descriptors."""
         for task in self._family().tasks:
             task.make_threads()
+        self._end_stand_ins()
         for tid, moves in self.thread_moves.items():
             cgroups.move(tid, moves, self.log, thread=True)
         for task in self._family().tasks:

@@ -14,7 +14,7 @@ from firn.host import features, procfs
 from firn.resources import creds, policies, process, restart, seccomp, signals, stops, threads, timers
 from firn.resources.base import MEMFD, REG
 from firn.resources.memory import rebuild
-from firn.resources.threads import xstate
+from firn.resources.threads import apart, xstate
 from firn.restore.memory import TaskMemory, take_files
 from firn.tracee import ptrace
 from firn.tracee.program import Program, Runner, Scratch, check_fault
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from firn.restore.load import Process
 
 LEADER_AREA = 1 << 20
+_THREAD_FLAGS = (
+    sched.CLONE_VM | sched.CLONE_FS | sched.CLONE_FILES | sched.CLONE_SIGHAND | sched.CLONE_THREAD | sched.CLONE_SYSVSEM
+)
 _THREAD_AREA = 8192
 """Without what may be large: groups and seccomp filters."""
 
@@ -36,7 +39,7 @@ _THREAD_AREA = 8192
 class RestoredThread:
     """One thread: what the images say of it, and the runner that it is now."""
 
-    __slots__ = ("area", "core", "info", "mask", "program", "regs", "runner", "tid")
+    __slots__ = ("area", "core", "directories", "info", "mask", "program", "regs", "runner", "tid")
 
     def __init__(self, tid: int, core: dict[str, Any], mask: int, longest_filter: int) -> None:
         self.tid = tid
@@ -45,10 +48,17 @@ class RestoredThread:
         large = 4 * groups + (longest_filter if self.core.get("seccomp_mode") else 0)
         self.area = _THREAD_AREA + -(-large // mman.PAGE) * mman.PAGE
         self.info: dict[str, Any] = core["thread_info"]
+        self.directories: dict[str, Any] = self.core.get("firn", {}).get("directories", {})
+        """Its own ones, as in its image; none if they are those of its process."""
         self.mask = mask
         self.regs = threads.load_registers(self.info)
         self.runner: Runner
         self.program: Program
+
+    def places(self) -> list[tuple[int, int]]:
+        """Root and working directory, as the opener knows them, if they are its own."""
+        fs = self.directories.get("fs")
+        return [(REG, fs["root_id"]), (REG, fs["cwd_id"])] if fs else []
 
 
 class Stub:
@@ -91,8 +101,13 @@ class RestoredTask:
             *self.memory.wanted(),
             self.cwd,
             self.root,
+            *self.places(),
             *((entry["type"], entry["id"]) for entry in self.descriptors),
         ]
+
+    def places(self) -> list[tuple[int, int]]:
+        """The directories that single threads have for themselves."""
+        return [place for thread in self.threads for place in thread.places()]
 
     def adopt(self, stub: Stub) -> None:
         """Take over the runner that the newborn process is."""
@@ -189,23 +204,32 @@ class RestoredTask:
     # -- threads -------------------------------------------------------------------------------------------------------
 
     def make_threads(self) -> None:
-        """Clone all other threads; each stops at once and gets a program area of its own."""
-        program = self.leader.program
-        others = self.threads[1:]
-        flags = (
-            sched.CLONE_VM
-            | sched.CLONE_FS
-            | sched.CLONE_FILES
-            | sched.CLONE_SIGHAND
-            | sched.CLONE_THREAD
-            | sched.CLONE_SYSVSEM
-        )
-        for thread in others:
-            plan_clone(program, thread.tid, flags, 0)
-        program.run()
-        for thread in others:
-            thread.runner = await_birth(thread.tid, self.pid, self.leader.runner, self.scratch)
+        """Clone all other threads; each stops at once and gets a program area of its own. One of those with other
+        directories than the process's goes there, and clones the rest of them."""
+        groups = {0: [self.leader]}
+        for thread in self.threads[1:]:
+            groups.setdefault(thread.directories.get("number", 0), []).append(thread)
+        firsts = [group[0] for number, group in groups.items() if number]
+        self._clone_threads(self.leader, firsts, _THREAD_FLAGS & ~sched.CLONE_FS)
+        for thread in firsts:
+            self._enter_own(thread)
+        for first, *others in groups.values():
+            self._clone_threads(first, others, _THREAD_FLAGS)
+
+    def _clone_threads(self, cloner: RestoredThread, born: list[RestoredThread], flags: int) -> None:
+        for thread in born:
+            plan_clone(cloner.program, thread.tid, flags, 0)
+        cloner.program.run()
+        for thread in born:
+            thread.runner = await_birth(thread.tid, self.pid, cloner.runner, self.scratch)
             thread.program = Program(thread.runner, self.scratch, self.scratch.area(thread.area), thread.area)
+
+    def _enter_own(self, thread: RestoredThread) -> None:
+        """Have a thread enter its own directories. Those that it has now are its process's."""
+        root, cwd = thread.places()
+        taken = self.opener.open(*root) if root != self.root else None
+        apart.plan(thread.program, taken, self.opener.open(*cwd), thread.directories["fs"].get("umask", 0o22))
+        thread.program.run()
 
     def end_leader(self) -> None:
         """The first thread exits, as it had before the dump; from here on the next one stands for the process."""

@@ -357,6 +357,10 @@ class Program:
         """Where argument *index* of *call* lies."""
         return self.area + (call - self._first_record) * cpu.RECORD_SIZE + 8 + 8 * index
 
+    def pass_on(self, call: int, index: int) -> None:
+        """Make the result of *call* argument *index* of the next call that is added. (Reserve room for all of them.)"""
+        self.copy(self.result_address(call), self.argument_address(self.next_call() + 1, index))
+
     def next_call(self) -> int:
         """The number that the next call will get, if nothing has to be run before it."""
         return self._first_record + len(self.labels)

@@ -70,6 +70,11 @@ MESSAGES = {
         13 util_min u32?
         14 util_max u32?
         15 switches u32?
+        16 directories firn_directories?
+    """,
+    "firn_directories": """
+        1 number u32
+        2 fs fs_entry
     """,
     "firn_restart": """
         1 nr u32

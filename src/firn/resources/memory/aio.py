@@ -7,18 +7,18 @@ reads of /dev/null, which complete at once, and are then overwritten with the sa
 in the ring need not be the old ones: libraries and io_getevents(2) read them from the header.
 
 What goes wrong: requests in flight. The ring does not show them, and no call tells; the kernel's own counters do
-(:class:`Watch`). Those of files end by themselves soon, and are waited for; those that wait for something to happen
-(IOCB_CMD_POLL) stand against the dump. Where nobody may look at the kernel, their events are lost, and the log says so.
+(:mod:`firn.host.aiorequests`). Those of files end by themselves soon, and are waited for; those that wait for something
+to happen (IOCB_CMD_POLL) stand against the dump. Where nobody may look at the kernel, their events are lost, and the
+log says so.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 
 from firn.abi import mman, nr
-from firn.errors import ImageError, Obstacle
+from firn.errors import ImageError, KernelError, Obstacle
 from firn.host import procfs
 from firn.tracee import memory
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from firn.host.kernelview import KernelView
+    from firn.host.aiorequests import AioRequests
     from firn.tracee.program import Program
 
 _HEADER = struct.Struct("<8I")
@@ -48,36 +48,30 @@ def is_used(pid: int) -> bool:
 
 
 class Watch:
-    """Sees requests in flight: those of the slots of a context that are neither free, nor kept for a processor, nor
-    taken by an event that nobody has fetched (struct kioctx in fs/aio.c)."""
+    """Sees requests in flight."""
 
-    def __init__(self, view: KernelView) -> None:
-        self._view = view
-        self._processors = view.percpu()
+    def __init__(self, requests: AioRequests) -> None:
+        self._requests = requests
 
     @classmethod
     def make(cls, warn: Callable[[str], object]) -> Watch | None:
-        """A watch, or None where nobody may look at the kernel; then the log is told."""
-        from firn.host.kernelview import KernelView
+        """A watch, or None where nobody may look at the kernel; then the log is told. Takes 0.1 s."""
+        from firn.host.aiorequests import AioRequests
 
-        view = None
         try:
-            view = KernelView(("mm_struct", "kioctx_table", "kioctx", "kioctx_cpu", "bpf_array"))
-            return cls(view)
-        except OSError as error:
-            if view is not None:
-                view.close()
-            warn(f"requests in flight of AIO contexts cannot be seen here, and would be lost: {error.strerror}")
+            return cls(AioRequests())
+        except (KernelError, OSError) as error:
+            warn(f"requests in flight of AIO contexts cannot be seen here, and would be lost: {error}")
             return None
 
     def close(self) -> None:
-        """Let go of the view."""
-        self._view.close()
+        """Let go of the kernel's memory."""
+        self._requests.close()
 
     def check(self, pid: int, voice: int, obstacles: list[Obstacle]) -> None:
         """Give the requests of frozen process *pid* a moment to end, and note those that do not."""
         deadline = time.monotonic() + _PATIENCE_S
-        while flying := [each for each in self.in_flight(voice) if each[1]]:
+        while flying := [each for each in self._requests.of(voice) if each[1]]:
             waiting = any(waits for _, _, waits in flying)
             if waiting or time.monotonic() > deadline:
                 ring, count, _ = flying[0]
@@ -86,33 +80,6 @@ class Watch:
                 obstacles.append(Obstacle(f"process {pid}", reason, "cancel them, or try again later", passing=True))
                 return
             time.sleep(_POLL_S)
-
-    def in_flight(self, pid: int) -> list[tuple[int, int, bool]]:
-        """(ring, requests, whether some of them may wait for ever) of each context of the memory of *pid*."""
-        view, found = self._view, []
-        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            table = view.follow(view.of_descriptor(fd), "mm_struct", "ioctx_table")
-        finally:
-            os.close(fd)
-        count = view.read32(table + view.offset("kioctx_table", "nr")) if table else 0
-        for index in range(count):
-            context = view.read(table + view.offset("kioctx_table", "table") + 8 * index)
-            if context:
-                found.append(self._look_at(context))
-        return found
-
-    def _look_at(self, context: int) -> tuple[int, int, bool]:
-        view = self._view
-
-        def number(member: str) -> int:
-            return view.read32(context + view.offset("kioctx", member))
-
-        parts, free = view.follow(context, "kioctx", "cpu"), view.offset("kioctx_cpu", "reqs_available")
-        kept = sum(view.read32((parts + each + free) & (1 << 64) - 1) for each in self._processors.values())
-        flying = number("nr_events") - 1 - number("reqs_available") - kept - number("completed_events")
-        waiting = context + view.offset("kioctx", "active_reqs")
-        return view.follow(context, "kioctx", "user_id"), flying, view.read(waiting) != waiting
 
 
 def save(pid: int, start: int, end: int) -> dict[str, Any]:

@@ -50,6 +50,7 @@ from firn.abi.tcp import (
 )
 from firn.errors import FirnError, ImageError, KernelError, RestoreError
 from firn.host import bpf, procfs, sockdiag
+from firn.host.btf import KernelTypes
 from firn.resources.sockets import connections, options, packets
 from firn.resources.sockets.inet_options import AF_INET, AF_INET6, TCP
 
@@ -61,8 +62,6 @@ if TYPE_CHECKING:
 
 SMALLEST = {4: 536, 16: 1220}
 """By the width of an address, the least segment size that the kernel takes (net/core/filter.c)."""
-_LICENCE = b"Dual BSD/GPL"
-"""Of the program below alone: the kernel lets only programs under the GPL, too, call its functions."""
 _ORDER = struct.Struct("<II12si20s")
 """What the program shall do: whether anything, where the packet has its TCP header, with what that begins; what came of
 it; struct bpf_tcp_req_attrs."""
@@ -342,9 +341,10 @@ class Admission:
         for name in _SWITCHES:
             if _setting(name) != b"0":
                 raise KernelError(f"{name} is set, by which connections differ in a way that is lost")
-        function = bpf.function(b"bpf_sk_assign_tcp_reqsk")
-        if not function:
-            raise KernelError("this kernel takes no connections into a backlog", "Linux 6.8 or later")
+        try:
+            function = KernelTypes().function("bpf_sk_assign_tcp_reqsk")
+        except KernelError:
+            raise KernelError("this kernel takes no connections into a backlog", "Linux 6.8 or later") from None
         try:
             self._prepare(function)
             self._try()
@@ -360,7 +360,8 @@ class Admission:
         self._descriptors.append(self._orders.fd)
         self._listeners = bpf.Map(b.BPF_MAP_TYPE_SOCKMAP, 8)
         self._descriptors.append(self._listeners.fd)
-        program = bpf.load(_program(function, self._orders.fd, self._listeners.fd), _LICENCE, b"firn_backlog")
+        code = _program(function, self._orders.fd, self._listeners.fd)
+        program = bpf.load(b.BPF_PROG_TYPE_SCHED_CLS, code, b"firn_backlog", b.BPF_TCX_INGRESS)
         self._descriptors.append(program)
         self._descriptors.append(bpf.attach(program, _LOOPBACK))
 
