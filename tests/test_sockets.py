@@ -25,13 +25,7 @@ from firn.resources.sockets.packet import PacketSockets
 
 # The link of a socket's descriptor is its new inode.
 UNLIKE = (r"fd\.\d+",)
-TABLE = [
-    *(Workload("sockets", mode, unlike=UNLIKE) for mode in ("netlink", "packet", "raw", "ping")),
-    *(
-        Workload("rings", mode, unlike=UNLIKE)
-        for mode in ("first", "second", "full", "blocks", "blocks-full", "send", "send-third", "shared")
-    ),
-]
+TABLE = [Workload("sockets", mode, unlike=UNLIKE) for mode in ("netlink", "packet", "raw", "ping")]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,40 @@ static void full_set(void)
 	frames_set(TPACKET_V2, FRAMES);
 }
 
+/* ---- a ring that has not been used; two that cannot be saved ---- */
+
+static void unused_set(void)
+{
+	struct tpacket_req size = {BLOCK, BLOCKS, FRAME, FRAMES};
+	begin(TPACKET_V2);
+	NEED(!setsockopt(ringed, SOL_PACKET, PACKET_RX_RING, &size, sizeof size));
+	map_ring(BLOCK * BLOCKS);
+	bind_to(ringed, kind);
+}
+
+static void closed_set(void)
+{
+	unused_set();
+	NEED(!close(ringed));
+}
+
+static void part_set(void)
+{
+	unused_set();
+	NEED(!munmap(ring + BLOCK, BLOCK));
+}
+
+static int unused_check(void)
+{
+	CHECK(*frame(0) == TP_STATUS_KERNEL);
+	return 1;
+}
+
+static void unused_harm(void)
+{
+	*frame(0) = TP_STATUS_USER;
+}
+
 static void frames_harm(void)
 {
 	*frame(shared->taken) = TP_STATUS_KERNEL;
@@ -381,7 +415,8 @@ static int shared_check(void)
 }
 
 WORKLOAD({"second", second_set, frames_check, frames_harm}, {"first", first_set, frames_check, frames_harm},
-	 {"full", full_set, frames_check, frames_harm}, {"blocks", blocks_set, blocks_check, blocks_harm},
+	 {"full", full_set, frames_check, frames_harm}, {"unused", unused_set, frames_check, unused_harm},
+	 {"closed", closed_set, unused_check, unused_harm}, {"part", part_set, unused_check, unused_harm}, {"blocks", blocks_set, blocks_check, blocks_harm},
 	 {"blocks-full", blocks_full_set, blocks_full_check, blocks_harm},
 	 {"send", send_second_set, send_check, send_harm}, {"send-third", send_third_set, send_check, send_harm},
 	 {"shared", shared_set, shared_check, frames_harm})

@@ -103,7 +103,7 @@ def collect(dump: Dump) -> Collected:
                 dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
         _number_apart(got)
         _collect_descriptors(got)
-        _collect_rings(got)
+        _collect_rings(got, dump)
         _check_terminals(got, dump)
         if got.obstacles:
             return got
@@ -158,18 +158,20 @@ def _collect_descriptors(got: Collected) -> None:
     got.collector.finish()
 
 
-def _collect_rings(got: Collected) -> None:
+def _collect_rings(got: Collected, dump: Dump) -> None:
     """Which packet sockets' rings are mapped. The contents are copied at once: the kernel goes on writing."""
     for mine in got.tasks:
         for parts in areas.whole_rings(mine.areas):
-            from firn.resources.sockets.packet import PacketSockets
+            from firn.resources.sockets import packet, rings
 
-            kind = got.collector.kinds.setdefault(base.PACKETSK, PacketSockets())
-            assert isinstance(kind, PacketSockets)
+            if dump.ring_places is None:
+                dump.ring_places = rings.sight()
+            kind = got.collector.kinds.setdefault(base.PACKETSK, packet.PacketSockets())
+            assert isinstance(kind, packet.PacketSockets)
             first, last = parts[0].map, parts[-1].map
             what = f"process {mine.pid}: mapping {first.start:x}-{last.end:x} of {first.name}"
             size = last.end - first.start if not first.offset else 0
-            number = kind.map_rings(what, first.inode, size, got.obstacles)
+            number = kind.map_rings(what, first.inode, size, dump.ring_places, got.obstacles)
             for area in parts:
                 area.shmid = number
 

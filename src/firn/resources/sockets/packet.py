@@ -61,8 +61,6 @@ class PacketSockets(Kind):
         self._seen: dict[int, PacketSocket] | None = None
         self._ringed: dict[int, _Ringed | None] = {}
         """By inode, those that have rings; None: it was refused."""
-        self._places: list[rings.Places | None] = []
-        """What tells the kernel's places, or that nobody does; none as long as nobody asked."""
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The packet_sock_entry."""
@@ -91,7 +89,9 @@ class PacketSockets(Kind):
         finally:
             copy.close()
 
-    def map_rings(self, what: str, inode: int, size: int, obstacles: list[Obstacle]) -> int:
+    def map_rings(
+        self, what: str, inode: int, size: int, places: rings.Places | None, obstacles: list[Obstacle]
+    ) -> int:
         """Bytes [0, *size*) of socket *inode* are mapped by a process: have the contents of its rings saved. Returns
         its file id, or 0 if it cannot be saved; *what* names the mapping in messages."""
         if inode not in self._ringed:
@@ -108,26 +108,14 @@ class PacketSockets(Kind):
             obstacles.append(Obstacle(what, "is a part of a packet ring, which can only be mapped whole", "unmap it"))
             return 0
         try:
-            ringed.save(self._find_places())
+            ringed.save(places)
         except (KernelError, OSError) as error:
             obstacles.append(Obstacle(what, f"is a packet ring that cannot be saved: {error}"))
         number: int = ringed.message["id"]
         return number
 
-    def _find_places(self) -> rings.Places | None:
-        if not self._places:
-            try:
-                self._places.append(rings.Places())
-            except KernelError:
-                self._places.append(None)
-        return self._places[0]
-
     def close(self) -> None:
         """Let go of sockets with rings."""
-        while self._places:
-            places = self._places.pop()
-            if places is not None:
-                places.close()
         for ringed in self._ringed.values():
             if ringed is not None:
                 os.close(ringed.fd)
@@ -229,6 +217,8 @@ def _set_up(sock: _socket.socket, message: dict[str, Any]) -> None:
             sock.setsockopt(SOL_PACKET, number, int(message[name]).to_bytes(4, "little"))
     options.set_kept(sock, own.get("options", []), _LEVELS)
     bound = _make_rings(sock, message)
+    if bound and not message["protocol"]:
+        raise ValueError("frames of a socket that hears nothing")
     if message["copy_thresh"]:
         sock.setsockopt(SOL_PACKET, PACKET_COPY_THRESH, int(message["copy_thresh"]).to_bytes(4, "little"))
     options.restore(sock, message["opts"], guarded=False)

@@ -5,8 +5,8 @@ meet by the status of a frame (in TPACKET_V3: of a block of them). So a ring tha
 would leave the program waiting at a frame that the kernel reaches a whole turn later.
 
 Dump: the ring is mapped through a copy of the socket, and read. The kernel's place in it is shown nowhere: it is read
-in the kernel's memory (:mod:`firn.host.kernelmemory`). Packets may come all the while; as the program frees no frame,
-the place stands still at last. What is kept: received frames (blocks) that the program has not given back, and all of
+in the kernel's memory (:mod:`firn.host.kernelmemory`). Packets may come all the while, but the program frees no frame.
+What is kept: received frames (blocks) that the program has not given back, and all of
 a ring for sending.
 
 Restore: there is no call that sets a place. So the new socket gets as many packets as it takes, of firn's own, over the
@@ -130,31 +130,46 @@ def memory(fd: int, found: list[Ring]) -> mmap.mmap:
 
 
 class Places:
-    """Tells where the kernel goes on in rings. Raises :class:`KernelError` if nobody can tell."""
+    """Tells where the kernel goes on in rings. To be made before a freeze. Raises :class:`KernelError`."""
 
     def __init__(self) -> None:
         from firn.host.kernelmemory import KernelMemory
 
-        self._memory = KernelMemory()
+        self._memory = memory = KernelMemory()
+        try:
+            at = memory.types.offset
+            self._sock = at("socket", "sk")
+            self._rings = {sends: at("packet_sock", "tx_ring" if sends else "rx_ring") for sends in (False, True)}
+            self._blocks = at("packet_ring_buffer", "pg_vec_len")
+            self._frame = at("packet_ring_buffer", "head")
+            self._block = at("packet_ring_buffer", "prb_bdqc") + at("tpacket_kbdq_core", "kactive_blk_num")
+            with open("/dev/null", "rb") as file:
+                memory.object(file.fileno())  # so that its members are known, too
+        except BaseException:
+            self.close()
+            raise
 
     def watch(self, fd: int, ring: Ring) -> Callable[[], int]:
         """What tells the number of the frame or block each time, with OSError if it cannot be seen. Raises
         :class:`KernelError` or :class:`OSError` if it never can."""
-        look = self._memory
-        buffer = look.field(look.file(fd), "file", "private_data>socket", "sk")
-        buffer += look.layouts.offset("packet_sock", "tx_ring" if ring.sends else "rx_ring")
-        at, size = buffer + look.layouts.offset("packet_ring_buffer", "head"), 4
-        if ring.by_block:
-            core = buffer + look.layouts.offset("packet_ring_buffer", "prb_bdqc")
-            at, size = core + look.layouts.offset("tpacket_kbdq_core", "kactive_blk_num"), 2
-        blocks = look.field(buffer, "packet_ring_buffer", "pg_vec_len", size=4)
-        if blocks != ring.blocks or look.number(at, size) >= ring.units:
+        memory = self._memory
+        buffer = memory.number(memory.object(fd) + self._sock) + self._rings[ring.sends]
+        at, size = (buffer + self._block, 2) if ring.by_block else (buffer + self._frame, 4)
+        if memory.number(buffer + self._blocks, 4) != ring.blocks or memory.number(at, size) >= ring.units:
             raise KernelError("the kernel's memory is in an order that is not known")
-        return lambda: look.number(at, size)
+        return lambda: memory.number(at, size)
 
     def close(self) -> None:
         """Let go of the kernel's memory."""
         self._memory.close()
+
+
+def sight() -> Places | None:
+    """What tells the kernel's places; None if nobody may look there."""
+    try:
+        return Places()
+    except (KernelError, OSError):
+        return None
 
 
 def collect(fd: int, found: list[Ring], places: Places | None) -> dict[str, Any]:
