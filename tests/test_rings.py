@@ -108,7 +108,8 @@ def test_every_place_can_be_reached(version: int) -> None:
     [
         {"firn": {"rx_place": 2}}, {"firn": {"rx_place": 0, "stretches": [{"offset": 4096, "data": b"x"}]}},
         {"firn": {"rx_place": 0, "stretches": [{"offset": 1 << 63, "data": b"x"}]}},
-        {"firn": {"rx_place": 1}}, {"tx_ring": RING, "firn": {"tx_place": 1 << 31}}, {"version": 2, "firn": {"rx_place": 1}},
+        {"firn": {"rx_place": 1}}, {"tx_ring": RING, "firn": {"tx_place": 1 << 31}},
+        {"version": 2, "firn": {"rx_place": 1}},
         {"rx_ring": RING | {"block_nr": 0, "frame_nr": 0}, "firn": {"rx_place": 0}},
     ],
     ids=str,
