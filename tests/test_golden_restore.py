@@ -26,8 +26,8 @@ PIDS = {
 }  # fmt: skip
 RIGHT = 1
 TOO_EARLY = 184
-"""Of ``pty``: it reads what was queued and what it has just written in one go, if the kernel's worker was quick enough to
-bring the latter; or else the former alone."""
+"""Of ``pty``: it reads what was queued and what it has just written in one go, if the kernel's worker was quick enough
+to bring the latter; or else the former alone."""
 
 
 @pytest.fixture(scope="module")
