@@ -25,8 +25,9 @@ PIDS = {
     "unix": 31700, "pty": 31800, "tcp": 31900, "signals": 32000,
 }  # fmt: skip
 RIGHT = 1
-LOST_BY_CRIU = 184
-"""Of ``pty``: what was queued in the terminal is not in the images."""
+TOO_EARLY = 184
+"""Of ``pty``: it reads what was queued and what it has just written in one go, if the kernel's worker was quick enough
+to bring the latter; or else the former alone."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_verdict(mode: str, place: Path, runner: Runner) -> None:
     wait_until("it answers", lambda: bool(beat.get("verdict")) or target.ended())
     if "instructions that need it" in text and target.ended() and target.status == signal.SIGILL:
         pytest.skip("the program was made on a processor with more instructions")
-    assert beat.get("verdict") == (LOST_BY_CRIU if mode == "pty" else RIGHT), target.fate()
+    assert beat.get("verdict") in ((RIGHT, TOO_EARLY) if mode == "pty" else (RIGHT,)), target.fate()
     runner.wait_beats(target)
     runner.kill(target)
     if mode == "tree":

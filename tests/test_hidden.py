@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not firn_command(), reason="no firn command")
 ASKED = Workload("hidden", "asked")
 
 
+@pytest.mark.xdist_group("seccomp listeners")  # whoever has one may have the other's
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_listener_that_only_others_have(runner: Runner, outside: bool) -> None:
     """A filter asks somebody outside: refused. Nobody is there any more: nothing is lost."""
