@@ -100,6 +100,8 @@ def _mappings(proc: Path, into: Portrait) -> None:
                 rights = offset = device = "-"
             if name.endswith("(deleted)") or name.startswith("/memfd:"):
                 inode = "-"
+            elif name.startswith("socket:"):
+                inode, name = "-", "socket"
             place = f"mapping.{start}-{end}"
             into[place] = f"{rights} {offset} {device} {inode} {name}"
         elif line.startswith(("Anonymous:", "VmFlags:", "Locked:")) and not into[place].endswith("[vdso]"):

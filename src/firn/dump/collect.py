@@ -15,6 +15,7 @@ from firn.resources.files.descriptors import Collector, Descriptor
 from firn.resources.files.memfd import MemoryObjects
 from firn.resources.files.paths import PathFinder
 from firn.resources.files.table import FileTable
+from firn.resources.memory import areas
 from firn.resources.namespaces import Namespaces
 from firn.resources.threads import apart
 from firn.tracee.steps import alone, together
@@ -102,6 +103,7 @@ def collect(dump: Dump) -> Collected:
                 dump.requests.check(mine.pid, mine.task.voice, got.obstacles)
         _number_apart(got)
         _collect_descriptors(got)
+        _collect_rings(got, dump)
         _check_terminals(got, dump)
         if got.obstacles:
             return got
@@ -154,6 +156,24 @@ def _collect_descriptors(got: Collected) -> None:
                 os.close(pidfd)
         mine.descriptors = tables[number]
     got.collector.finish()
+
+
+def _collect_rings(got: Collected, dump: Dump) -> None:
+    """Which packet sockets' rings are mapped. The contents are copied at once: the kernel goes on writing."""
+    for mine in got.tasks:
+        for parts in areas.whole_rings(mine.areas):
+            from firn.resources.sockets import packet, rings
+
+            if dump.ring_places is None:
+                dump.ring_places = rings.sight()
+            kind = got.collector.kinds.setdefault(base.PACKETSK, packet.PacketSockets())
+            assert isinstance(kind, packet.PacketSockets)
+            first, last = parts[0].map, parts[-1].map
+            what = f"process {mine.pid}: mapping {first.start:x}-{last.end:x} of {first.name}"
+            size = last.end - first.start if not first.offset else 0
+            number = kind.map_rings(what, first.inode, size, dump.ring_places, got.obstacles)
+            for area in parts:
+                area.shmid = number
 
 
 def _check_terminals(got: Collected, dump: Dump) -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from firn.resources.memory.shared import SharedPages
     from firn.resources.network.lock import Lock
     from firn.resources.sockets.backlog import Backlogs
+    from firn.resources.sockets.rings import Places
     from firn.tracee.freezer import Freezer
     from firn.tracee.guard import Guard
 
@@ -100,6 +101,7 @@ class Dump:
         self.with_requests = False
         self.requests: aio.Watch | None = None
         self.undo_lists: UndoLists | None = None
+        self.ring_places: Places | None = None
         self.with_keyrings = keyrings.can_exist()
         self.lock: Lock | None = None
         self.backlogs: Backlogs | None = None
@@ -222,6 +224,10 @@ class Dump:
             except (FileNotFoundError, ProcessLookupError):
                 continue
         self.early_sharing = look_at_sharing(speakers)
+        if base.PACKETSK in kinds and self.ring_places is None:
+            from firn.resources.sockets import rings
+
+            self.ring_places = rings.sight()
         if base.INETSK in kinds and self.lock is not None and self.guard is None:
             self._set_guard()
 
@@ -465,7 +471,7 @@ class Dump:
             self.guard.end()
         self.watch.stop()
         self.partners.close()
-        for view in self.requests, self.undo_lists:
+        for view in self.requests, self.undo_lists, self.ring_places:
             if view is not None:
                 view.close()
         if self.collected is not None:

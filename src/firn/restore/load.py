@@ -8,7 +8,7 @@ from firn.errors import ImageError, NotBuilt, RestoreError
 from firn.images.store import ImageDir, read_files
 from firn.resources import births
 from firn.resources.base import MEMFD
-from firn.resources.memory import areas, attach
+from firn.resources.memory import areas, attach, rebuild
 from firn.resources.process import ALIVE, DEAD, STOPPED
 from firn.resources.threads import exited
 from firn.restore import older
@@ -106,6 +106,7 @@ class Process:
         if not vmas:
             raise ImageError(f"mm-{self.pid}.img has no mappings")
         last = 0
+        before: dict[str, Any] = {}
         for vma in vmas:
             start, end = vma["start"], vma["end"]
             if start >= end or start & 4095 or end & 4095 or (end > 1 << 47 and not vma["status"] & areas.VSYSCALL):
@@ -119,7 +120,11 @@ class Process:
                 raise ImageError(f"mm-{self.pid}.img: mapping {start:#x}-{end:#x} is neither anonymous nor of a file")
             if start < last:
                 raise ImageError(f"mm-{self.pid}.img: mappings overlap or are not ascending at {start:#x}")
-            last = end
+            if vma["status"] & areas.SOCKET and vma["pgoff"]:
+                follows = before and before["end"] == start and rebuild.is_part(vma, before)
+                if not follows or before["pgoff"] + before["end"] - before["start"] != vma["pgoff"]:
+                    raise ImageError(f"mm-{self.pid}.img: mapping {start:#x}-{end:#x} is a piece of a packet ring")
+            last, before = end, vma
 
 
 class Checkpoint:

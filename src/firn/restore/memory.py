@@ -8,7 +8,8 @@ import os
 from firn.abi import mman, nr, prctl
 from firn.errors import RestoreError
 from firn.images.pages import PagemapReader
-from firn.resources.base import MEMFD, REG
+from firn.resources.base import MEMFD, PACKETSK, REG
+from firn.resources.files.reopen import AS_RECORDED
 from firn.resources.memory import aio, areas, attach, inherit, layout, numa, nursery, pkeys, rebuild
 from firn.resources.memory.vdso import Own, Placement, place
 from firn.tracee import memory
@@ -86,8 +87,8 @@ class TaskMemory:
             if status & areas.SYSVIPC:
                 continue
             if status & areas.SOCKET:
-                raise RestoreError(f"mapping {vma['start']:#x} is of a kind that is not supported yet")
-            if status & areas.MEMFD:
+                found[rebuild.file_key(vma)] = (PACKETSK, vma["shmid"], AS_RECORDED)
+            elif status & areas.MEMFD:
                 found[rebuild.file_key(vma)] = (MEMFD, *rebuild.file_key(vma))
             elif status & (areas.FILE_PRIVATE | areas.FILE_SHARED):
                 found[rebuild.file_key(vma)] = (REG, *rebuild.file_key(vma))

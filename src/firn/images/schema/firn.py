@@ -165,6 +165,13 @@ MESSAGES = {
     "firn_packet": """
         1 options firn_option*
         2 devices firn_device*
+        3 rx_place u32?
+        4 tx_place u32?
+        5 stretches firn_stretch*
+    """,
+    "firn_stretch": """
+        1 offset u64?
+        2 data bytes?
     """,
     "firn_device": """
         1 index u32

@@ -38,9 +38,9 @@ MADVICE = (
 class Area:
     """A mapping and what it is.
 
-    ``kind`` is one of anon, heap, file, shmem, sysv, aio, vdso, vvar, vsyscall; ``stat`` is that of the mapped object,
-    ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id (sysv: the segment's), where there is one;
-    ``numa`` is (mode, nodes) of a NUMA policy of its own.
+    ``kind`` is one of anon, heap, file, shmem, sysv, aio, ring (of a socket), vdso, vvar, vsyscall; ``stat`` is that of
+    the mapped object, ``mode`` its open mode (0 read, 2 read and write), ``shmid`` its file id (sysv: the segment's),
+    where there is one; ``numa`` is (mode, nodes) of a NUMA policy of its own.
     """
 
     __slots__ = ("kind", "map", "mode", "numa", "shmid", "stat")
@@ -114,6 +114,8 @@ def _kind(pid: int, m: Map, obstacles: list[Obstacle]) -> str | None:
         return "aio"
     if name.startswith("/SYSV") and name.endswith(" (deleted)") and m.device[0] == 0 and m.shared:
         return "sysv"
+    if name.startswith("socket:") and m.shared:
+        return "ring"
     if name.startswith(("socket:", "anon_inode:", "/anon_inode", "/dmabuf")):
         reason = "is memory of a kernel object that cannot be mapped again"
         obstacles.append(_obstacle(pid, m, reason, "unmap it first"))
@@ -158,6 +160,21 @@ def find_backing(
         area.stat = seen[key]
 
 
+def whole_rings(areas: list[Area]) -> list[list[Area]]:
+    """The mappings of packet rings, those together that follow each other and are parts of one (mprotect(2))."""
+    found: list[list[Area]] = []
+    for area in areas:
+        if area.kind != "ring":
+            continue
+        last = found[-1][-1].map if found else None
+        m = area.map
+        if last and (last.end, last.inode, last.offset + last.end - last.start) == (m.start, m.inode, m.offset):
+            found[-1].append(area)
+        else:
+            found.append([area])
+    return found
+
+
 def build_entry(area: Area) -> dict[str, Any]:
     """The vma_entry of *area*."""
     m = area.map
@@ -169,7 +186,7 @@ def build_entry(area: Area) -> dict[str, Any]:
     if "ht" in flags and area.kind == "anon":
         mmap_flags |= mman.MAP_HUGETLB | (m.page_size.bit_length() - 1) << mman.MAP_HUGE_SHIFT
     entry: dict[str, Any] = {
-        "start": m.start, "end": m.end, "pgoff": m.offset if area.kind in (*_WITH_OBJECT, "aio") else 0,
+        "start": m.start, "end": m.end, "pgoff": m.offset if area.kind in (*_WITH_OBJECT, "aio", "ring") else 0,
         "shmid": area.shmid, "prot": m.prot, "flags": mmap_flags, "status": status, "fd": -1,
     }  # fmt: skip
     madvice = 0
@@ -182,7 +199,7 @@ def build_entry(area: Area) -> dict[str, Any]:
         entry["madv"] = madvice
     if area.kind in _WITH_OBJECT:
         entry["fdflags"] = area.mode
-    elif area.kind == "aio":
+    elif area.kind in ("aio", "ring"):
         entry["fdflags"] = 2
     extra: dict[str, Any] = {}
     if "ac" in flags and not m.shared and not m.prot & mman.PROT_WRITE:
@@ -216,6 +233,8 @@ def _status(area: Area) -> tuple[int, int]:
         return REGULAR | ANON_SHARED | SYSVIPC, mman.MAP_SHARED | mman.MAP_ANONYMOUS
     if area.kind == "aio":
         return AIORING, mman.MAP_SHARED
+    if area.kind == "ring":
+        return REGULAR | SOCKET, mman.MAP_SHARED
     bits = {"vdso": VDSO | REGULAR, "vvar": VVAR | REGULAR, "vsyscall": VSYSCALL, "heap": HEAP | REGULAR}
     return bits.get(area.kind, REGULAR) | ANON_PRIVATE, sharing | mman.MAP_ANONYMOUS
 

@@ -106,6 +106,8 @@ def common(
 def can_be_inherited(vma: dict[str, Any], guards: list[dict[str, Any]]) -> bool:
     """Whether a fork keeps what *vma* maps, and it can stay; *guards* are guard regions."""
     bad = 1 << mman.MADV_DONTFORK | 1 << mman.MADV_WIPEONFORK
+    if vma["status"] & areas.SOCKET:
+        return False  # parts of a ring come with its first one
     if is_special(vma) or vma.get("madv", 0) & bad or vma["flags"] & (mman.MAP_HUGETLB | mman.MAP_DROPPABLE):
         return False
     if vma.get("firn", {}).get("pkey"):

@@ -34,7 +34,7 @@ _KEEP_FLAGS = (
     | mman.MAP_NORESERVE | mman.MAP_HUGETLB | 0x3F << mman.MAP_HUGE_SHIFT
 )  # fmt: skip
 _FIRST_ADVICE = (mman.MADV_HUGEPAGE, mman.MADV_NOHUGEPAGE)
-_WITH_FILE = areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED
+_WITH_FILE = areas.FILE_PRIVATE | areas.FILE_SHARED | areas.MEMFD | areas.ANON_SHARED | areas.SOCKET
 PR_SET_VMA = 0x53564D41
 
 
@@ -91,6 +91,9 @@ def plan_maps(
     for vma in vmas:
         if is_special(vma) or vma["status"] & areas.SYSVIPC:
             continue
+        if vma["status"] & areas.SOCKET:
+            _plan_ring(program, vma, vmas, fds[file_key(vma)])
+            continue
         flags, prot = vma["flags"], vma["prot"]
         if vma["start"] in writable:
             prot |= mman.PROT_WRITE
@@ -110,6 +113,26 @@ def plan_maps(
             for advice in _FIRST_ADVICE:
                 if vma.get("madv", 0) >> advice & 1:
                     program.call(_label("madvise", start, length), nr.madvise, start, length, advice)
+
+
+def _plan_ring(program: Program, vma: dict[str, Any], vmas: list[dict[str, Any]], fd: int) -> None:
+    """Map the rings of a packet socket: the kernel does it only whole (packet_mmap in net/packet/af_packet.c). Parts
+    with another protection come with the first one."""
+    start, length = vma["start"], vma["end"] - vma["start"]
+    if vma["pgoff"]:
+        program.call(_label("mprotect ring", start, length), nr.mprotect, start, length, vma["prot"])
+        return
+    end = vma["end"]
+    for part in vmas:
+        if part["start"] == end and part["pgoff"] == end - start and is_part(part, vma):
+            end = part["end"]
+    how = vma["flags"] & _KEEP_FLAGS | mman.MAP_FIXED
+    program.call(_label("map ring", start, end - start), nr.mmap, start, end - start, vma["prot"], how, fd, 0)
+
+
+def is_part(vma: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both mappings are of rings of one packet socket."""
+    return bool(vma["status"] & other["status"] & areas.SOCKET) and vma["shmid"] == other["shmid"]
 
 
 def _from(kept: list[tuple[int, int]], start: int) -> Iterator[tuple[int, int]]:

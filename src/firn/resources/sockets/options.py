@@ -193,7 +193,8 @@ def _get_filter(fd: int) -> list[int]:
     return [c << 48 | jt << 40 | jf << 32 | k for c, jt, jf, k in _INSTRUCTION.iter_unpack(code)]
 
 
-def _set_filter(fd: int, program: list[int]) -> None:
+def set_filter(fd: int, program: list[int]) -> None:
+    """Attach a classic BPF *program*, its instructions as in sk_opts_entry. Raises :class:`OSError`."""
     code = bytearray()
     for word in program:
         code += _INSTRUCTION.pack(word >> 48 & 0xFFFF, word >> 40 & 0xFF, word >> 32 & 0xFF, word & 0xFFFFFFFF)
@@ -246,7 +247,7 @@ def restore(sock: socket, entry: dict[str, Any], guarded: bool = True) -> None:
 def guard(sock: socket, entry: dict[str, Any]) -> None:
     """Set the filter, and that it stays. Raises :class:`OSError`."""
     if entry.get("so_filter"):
-        _set_filter(sock.fileno(), entry["so_filter"])
+        set_filter(sock.fileno(), entry["so_filter"])
     locks = [option for option in entry.get("firn", {}).get("options", []) if _locks(option)]
     set_kept(sock, locks, {SOL_SOCKET: KEPT})
 

@@ -5,9 +5,9 @@ memberships (linux/packet_diag.h), getsockopt(2) for the rest (packet(7), linux/
 kernel wants: filter, version and header options, rings, memberships, bind(2), fanout. CRIU knows devices by their
 index; firn keeps their names too, and goes by these.
 
-What goes wrong: packets that wait cannot be sent again without the network hearing them: an obstacle. A mapped ring is
-an obstacle of the memory that it is mapped into: where the kernel writes next in it cannot be set. A ring that nobody
-has mapped comes back empty. A program that spreads packets over a fanout group cannot be read.
+What goes wrong: packets that wait cannot be sent again without the network hearing them: an obstacle; but those in a
+ring that the program has mapped come back (:mod:`rings`). A ring that nobody has mapped comes back empty. A program
+that spreads packets over a fanout group cannot be read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import struct
 
 from firn.abi import nr, poll
 from firn.abi.libc import address_of, syscall
-from firn.errors import ImageError, RestoreError
+from firn.errors import ImageError, KernelError, Obstacle, RestoreError
 from firn.host import sockdiag
 from firn.resources.base import Kind
-from firn.resources.sockets import common, options
+from firn.resources.sockets import common, options, rings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from firn.resources.base import DumpContext, Open, RestoreContext
 
 AF_PACKET, SOL_PACKET = 17, 263
+SO_DETACH_FILTER = 27
 RAW, DGRAM = 3, 2
-PACKET_ADD_MEMBERSHIP, PACKET_RX_RING, PACKET_TX_RING, PACKET_FANOUT = 1, 5, 13, 18
+PACKET_ADD_MEMBERSHIP, PACKET_RX_RING, PACKET_COPY_THRESH, PACKET_TX_RING, PACKET_FANOUT = 1, 5, 7, 13, 18
 PACKET_FANOUT_CBPF, PACKET_FANOUT_EBPF = 6, 7
 FIELDS = (
     ("version", 10), ("reserve", 12), ("vnet_hdr", 15), ("loss", 14), ("aux_data", 8), ("orig_dev", 9),
-    ("timestamp", 17), ("copy_thresh", 7),
+    ("timestamp", 17),
 )  # fmt: skip
 """Field of the message, option."""
 # PACKET_TX_HAS_OFF, _QDISC_BYPASS, _IGNORE_OUTGOING, _VNET_HDR_SZ
@@ -58,6 +59,8 @@ class PacketSockets(Kind):
 
     def __init__(self) -> None:
         self._seen: dict[int, PacketSocket] | None = None
+        self._ringed: dict[int, _Ringed | None] = {}
+        """By inode, those that have rings; None: it was refused."""
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The packet_sock_entry."""
@@ -73,12 +76,50 @@ class PacketSockets(Kind):
             reasons = _obstacles(copy, seen)
             for reason, help in reasons:
                 context.refuse(open, reason, help)
-            return None if reasons else _message(copy, seen, open, context)
+            self._ringed[open.stat.st_ino] = None
+            if reasons:
+                return None
+            message = _message(copy, seen, open, context)
+            if seen.rx_ring or seen.tx_ring:
+                self._ringed[open.stat.st_ino] = _Ringed(message, os.dup(open.copy()), seen)
+            return message
         except OSError as error:
             context.refuse(open, f"has options that cannot be read: {error.strerror}", "it may have an eBPF filter")
             return None
         finally:
             copy.close()
+
+    def map_rings(
+        self, what: str, inode: int, size: int, places: rings.Places | None, obstacles: list[Obstacle]
+    ) -> int:
+        """Bytes [0, *size*) of socket *inode* are mapped by a process: have the contents of its rings saved. Returns
+        its file id, or 0 if it cannot be saved; *what* names the mapping in messages."""
+        if inode not in self._ringed:
+            if inode in (self._seen if self._seen is not None else sockdiag.packet_sockets()):
+                reason, help = "is the ring of a packet socket to which no descriptor of the tree leads", "keep it open"
+            else:
+                reason, help = "is memory of a kernel object that cannot be mapped again", "unmap it first"
+            obstacles.append(Obstacle(what, reason, help))
+            return 0
+        ringed = self._ringed[inode]
+        if ringed is None:
+            return 0  # there is an obstacle already
+        if size != sum(ring.size for ring in ringed.rings):
+            obstacles.append(Obstacle(what, "is a part of a packet ring, which can only be mapped whole", "unmap it"))
+            return 0
+        try:
+            ringed.save(places)
+        except (KernelError, OSError) as error:
+            obstacles.append(Obstacle(what, f"is a packet ring that cannot be saved: {error}"))
+        number: int = ringed.message["id"]
+        return number
+
+    def close(self) -> None:
+        """Let go of sockets with rings."""
+        for ringed in self._ringed.values():
+            if ringed is not None:
+                os.close(ringed.fd)
+        self._ringed.clear()
 
     def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
         """The socket *number*."""
@@ -93,6 +134,8 @@ class PacketSockets(Kind):
         try:
             _set_up(sock, message)
             common.set_flags(sock.fileno(), message)
+            if {"rx_ring", "tx_ring"} & message.keys() and "firn" not in message:
+                context.warn(f"{name} has a ring whose contents the images do not tell: it is empty, and begins anew")
             return sock.detach()
         except OSError as error:
             raise RestoreError(f"{name} cannot come back: {error}") from None
@@ -100,6 +143,22 @@ class PacketSockets(Kind):
             raise ImageError(f"{name} is impossible: {error}") from None
         finally:
             sock.close()
+
+
+class _Ringed:
+    """A collected socket with rings: its *message*, and a descriptor of ours."""
+
+    def __init__(self, message: dict[str, Any], fd: int, seen: PacketSocket) -> None:
+        self.message = message
+        self.fd = fd
+        self.rings = rings.rings(seen.version, seen.rx_ring, seen.tx_ring)
+        self._saved = False
+
+    def save(self, places: rings.Places | None) -> None:
+        """Put the contents of the rings into the message, once. Raises :class:`KernelError`, :class:`OSError`."""
+        if not self._saved:
+            self.message.setdefault("firn", {}).update(rings.collect(self.fd, self.rings, places))
+            self._saved = True
 
 
 def _obstacles(copy: _socket.socket, seen: PacketSocket) -> list[tuple[str, str]]:
@@ -153,16 +212,18 @@ def _set_up(sock: _socket.socket, message: dict[str, Any]) -> None:
         except OSError:
             raise OSError(0, f"the network device {names[index]} is not there") from None
 
-    options.restore(sock, message["opts"])
     for name, number in FIELDS:
         if message[name]:
             sock.setsockopt(SOL_PACKET, number, int(message[name]).to_bytes(4, "little"))
     options.set_kept(sock, own.get("options", []), _LEVELS)
-    for name, number in (("rx_ring", PACKET_RX_RING), ("tx_ring", PACKET_TX_RING)):
-        if name in message:
-            words = [message[name][field] for field in _ring((0,) * 7)]
-            packed = _REQ3.pack(*words) if message["version"] == _V3 else _REQ.pack(*words[:4])
-            sock.setsockopt(SOL_PACKET, number, packed)
+    bound = _make_rings(sock, message)
+    if bound and not message["protocol"]:
+        raise ValueError("frames of a socket that hears nothing")
+    if message["copy_thresh"]:
+        sock.setsockopt(SOL_PACKET, PACKET_COPY_THRESH, int(message["copy_thresh"]).to_bytes(4, "little"))
+    options.restore(sock, message["opts"], guarded=False)
+    if not bound:
+        options.guard(sock, message["opts"])
     if len(message["mclist"]) > _MEMBERS_LIMIT:
         raise ValueError("too many memberships")
     for member in message["mclist"]:
@@ -174,5 +235,24 @@ def _set_up(sock: _socket.socket, message: dict[str, Any]) -> None:
     if message["ifindex"] or message["protocol"]:
         where = bytearray(_SOCKADDR_LL.pack(AF_PACKET, message["protocol"], index_of(message["ifindex"]), 0, 0, 0))
         syscall("bind", nr.bind, sock.fileno(), address_of(where), len(where))
+    if bound:
+        if not message["opts"].get("so_filter"):
+            sock.setsockopt(options.SOL_SOCKET, SO_DETACH_FILTER, 0)
+        options.guard(sock, message["opts"])
     if message.get("fanout", NO_FANOUT) != NO_FANOUT:
         sock.setsockopt(SOL_PACKET, PACKET_FANOUT, message["fanout"].to_bytes(4, "little"))
+
+
+def _make_rings(sock: _socket.socket, message: dict[str, Any]) -> bool:
+    """Make the rings, with what was in them; see :func:`rings.rebuild`."""
+    made: list[tuple[int, ...]] = []
+    for name, number in (("rx_ring", PACKET_RX_RING), ("tx_ring", PACKET_TX_RING)):
+        words = tuple(message[name][field] for field in _ring((0,) * 7)) if name in message else ()
+        if words:
+            packed = _REQ3.pack(*words) if message["version"] == _V3 else _REQ.pack(*words[:4])
+            sock.setsockopt(SOL_PACKET, number, packed)
+        made.append(words)
+    own = message.get("firn", {})
+    if not any(made) or not {"rx_place", "tx_place"} & own.keys():
+        return False
+    return rings.rebuild(sock, rings.rings(message["version"], *made), own)
