@@ -244,3 +244,17 @@ def test_a_killed_dump_harms_nothing(workload: str, name: str, runner: Runner) -
         assert not changed, f"killed after {milliseconds} ms:\n" + "\n".join(changed)
     runner.assert_right(target, "in the end")
     runner.kill(target)
+
+
+@MACHINE_WIDE
+def test_huge_pages_come_only_where_they_fill(runner: Runner) -> None:
+    """... also on a machine that gives them to everybody."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not firn_command() or not os.access(setting, os.W_OK):
+        pytest.skip("needs firn, and a kernel with transparent huge pages")
+    before = setting.read_text().partition("[")[2].partition("]")[0]
+    setting.write_text("always")
+    try:
+        test_workload(_workload("memory_layout-many"), "dump", runner)
+    finally:
+        setting.write_text(before)

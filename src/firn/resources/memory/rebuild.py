@@ -12,6 +12,7 @@ import struct
 from bisect import bisect_right
 
 from firn.abi import mman, nr
+from firn.abi.prctl import SET_THP_DISABLE
 from firn.errors import ImageError
 from firn.resources.memory import areas
 
@@ -28,6 +29,8 @@ _IOVEC = struct.Struct("<QQ")
 _POPULATE = 64 << 10
 """Bytes from which on it pays to make a run's pages before they are read."""
 _STEP = 1 << 20
+_HUGE = 1 << 21
+"""Bytes of a transparent huge page."""
 _READ_WRITE, _AS_RECORDED = 2, -1
 _KEEP_FLAGS = (
     mman.MAP_SHARED | mman.MAP_PRIVATE | mman.MAP_DROPPABLE | mman.MAP_ANONYMOUS | mman.MAP_GROWSDOWN
@@ -212,12 +215,35 @@ class _Reads:
 
 
 def plan_pages(program: Program, runs: list[Run], fds: dict[int, int]) -> list[tuple[int, int]]:
-    """Read the pages into place; returns (call, bytes it must have read). *fds*: our descriptor -> the task's."""
+    """Read the pages into place; returns (call, bytes it must have read). *fds*: our descriptor -> the task's.
+
+    Where the machine gives huge pages to everybody (transparent_hugepage/enabled: always), the first small page that is
+    read would bring one, and a process with little here and there would grow to many times its size. So they are
+    allowed only for what fills them.
+    """
     reads = _Reads(program, fds)
+    filling: list[Run] = []
+    program.call("prctl THP disable", nr.prctl, SET_THP_DISABLE, 1, 0, 0, 0)
     for run in runs:
+        first = run.address + -run.address % _HUGE
+        last = (run.address + run.size) // _HUGE * _HUGE
+        if first >= last:
+            reads.add(run)
+            continue
+        filling.append(_part(run, first, last))
+        for start, end in ((run.address, first), (last, run.address + run.size)):
+            if start < end:
+                reads.add(_part(run, start, end))
+    reads.flush()
+    program.call("prctl THP enable", nr.prctl, SET_THP_DISABLE, 0, 0, 0, 0)
+    for run in filling:
         reads.add(run)
     reads.flush()
     return reads.checks
+
+
+def _part(run: Run, start: int, end: int) -> Run:
+    return Run(start, end - start, run.fd, run.offset + start - run.address)
 
 
 def plan_finish(program: Program, vmas: list[dict[str, Any]], writable: set[int], present: dict[int, int]) -> None:
