@@ -12,15 +12,24 @@ from types import FrameType
 import pytest
 from harness import TIME_LIMIT, Runner, machine_state
 
+from firn.abi import nr
+from firn.abi.libc import address_of, syscall
 from firn.host import nftables
 from firn.resources.network import lock
 
 FAILED = pytest.StashKey[bool]()
-# In the background, or under nohup, they are ignored, and all programs of the tests would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 AT_START = machine_state()
+
+
+def pytest_configure() -> None:
+    """All programs of the tests begin with default actions. In the background and under nohup(1), some signals are
+    ignored; and make(1) ignores the two that the C library keeps for itself, and lets nobody change."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    action = bytearray(32)
+    for number in (32, 33):
+        syscall("rt_sigaction", nr.rt_sigaction, number, address_of(action), 0, 8)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -106,6 +106,20 @@ def test_an_impossible_counter_is_refused() -> None:
         EventFd().open(1, {"flags": 2, "counter": (1 << 64) - 1}, restore_context())
 
 
+@pytest.mark.parametrize("flags", [0, ev.EFD_SEMAPHORE])
+def test_a_semaphore_is_seen_where_fdinfo_does_not_show_it(flags: int) -> None:
+    kind, said = EventFd(), list[str]()
+    fd = os.eventfd(1, flags)
+    try:
+        found = kind.is_semaphore(fd, said.append)
+    finally:
+        os.close(fd)
+        kind.close()
+    if said:
+        pytest.skip(said[0])
+    assert found == bool(flags)
+
+
 def test_dead_processes_stay_apart_and_together() -> None:
     dead = [{"id": number, "ino": ino, "flags": 0, "nspid": -1} for number, ino in ((0, 7), (1, 8), (2, 7))]
     context = restore_context(_0=dead[0], _1=dead[1], _2=dead[2])

@@ -81,8 +81,7 @@ def test_dumped_as_by_criu(mode: str, place: Path, runner: Runner) -> None:
     beat = Beat(place / "run" / f"{mode}.beat")
     (place / "run" / "fifo").unlink(missing_ok=True)
     null = subprocess.DEVNULL
-    command = ["env", "--default-signal", str(place / "golden"), mode, str(beat.path)]  # whatever we were started with
-    process = subprocess.Popen(command, cwd=place, stdin=null, stdout=null, stderr=null)
+    process = subprocess.Popen([place / "golden", mode, beat.path], cwd=place, stdin=null, stdout=null, stderr=null)
     process.returncode = 0  # reaped by Target
     target = Target(process.pid, beat)
     wait_until("it gets ready", lambda: bool(beat.get("ready")) or target.ended())

@@ -17,14 +17,16 @@ from firn.abi import events as ev
 from firn.abi import fcntl as fc
 from firn.abi import nr
 from firn.abi.libc import address_of, syscall
-from firn.errors import ImageError
+from firn.errors import ImageError, KernelError
 from firn.host import procfs
 from firn.resources.base import Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from firn.host.kernelmemory import KernelMemory
     from firn.resources.base import DumpContext, Open, RestoreContext
 
 _CHANGEABLE = fc.O_APPEND | fc.O_NONBLOCK | 0o1000000
@@ -42,7 +44,12 @@ def set_status(fd: int, flags: int) -> None:
 
 
 class EventFd(Kind):
-    """eventfd(2)."""
+    """eventfd(2). Older kernels do not show whether one is a semaphore (before Linux 6.5): it is looked up in their
+    memory."""
+
+    def __init__(self) -> None:
+        self._memory: KernelMemory | None = None
+        self._looked = False
 
     def collect(self, open: Open, context: DumpContext) -> dict[str, Any] | None:
         """The counter and the mode."""
@@ -50,8 +57,34 @@ class EventFd(Kind):
         if counter == ev.COUNTER_LIMIT:
             context.refuse(open, "is an eventfd whose counter the kernel has overflowed", "read it before the dump")
             return None
-        semaphore = ev.EFD_SEMAPHORE if open.info.get("eventfd-semaphore", "0") != "0" else 0
+        shown = open.info.get("eventfd-semaphore")
+        is_semaphore = shown != "0" if shown else self.is_semaphore(open.copy(), context.warn)
+        semaphore = ev.EFD_SEMAPHORE if is_semaphore else 0
         return {"flags": open.flags | semaphore, "fown": context.owner(open), "counter": counter}
+
+    def is_semaphore(self, fd: int, warn: Callable[[str], object]) -> bool:
+        """Whether the eventfd *fd* of ours is a semaphore; if nobody may know, *warn* is told, once."""
+        try:
+            if not self._looked:
+                self._looked = True
+                from firn.host.kernelmemory import KernelMemory
+
+                self._memory = KernelMemory()
+            memory = self._memory
+            return memory is not None and bool(
+                memory.field(memory.object(fd), "eventfd_ctx", "flags", size=4) & ev.EFD_SEMAPHORE
+            )
+        except (KernelError, OSError) as error:
+            self.close()
+            why = error.message if isinstance(error, KernelError) else error.strerror
+            warn(f"eventfds that are semaphores come back as plain counters, for this kernel does not show them: {why}")
+            return False
+
+    def close(self) -> None:
+        """Let go of the kernel's memory."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def open(self, number: int, message: dict[str, Any], context: RestoreContext) -> int:
         """An eventfd with the counter."""
