@@ -239,7 +239,7 @@ RUBY = """
 require "digest"
 $stdout.sync = true
 results, lock, queue = {}, Mutex.new, Queue.new
-120.times { |number| queue << number }
+600.times { |number| queue << number }
 pipe = IO.popen("exec cat", "r+")
 threads = 3.times.map do
   Thread.new do
@@ -262,7 +262,7 @@ pipe.close
 """
 
 
-@pytest.mark.parametrize(("name", "text", "count"), [("node", NODE, 200), ("ruby", RUBY, 120)], ids=["node", "ruby"])
+@pytest.mark.parametrize(("name", "text", "count"), [("node", NODE, 200), ("ruby", RUBY, 600)], ids=["node", "ruby"])
 def test_interpreter(name: str, text: str, count: int, runner: Runner) -> None:
     """Worker threads and a child over pipes: Node.js with its compiler and event loop, Ruby with its timer thread."""
     interpreter, script, output = program(name), runner.folder / "script.js", runner.folder / "output"
@@ -271,8 +271,9 @@ def test_interpreter(name: str, text: str, count: int, runner: Runner) -> None:
     for _ in range(2):
         goes_on(target, output)
         target = cycle(runner, target)
-    finish(target)
-    assert output.read_text().splitlines()[-1].split() == ["result", *_digests(count)], tail(runner.folder / "errors")
+    wait_until("it ends", target.ended, PATIENCE)
+    assert target.status == 0, f"it {target.fate()}: {tail(runner.folder / 'errors')}"
+    assert output.read_text().splitlines()[-1].split() == ["result", *_digests(count)]
 
 
 def _digests(count: int) -> list[str]:
