@@ -253,8 +253,16 @@ def test_huge_pages_come_only_where_they_fill(runner: Runner) -> None:
     if not firn_command() or not os.access(setting, os.W_OK):
         pytest.skip("needs firn, and a kernel with transparent huge pages")
     before = setting.read_text().partition("[")[2].partition("]")[0]
+    workload = _workload("memory_layout-many")
+    target = runner.start(workload)
+    look = portrait(target.pid)
+    images = runner.dump(target)
     setting.write_text("always")
     try:
-        test_workload(_workload("memory_layout-many"), "dump", runner)
+        back = runner.restore(images, target)
     finally:
         setting.write_text(before)
+    changed = lasting_differences(look, lambda: portrait(back.pid), workload.unlike)
+    assert not changed, "the restored process differs:\n" + "\n".join(changed)
+    runner.assert_right(back, "after the restore")
+    runner.kill(back)

@@ -40,7 +40,9 @@ _KCMP = {"vm_id": fc.KCMP_VM, "files_id": fc.KCMP_FILES, "fs_id": fc.KCMP_FS, "s
 class Collected:
     """Everything that a dump has collected; ``tasks`` as in the frozen tree."""
 
-    def __init__(self, tree: FrozenTree, options: Any, obstacles: list[Obstacle], log: Log) -> None:
+    def __init__(
+        self, tree: FrozenTree, options: Any, obstacles: list[Obstacle], log: Log, with_keyrings: bool
+    ) -> None:
         self.obstacles = obstacles
         self.table = FileTable()
         self.objects = MemoryObjects()
@@ -52,7 +54,7 @@ class Collected:
         self.collector = Collector(self.table, self.finder, self.objects, obstacles, options, tree.pids(), log.warn)
         self.tasks = [CollectedTask(task) for task in tree.tasks]
         self.zombies: list[tuple[int, dict[str, Any]]] = []
-        self.patterns = Patterns()
+        self.patterns = Patterns(with_keyrings)
         self.mapped_stats: dict[tuple[object, ...], os.stat_result] = {}
         self.mapped_files: dict[tuple[object, ...], int] = {}
         """Files behind mappings by what maps tells of them, and their ids."""
@@ -87,7 +89,7 @@ class Collected:
 def collect(dump: Dump) -> Collected:
     """Collect the frozen tree of *dump*; what cannot be saved is in the obstacles of the result."""
     tree = dump.tree
-    got = Collected(tree, dump.options, dump.obstacles, dump.log)
+    got = Collected(tree, dump.options, dump.obstacles, dump.log, dump.with_keyrings)
     got.collector.context.lock = dump.lock
     got.collector.context.backlogs = dump.backlogs
     got.collector.context.guard = dump.guard
@@ -110,7 +112,7 @@ def collect(dump: Dump) -> Collected:
         children: dict[int, dict[int, bool]] = {}
         for task in tree.tasks:
             children.setdefault(tree.parents[task.pid], {})[task.pid] = bool(task.stop_signal)
-        questions = [Questions(mine, children.get(mine.pid, {}), dump.with_keyrings) for mine in got.tasks]
+        questions = [Questions(mine, children.get(mine.pid, {})) for mine in got.tasks]
         for first in range(0, len(questions), _AT_ONCE):
             _ask(questions[first : first + _AT_ONCE], got, dump)
         _check_listeners(got, tree)

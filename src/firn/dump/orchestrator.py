@@ -163,7 +163,6 @@ class Dump:
             if self.freezer.was_frozen and self.options.fork_snapshot:
                 raise UsageError("--fork-snapshot needs a control group that is not frozen: the copies are in it")
         features.pagemap_scan()
-        self.undo_lists = semaphores.sight()
         xsave_layout()
         self.images.clear_old()
         process.raise_own_limit()
@@ -207,7 +206,7 @@ class Dump:
         if len(tree) > 1:
             self._look_for_shared()
             await_vforks(self.pid, min(self.options.timeout or _VFORK_PATIENCE, _VFORK_PATIENCE))
-        speakers = []
+        speakers, tids = [], list[int]()
         kinds: set[int] = set()
         for pid in tree:
             try:
@@ -220,10 +219,13 @@ class Dump:
                     self.with_requests, self.requests = True, aio.Watch.make(self.log.warn)
                 if self.options.leave_running:
                     self.early_maps[pid] = EarlyMaps(pid, speaker)
+                tids += procfs.threads(pid)
                 speakers.append(speaker)
             except (FileNotFoundError, ProcessLookupError):
                 continue
         self.early_sharing = look_at_sharing(speakers)
+        if self.undo_lists is None:
+            self.undo_lists = semaphores.sight(tids)
         if base.PACKETSK in kinds and self.ring_places is None:
             from firn.resources.sockets import rings
 

@@ -293,25 +293,22 @@ class Asked:
 class Patterns:
     """Programs of leaders that were asked before: most processes are asked the same, at the same place."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_keyrings: bool) -> None:
+        self.with_keyrings = with_keyrings
+        """Whether session keyrings are asked for, of everybody."""
         self.place = 0
         """Where the last scratch area was put."""
         self._known: dict[tuple[int, int], tuple[Recording, Asked]] = {}
 
     def ask(
-        self,
-        program: Program,
-        posix: list[procfs.PosixTimer],
-        children: dict[int, bool],
-        partner: int,
-        with_keyrings: bool,
+        self, program: Program, posix: list[procfs.PosixTimer], children: dict[int, bool], partner: int
     ) -> Asked:
         """Fill *program*, which is empty."""
         if posix or children:
-            return Asked(program, posix, children, partner, with_keyrings)
+            return Asked(program, posix, children, partner, self.with_keyrings)
         key = program.area, partner
         if key not in self._known:
-            asked = Asked(program, [], {}, partner, with_keyrings)
+            asked = Asked(program, [], {}, partner, self.with_keyrings)
             self._known[key] = Recording(program), asked
             return asked
         recording, asked = self._known[key]
@@ -323,10 +320,9 @@ class Questions:
     """The programs of one process: :meth:`prepare` makes room for them, :meth:`start` has them run, and :meth:`answer`
     waits for their end."""
 
-    def __init__(self, mine: CollectedTask, children: dict[int, bool], with_keyrings: bool) -> None:
+    def __init__(self, mine: CollectedTask, children: dict[int, bool]) -> None:
         self.mine = mine
         self.children = children
-        self.with_keyrings = with_keyrings
         self.posix = procfs.timers(mine.task.voice)
         self.size = _PROGRAM_SIZE + timers.SIZE * len(self.posix) + stops.SIZE * len(children)
         self.asked: Asked
@@ -346,7 +342,7 @@ class Questions:
         task, statuses = self.mine.task, self.mine.statuses
         program = task.program(size=self.size)
         partner = partners.of(statuses[task.voice])
-        asked = patterns.ask(program, self.posix, self.children, partner, self.with_keyrings)
+        asked = patterns.ask(program, self.posix, self.children, partner)
         self.asked = asked
         self.threads = [(task.leader, program, asked.thread, asked.policies)]
         if asked.keyrings is not None:
@@ -354,7 +350,7 @@ class Questions:
         for thread in task.threads[1:]:
             own = task.program(thread, size=THREAD_AREA, status=statuses[thread.tid])
             asked_thread = threads.ask(own)
-            if self.with_keyrings:
+            if patterns.with_keyrings:
                 self.keyrings.append((thread, own, keyrings.ask(own)))
             partner = partners.of(statuses[thread.tid])
             self.threads.append((thread, own, asked_thread, policies.ask(own, partner)))
